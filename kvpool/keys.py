@@ -1,0 +1,115 @@
+"""Names of KV blocks: a block is named by what determines its content (design §1).
+
+Owns the derivation of roots and keys and nothing else. Pure functions of their arguments: no process, no clock, no
+Python `hash()`. The router imports this module and nothing else of `kvpool`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import struct
+from array import array
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+KEY_BYTES = 16
+_ROOT_LABEL = b"tandem/kv/1"
+
+Key = bytes
+"""16 bytes. `(key, group, shard)` is the full name of a stored block; the router only needs keys."""
+
+
+@dataclass(frozen=True, slots=True)
+class PromptKeys:
+    """Keys of a token sequence: one per full block, and one for the last partial block if there is one.
+
+    The partial key is for the hand-over alone: it never enters an index or the DISK tier.
+    """
+
+    full: tuple[Key, ...]
+    partial: Key | None
+
+
+def root_key(
+    *,
+    model_fingerprint: bytes,
+    kv_format: str,
+    numerics_class: bytes,
+    adapter: bytes = b"",
+    tenant_salt: bytes = b"",
+) -> Key:
+    """The key before the first block: everything but tokens that decides the bits of KV. Every field is length-prefixed."""
+    digest = hashlib.sha256()
+    for field in (_ROOT_LABEL, model_fingerprint, kv_format.encode(), numerics_class, adapter, tenant_salt):
+        digest.update(struct.pack("<I", len(field)))
+        digest.update(field)
+    return digest.digest()[:KEY_BYTES]
+
+
+def tokens_as_bytes(tokens: Sequence[int]) -> bytes:
+    """Token ids as unsigned 32-bit little-endian: the form that is hashed and that travels."""
+    return array("I", tokens).tobytes()
+
+
+def tokens_from_bytes(data: bytes) -> list[int]:
+    """Inverse of `tokens_as_bytes`. Raises ValueError if `data` is not a whole number of tokens."""
+    if len(data) % 4:
+        raise ValueError(f"token bytes have length {len(data)}, not a multiple of 4")
+    out = array("I")
+    out.frombytes(data)
+    return out.tolist()
+
+
+def block_key(parent: Key, tokens: Sequence[int] | bytes, extra: bytes = b"") -> Key:
+    """The key of a block that holds `tokens` (ids, or their `tokens_as_bytes`) after the block named `parent`."""
+    data = tokens if isinstance(tokens, bytes) else tokens_as_bytes(tokens)
+    return hashlib.sha256(parent + struct.pack("<H", len(data) // 4) + data + extra).digest()[:KEY_BYTES]
+
+
+def prompt_keys(root: Key, tokens: Sequence[int], block_size: int) -> PromptKeys:
+    """Keys of every block of `tokens`, in order; parents are full blocks only."""
+    data = tokens_as_bytes(tokens)
+    step = 4 * block_size
+    num_full = len(data) // step
+    full: list[Key] = []
+    parent = root
+    for i in range(num_full):
+        parent = block_key(parent, data[i * step : (i + 1) * step])
+        full.append(parent)
+    tail = data[num_full * step :]
+    return PromptKeys(tuple(full), block_key(parent, tail) if tail else None)
+
+
+class KeyChain:
+    """The keys of a growing sequence: `extend` with tokens, read `keys` of the full blocks so far.
+
+    `keys[i]` names block i; `partial_key()` names the block that is not full yet, or is None when there is none.
+    """
+
+    __slots__ = ("_block_size", "_pending", "_root", "keys")
+
+    def __init__(self, root: Key, block_size: int, tokens: Sequence[int] = ()) -> None:
+        self._root = root
+        self._block_size = block_size
+        self._pending: list[int] = []
+        self.keys: list[Key] = []
+        self.extend(tokens)
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.keys) * self._block_size + len(self._pending)
+
+    def parent_of(self, index: int) -> Key:
+        """The key before block `index`: the root for block 0."""
+        return self.keys[index - 1] if index else self._root
+
+    def extend(self, tokens: Sequence[int]) -> None:
+        pending = self._pending
+        pending.extend(tokens)
+        size = self._block_size
+        while len(pending) >= size:
+            self.keys.append(block_key(self.parent_of(len(self.keys)), pending[:size]))
+            del pending[:size]
+
+    def partial_key(self) -> Key | None:
+        return block_key(self.parent_of(len(self.keys)), self._pending) if self._pending else None

@@ -1,0 +1,424 @@
+"""Messages between Tandem's own processes: ZeroMQ frames of MessagePack, as `msgspec` tagged unions (design §11).
+
+Owns the shape and the bounds of every internal message; sends nothing itself. A message is a map with its name under
+`"t"`. Fields are only ever added, with defaults, so that neighbouring protocol versions understand each other; a change
+that can't be made so raises `PROTOCOL_VERSION`, and a hello of another version is refused.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+import msgspec
+from msgspec import Meta, Struct
+
+PROTOCOL_VERSION = 1
+MAX_MESSAGE_BYTES = 16 * 1024 * 1024
+"""A larger frame is dropped before it is decoded (the ZeroMQ sockets are set to it too)."""
+
+Name = Annotated[str, Meta(min_length=1, max_length=128)]
+Endpoint = Annotated[str, Meta(max_length=512)]
+Digest = Annotated[bytes, Meta(min_length=16, max_length=32)]
+KeyBytes = Annotated[bytes, Meta(min_length=16, max_length=16)]
+Keys = Annotated[list[KeyBytes], Meta(max_length=65_536)]
+Count = Annotated[int, Meta(ge=0)]
+U64 = Annotated[bytes, Meta(min_length=8, max_length=8)]
+"""An unsigned 64-bit number as 8 bytes big-endian (MessagePack decoders disagree about integers above 2**63)."""
+
+Role = Literal["prefill", "decode", "pool", "router"]
+DispatchRole = Literal["prefill", "decode"]
+Tier = Literal["DEVICE", "HOST", "DISK"]
+
+
+class Fence(Struct, frozen=True, array_like=True):
+    """Which dispatch of which role a message belongs to. Compared for equality only."""
+
+    request_id: Name
+    resume_no: Count
+    role: DispatchRole
+    attempt: Count
+
+
+class RoutingGroup(Struct, frozen=True):
+    """What must be equal for two processes to exchange KV: the fields of the root key that a process decides."""
+
+    model_fingerprint: Digest
+    kv_format: Name
+    numerics_class: Digest
+    block_size: Annotated[int, Meta(ge=1, le=65_535)]
+
+
+class Endpoints(Struct, frozen=True):
+    """Where a process listens. `fetch` (ROUTER), `events` (PUB) and `replay` (ROUTER) are ZeroMQ endpoints; `shm` is the path
+    of the Unix socket that hands out the arena's memfd, or empty when the transport is off."""
+
+    fetch: Endpoint
+    events: Endpoint
+    replay: Endpoint
+    shm: Endpoint = ""
+    machine_id: Annotated[str, Meta(max_length=128)] = ""
+
+
+class Source(Struct, frozen=True):
+    """A place that serves blocks by key (a KVSource), as a dispatch names it."""
+
+    process: Name
+    epoch: U64
+    tier: Tier
+    endpoints: Endpoints
+
+
+class Capacity(Struct, frozen=True):
+    """What a process can hold and do, fixed for its epoch."""
+
+    num_blocks: Count = 0
+    slab_bytes: Count = 0
+    max_model_len: Count = 0
+    max_running: Count = 0
+    recompute_limit_tokens: Count = 0
+
+
+# --- between a router and a worker or pool node ------------------------------------------------------------------------
+
+
+class Hello(Struct, tag="hello", tag_field="t"):
+    """First message of a process to a router, and again after each reconnect or `Welcome` of a new router epoch."""
+
+    version: int
+    process: Name
+    role: Role
+    epoch: U64
+    pid: int
+    endpoints: Endpoints
+    capacity: Capacity
+    group: RoutingGroup | None
+    """None only for a pool node before it knows which model it holds."""
+    model: Annotated[str, Meta(max_length=256)] = ""
+
+
+class Welcome(Struct, tag="welcome", tag_field="t"):
+    """The router's answer to a hello. Deadlines are durations."""
+
+    version: int
+    router: Name
+    epoch: U64
+    heartbeat_s: float
+    liveness_s: float
+
+
+class Refused(Struct, tag="refused", tag_field="t"):
+    """The router's answer to a hello it can't accept (protocol version, role, duplicate name); the process says so and stops."""
+
+    reason: Annotated[str, Meta(max_length=1024)]
+
+
+class Load(Struct, frozen=True):
+    """A worker's view of its own load. `num_dispatches` counts the dispatches it had taken in from this router's epoch, so
+    that the router can add those the report doesn't include yet."""
+
+    num_dispatches: Count = 0
+    num_waiting: Count = 0
+    num_running: Count = 0
+    waiting_tokens: Count = 0
+    """Tokens whose KV the waiting and running sequences still have to compute or fetch."""
+    free_blocks: Count = 0
+    """Blocks that can be allocated now: free and cached without a reference or lease."""
+    cached_blocks: Count = 0
+    leased_blocks: Count = 0
+    prefill_tokens_per_s: float = 0.0
+    """Measured, smoothed; 0 before the first measurement."""
+    decode_step_s: float = 0.0
+    fetch_bytes_per_s: float = 0.0
+
+
+class Counters(Struct, frozen=True):
+    """Totals since the epoch began, for metrics, audits and tests."""
+
+    steps: Count = 0
+    prefill_tokens: Count = 0
+    decode_tokens: Count = 0
+    prefix_hit_tokens: Count = 0
+    fetched_blocks: Count = 0
+    fetched_bytes: Count = 0
+    fetch_misses: Count = 0
+    fetch_corrupt: Count = 0
+    served_blocks: Count = 0
+    recomputed_tokens: Count = 0
+    preemptions: Count = 0
+    aborted: Count = 0
+    finished: Count = 0
+    evicted_blocks: Count = 0
+    expired_leases: Count = 0
+
+
+class Heartbeat(Struct, tag="heartbeat", tag_field="t"):
+    """Sent by the transfer thread every `heartbeat_s`, whether or not a step is running."""
+
+    process: Name
+    epoch: U64
+    step_id: Count
+    step_age_s: float
+    """Seconds since the running step began; 0 when the engine is idle."""
+    events_seq: int
+    """Sequence number of the last KV event batch published, -1 before the first."""
+    load: Load
+    counters: Counters
+
+
+class Sampling(Struct, frozen=True):
+    """Everything that decides which token is drawn; validated by the router, trusted inside.
+
+    temperature 0 is greedy; top_k 0, top_p 1 and min_p 0 are off; repetition_penalty 1, presence and frequency 0 are off.
+    `logit_bias` is a list of `(token_id, bias)`. `num_logprobs` -1 is none, 0 is the chosen token's alone. Stop strings are
+    not here: text exists only in the router (docs/decisions/0002).
+    """
+
+    max_tokens: Annotated[int, Meta(ge=1)]
+    temperature: float = 0.0
+    top_k: Count = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: list[tuple[int, float]] = []
+    num_logprobs: int = -1
+    seed: Annotated[int, Meta(ge=0, le=2**63 - 1)] = 0
+    stop_token_ids: list[int] = []
+    """Tokens that end the stream and are not part of it; the model's end-of-sequence ids included unless ignored."""
+    min_tokens: Count = 0
+    """Stop tokens can't be drawn before this many tokens."""
+
+
+class Dispatch(Struct, tag="dispatch", tag_field="t"):
+    """Router → worker: take this role of this request.
+
+    `token_ids` are the tokens whose KV must exist before the role's work starts: for a first dispatch the prompt, for one
+    after a crash the prompt and the generated tokens so far (then `n == 1` per dispatch). Their keys follow from `root`.
+    Role `prefill`: get KV for all of `token_ids`, sample one token for each of `n` samples, report them, keep the blocks
+    leased for `hold_s` or until aborted.
+    Role `decode`: get KV for all of `token_ids` from `sources` (`wait` for keys being computed); the first token of each sample comes in
+    `FirstTokens`; then generate. With `prefill_here` the worker computes what it does not find and samples the first tokens itself.
+    """
+
+    fence: Fence
+    root: KeyBytes
+    token_ids: bytes
+    num_prompt_tokens: Annotated[int, Meta(ge=1)]
+    sampling: Sampling
+    n: Annotated[int, Meta(ge=1, le=64)]
+    sources: Annotated[list[Source], Meta(max_length=64)]
+    deadline_s: float
+    """Seconds from receipt until the request's deadline."""
+    index: Count = 0
+    """The first sample's index; samples are `index … index + n - 1`."""
+    prefill_here: bool = False
+    wait: bool = False
+    wait_source: str = ""
+    """Name of the source that computes the missing keys right now; only it is asked to wait."""
+    hold_s: float = 10.0
+    priority: int = 0
+
+
+class FirstTokens(Struct, tag="first_tokens", tag_field="t"):
+    """Router → decode worker: the tokens that prefill sampled, one per sample, in index order."""
+
+    fence: Fence
+    token_ids: list[int]
+
+
+class TokenLogprobs(Struct, frozen=True, array_like=True):
+    """`chosen` is the drawn token's log-probability, `top` the best `(token_id, logprob)`, best first."""
+
+    chosen: float
+    top: list[tuple[int, float]]
+
+
+FinishReason = Literal["stop", "length"]
+
+
+class Tokens(Struct, tag="tokens", tag_field="t"):
+    """Worker → router: tokens of one sample. `position` is the index of the first in the generated stream (0 = first generated
+    token). Kept by the worker until acknowledged. The last one of a sample carries `finish_reason`; it may hold no token."""
+
+    fence: Fence
+    index: Count
+    position: Count
+    token_ids: list[int]
+    logprobs: list[TokenLogprobs] = []
+    finish_reason: FinishReason | None = None
+    durable_position: Count = 0
+
+
+class Ack(Struct, tag="ack", tag_field="t"):
+    """Router → worker: every token of this sample before `position` has been accepted. `final` frees the stream's memory."""
+
+    fence: Fence
+    index: Count
+    position: Count
+    final: bool = False
+
+
+class Resend(Struct, tag="resend", tag_field="t"):
+    """Router → worker: a gap was seen; send again from `position`."""
+
+    fence: Fence
+    index: Count
+    position: Count
+
+
+class FetchedFrom(Struct, frozen=True):
+    """How much of a role's KV came from one source."""
+
+    process: Name
+    tier: Tier
+    transport: Name
+    num_blocks: Count
+    num_bytes: Count
+
+
+class RoleReport(Struct, tag="role_report", tag_field="t"):
+    """Worker → router, once per dispatch, when the role's KV is complete (prefill: with the first tokens; decode: when it starts).
+
+    Seconds are durations on the worker. `local_hit_tokens + fetched_tokens + computed_tokens == len(token_ids)`, but for
+    the last prompt token, which is computed again when its whole prompt was found.
+    """
+
+    fence: Fence
+    local_hit_tokens: Count
+    fetched_tokens: Count
+    computed_tokens: Count
+    fetched: list[FetchedFrom]
+    queue_s: float
+    fetch_s: float
+    compute_s: float
+
+
+class Failed(Struct, tag="failed", tag_field="t"):
+    """Worker → router: this dispatch ended without finishing; everything it held here is released. `code` is a `TandemError.code`."""
+
+    fence: Fence
+    code: Name
+    message: Annotated[str, Meta(max_length=4096)]
+
+
+class Aborted(Struct, tag="aborted", tag_field="t"):
+    """Worker → router: the abort of this fence is done, nothing of it is held any more."""
+
+    fence: Fence
+
+
+class Abort(Struct, tag="abort", tag_field="t"):
+    """Router → worker: drop this dispatch (the client left, the request ended, the hand-over is complete). Idempotent."""
+
+    fence: Fence
+    reason: Annotated[str, Meta(max_length=256)] = ""
+
+
+class Peers(Struct, tag="peers", tag_field="t"):
+    """Router → pool node: the workers it may follow and fetch from, whole list, on each change."""
+
+    workers: Annotated[list[Source], Meta(max_length=4096)]
+    group: RoutingGroup | None = None
+    slab_bytes: Count = 0
+
+
+class Goodbye(Struct, tag="goodbye", tag_field="t"):
+    """Worker → router: a clean stop; everything it owned is gone."""
+
+    process: Name
+    epoch: U64
+
+
+ToRouter = Hello | Heartbeat | Tokens | RoleReport | Failed | Aborted | Goodbye
+FromRouter = Welcome | Refused | Dispatch | FirstTokens | Ack | Resend | Abort | Peers
+
+
+# --- between a sink and a source (design §5) ---------------------------------------------------------------------------
+
+
+class Fetch(Struct, tag="fetch", tag_field="t"):
+    """Sink → source: these keys, please. With `wait`, keys that are unknown are parked until `deadline_s` (a duration)."""
+
+    fetch_id: Annotated[bytes, Meta(min_length=16, max_length=16)]
+    request_id: Annotated[str, Meta(max_length=128)]
+    keys: Keys
+    wait: bool
+    deadline_s: float
+    group: Count = 0
+    shard: Count = 0
+
+
+class ReadyBlock(Struct, frozen=True, array_like=True):
+    """`location` is opaque to the sink; `checksum` was made by the block's producer."""
+
+    key: KeyBytes
+    location: Count
+    num_tokens: Annotated[int, Meta(ge=1, le=65_535)]
+    checksum: U64
+    parent: Annotated[bytes, Meta(max_length=16)]
+
+
+class Ready(Struct, tag="ready", tag_field="t"):
+    """Source → sink: these blocks may be read for `lease_s` seconds, counted by the sink from when it sent its request."""
+
+    fetch_id: Annotated[bytes, Meta(min_length=16, max_length=16)]
+    batch: Count
+    epoch: U64
+    lease_s: float
+    blocks: Annotated[list[ReadyBlock], Meta(max_length=65_536)]
+
+
+class Miss(Struct, tag="miss", tag_field="t"):
+    """Source → sink: it does not have these and will not (evicted, unknown after the grace time, or the prefill failed)."""
+
+    fetch_id: Annotated[bytes, Meta(min_length=16, max_length=16)]
+    keys: Keys
+
+
+class Done(Struct, tag="done", tag_field="t"):
+    """Sink → source: the reads of this batch are over; its lease ends."""
+
+    fetch_id: Annotated[bytes, Meta(min_length=16, max_length=16)]
+    batch: Count
+
+
+class Cancel(Struct, tag="cancel", tag_field="t"):
+    """Sink → source: forget this fetch; all its leases end (sent only when no read of it is in flight)."""
+
+    fetch_id: Annotated[bytes, Meta(min_length=16, max_length=16)]
+
+
+ToSource = Fetch | Done | Cancel
+ToSink = Ready | Miss
+
+_encoder = msgspec.msgpack.Encoder()
+_to_router = msgspec.msgpack.Decoder(ToRouter)
+_from_router = msgspec.msgpack.Decoder(FromRouter)
+_to_source = msgspec.msgpack.Decoder(ToSource)
+_to_sink = msgspec.msgpack.Decoder(ToSink)
+
+
+def encode(message: ToRouter | FromRouter | ToSource | ToSink) -> bytes:
+    """The MessagePack form of any control message."""
+    return _encoder.encode(message)
+
+
+def decode_to_router(data: bytes) -> ToRouter:
+    """Raises msgspec.DecodeError (ValidationError included) on anything that is not such a message."""
+    return _to_router.decode(data)
+
+
+def decode_from_router(data: bytes) -> FromRouter:
+    """As `decode_to_router`, for what routers send."""
+    return _from_router.decode(data)
+
+
+def decode_to_source(data: bytes) -> ToSource:
+    """As `decode_to_router`, for what sinks send to sources."""
+    return _to_source.decode(data)
+
+
+def decode_to_sink(data: bytes) -> ToSink:
+    """As `decode_to_router`, for what sources send to sinks."""
+    return _to_sink.decode(data)

@@ -1,0 +1,88 @@
+"""KV events: which blocks a process holds, as it changes (design §11).
+
+The format is vLLM's (`vllm/distributed/kv_events.py`), so that either side can be somebody else. A publication is three frames
+`[topic, seq u64 big-endian, MessagePack of a batch]`; a batch is an array `[ts, events, data_parallel_rank, epoch]` (ours adds
+the epoch) and an event an array that begins with its name. A replay request is `[b"", start_seq u64 BE]` to the ROUTER
+socket; the answer is each remembered batch as `[b"", seq, payload]`, ended by seq -1 (eight 0xff bytes).
+"""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import msgspec
+from msgspec import Meta, Struct
+
+MAX_BATCH_BYTES = 16 * 1024 * 1024
+END_OF_REPLAY = (-1).to_bytes(8, "big", signed=True)
+TOPIC = b"kv"
+
+BlockHash = bytes | int
+"""Ours are 16-byte keys; vLLM sends bytes or unsigned 64-bit integers."""
+
+
+class KVEvent(Struct, array_like=True, omit_defaults=True, gc=False, tag=True):
+    """Base of the events; the first array element is the class name."""
+
+
+class BlockStored(KVEvent):
+    """Blocks `block_hashes`, in chain order after `parent_block_hash`, can now be read. Ours leave `token_ids` empty: the key
+    is the name. `medium` is the tier: DEVICE, HOST or DISK (vLLM: GPU, CPU)."""
+
+    block_hashes: Annotated[list[BlockHash], Meta(max_length=65_536)]
+    parent_block_hash: BlockHash | None
+    token_ids: list[int]
+    block_size: int
+    lora_id: int | None = None
+    medium: str | None = None
+
+
+class BlockRemoved(KVEvent):
+    """Blocks `block_hashes` can no longer be read in `medium`."""
+
+    block_hashes: Annotated[list[BlockHash], Meta(max_length=65_536)]
+    medium: str | None = None
+
+
+class AllBlocksCleared(KVEvent):
+    """Nothing is held any more."""
+
+
+Event = BlockStored | BlockRemoved | AllBlocksCleared
+
+
+class EventBatch(Struct, array_like=True, omit_defaults=True, gc=False):
+    """What one publication carries. `ts` is wall-clock seconds, for people; order comes from the sequence number."""
+
+    ts: float
+    events: Annotated[list[Event], Meta(max_length=65_536)]
+    data_parallel_rank: int | None = None
+    epoch: bytes | None = None
+
+
+_encoder = msgspec.msgpack.Encoder()
+_decoder = msgspec.msgpack.Decoder(EventBatch)
+
+
+def encode_batch(batch: EventBatch) -> bytes:
+    """The MessagePack payload of one batch."""
+    return _encoder.encode(batch)
+
+
+def decode_batch(payload: bytes) -> EventBatch:
+    """Raises msgspec.DecodeError on anything that is not a batch, ValueError on one past `MAX_BATCH_BYTES`."""
+    if len(payload) > MAX_BATCH_BYTES:
+        raise ValueError(f"event batch has {len(payload)} bytes, the limit is {MAX_BATCH_BYTES}")
+    return _decoder.decode(payload)
+
+
+def encode_seq(seq: int) -> bytes:
+    """A sequence number as it travels; -1 is `END_OF_REPLAY`."""
+    return seq.to_bytes(8, "big", signed=True)
+
+
+def decode_seq(frame: bytes) -> int:
+    """Inverse of `encode_seq`. Raises ValueError if the frame is not 8 bytes."""
+    if len(frame) != 8:
+        raise ValueError(f"sequence frame has {len(frame)} bytes, not 8")
+    return int.from_bytes(frame, "big", signed=True)

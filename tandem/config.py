@@ -1,0 +1,182 @@
+"""The configuration: one YAML file, overridden by the environment, validated once, frozen.
+
+Owns every option, its default and its limits. Environment variables are `TANDEM_` and the key with `__` between levels
+(`TANDEM_DECODE__ARENA_BYTES=1073741824`). A wrong value is a `ConfigError` that names the key. Constructors elsewhere take the few
+values they use, not this object.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
+
+from tandem.errors import ConfigError
+
+GiB = 1024**3
+
+
+def cache_dir() -> Path:
+    """Where models and run files live: `$TANDEM_CACHE`, else `$XDG_CACHE_HOME/tandem`, else `~/.cache/tandem`."""
+    if explicit := os.environ.get("TANDEM_CACHE"):
+        return Path(explicit)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tandem"
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class ModelConfig(_Section):
+    """What is served."""
+
+    path: str = Field("smollm2-135m", description="a name that `tandem pull` knows, a GGUF file or a Hugging Face directory")
+    name: str = Field("", description="the name clients use; empty: taken from the path")
+    dtype: Literal["bf16", "fp32"] = "bf16"
+    max_len: int = Field(0, ge=0, description="tokens of prompt and answer; 0: the model's own context")
+
+
+class WorkerConfig(_Section):
+    """One role's engine. Prefill and decode workers differ by these values, not by code."""
+
+    replicas: int = Field(1, ge=0, le=64)
+    arena_bytes: int = Field(1 * GiB, ge=2**20, description="KV memory of the DEVICE tier")
+    block_size: int = Field(16, ge=1, le=256, description="tokens of a block; the same for all workers of a cluster")
+    max_running: int = Field(64, ge=1, le=1024, description="sequences in one step")
+    max_step_tokens: int = Field(512, ge=16, le=512, description="token budget of a step; 512 rows is what the probe covers")
+    recompute_limit_tokens: int = Field(256, ge=0, description="a sink recomputes at most this many tokens without asking")
+    threads: int = Field(1, ge=1, le=256)
+
+
+class PoolConfig(_Section):
+    """The pool node of each machine."""
+
+    replicas: int = Field(1, ge=0, le=1)
+    host_bytes: int = Field(2 * GiB, ge=2**20, description="KV memory of the HOST tier")
+
+
+class LimitsConfig(_Section):
+    """What a request may ask for; past it the answer is INVALID_ARGUMENT or RESOURCE_EXHAUSTED with the limit."""
+
+    max_prompt_bytes: int = Field(4 * 2**20, ge=1)
+    max_tokens: int = Field(32_768, ge=1, description="generated tokens of one sample")
+    default_max_tokens: int = Field(256, ge=1)
+    max_samples: int = Field(16, ge=1, le=64)
+    max_stop_strings: int = Field(16, ge=0)
+    max_stop_bytes: int = Field(256, ge=1, description="UTF-8 bytes of one stop string")
+    max_logprobs: int = Field(20, ge=0, le=100)
+    max_active_requests: int = Field(1024, ge=1, description="accepted and not finished")
+    default_deadline_s: float = Field(600.0, gt=0)
+
+
+class RouterConfig(_Section):
+    """The front door and the control plane. Everything binds to `host`: loopback unless you say otherwise."""
+
+    host: str = "127.0.0.1"
+    grpc_port: Annotated[int, Field(ge=0, le=65_535)] = 8050
+    control_port: Annotated[int, Field(ge=0, le=65_535)] = 8051
+    metrics_port: Annotated[int, Field(ge=0, le=65_535, description="Prometheus; 0: off")] = 8052
+    heartbeat_s: float = Field(0.25, gt=0, le=10)
+    liveness_s: float = Field(3.0, gt=0, le=60, description="without a heartbeat for so long a process is lost")
+    progress_s: float = Field(60.0, gt=0, description="a step that takes longer counts as a death")
+    max_attempts: int = Field(3, ge=1, le=10, description="dispatches of one role before the request fails")
+
+
+class TransferConfig(_Section):
+    """How KV moves."""
+
+    transports: list[Literal["shm"]] = Field(default=["shm"], description="empty: nothing is fetched, all is recomputed")
+    lease_s: float = Field(5.0, gt=0, le=60)
+    grace_s: float = Field(2.0, gt=0, le=60, description="how long a source parks keys that it has not heard of")
+    hold_s: float = Field(10.0, gt=0, le=120, description="how long prefill keeps a finished prompt's blocks for decode")
+    fetch_timeout_s: float = Field(20.0, gt=0, description="a fetch that takes longer ends with what it has")
+
+
+class Config(BaseSettings):
+    """Everything a cluster needs to know. Build it with `load_config`."""
+
+    model_config = SettingsConfigDict(env_prefix="TANDEM_", env_nested_delimiter="__", extra="forbid", frozen=True)
+
+    cluster: str = Field("default", pattern=r"^[a-z0-9][a-z0-9-]{0,30}$", description="names run files; one cluster a name")
+    run_dir: str = Field("", description="sockets and run files; empty: a folder of the cluster's name in the cache folder")
+    model: ModelConfig = ModelConfig()
+    prefill: WorkerConfig = WorkerConfig()
+    decode: WorkerConfig = WorkerConfig()
+    pool: PoolConfig = PoolConfig()
+    router: RouterConfig = RouterConfig()
+    limits: LimitsConfig = LimitsConfig()
+    transfer: TransferConfig = TransferConfig()
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        return env_settings, init_settings
+
+    @property
+    def run_path(self) -> Path:
+        """The folder for this cluster's sockets and run files."""
+        return Path(self.run_dir) if self.run_dir else cache_dir() / "run" / self.cluster
+
+
+def _message(error: ValidationError, where: str) -> str:
+    lines = []
+    for item in error.errors():
+        key = ".".join(str(part) for part in item["loc"]) or "(top level)"
+        given = "" if item["type"] in ("missing", "extra_forbidden") else f" (given: {item['input']!r})"
+        text = "there is no such key" if item["type"] == "extra_forbidden" else item["msg"]
+        lines.append(f"{where}: {key}: {text}{given}")
+    return "\n".join(lines)
+
+
+def load_config(path: str | Path | None = None, overrides: dict[str, Any] | None = None) -> Config:
+    """The configuration from `path` (YAML; None: defaults), the environment, and `overrides` (nested; they win over the file).
+
+    Raises ConfigError naming the file and the key.
+    """
+    data: dict[str, Any] = {}
+    where = "configuration"
+    if path is not None:
+        where = str(path)
+        try:
+            loaded = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        except OSError as error:
+            raise ConfigError(f"{path}: can't be read: {error.strerror}") from error
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            raise ConfigError(f"{path}: not valid YAML: {error}") from error
+        if loaded is not None and not isinstance(loaded, dict):
+            raise ConfigError(f"{path}: the top level is a {type(loaded).__name__}, must be a mapping")
+        data = loaded or {}
+    _merge(data, overrides or {})
+    try:
+        config = Config(**data)
+    except ValidationError as error:
+        raise ConfigError(_message(error, where)) from error
+    if config.prefill.block_size != config.decode.block_size:
+        raise ConfigError(
+            f"{where}: prefill.block_size is {config.prefill.block_size} and decode.block_size is "
+            f"{config.decode.block_size}; they must be equal"
+        )
+    return config
+
+
+def _merge(into: dict[str, Any], values: dict[str, Any]) -> None:
+    for key, value in values.items():
+        if isinstance(value, dict) and isinstance(into.get(key), dict):
+            _merge(into[key], value)
+        else:
+            into[key] = value
+
+
+def dump_config(config: Config) -> str:
+    """The configuration as YAML that `load_config` reads back to an equal one."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
