@@ -193,12 +193,15 @@ class Sampling(Struct, frozen=True):
 class Dispatch(Struct, tag="dispatch", tag_field="t"):
     """Router → worker: take this role of this request.
 
-    `token_ids` are the tokens whose KV must exist before the role's work starts: for a first dispatch the prompt, for one
-    after a crash the prompt and the generated tokens so far (then `n == 1` per dispatch). Their keys follow from `root`.
-    Role `prefill`: get KV for all of `token_ids`, sample one token for each of `n` samples, report them, keep the blocks
-    leased for `hold_s` or until aborted.
-    Role `decode`: get KV for all of `token_ids` from `sources` (`wait` for keys being computed); the first token of each sample comes in
-    `FirstTokens`; then generate. With `prefill_here` the worker computes what it does not find and samples the first tokens itself.
+    `token_ids` are the tokens whose KV must exist before a token is drawn: the prompt, or, when a stream is taken up again
+    after a crash, the prompt and its accepted tokens (then `n == 1`, with the sample's `index`). Their keys follow from `root`.
+    Role `prefill`: get KV for all of `token_ids`, draw one token for each of `n` samples, report them, keep the blocks
+    findable for `hold_s` or until aborted.
+    Role `decode` with `prefill_here`: compute what is not found, draw the next token of each sample here, go on. No
+    `FirstTokens` follows.
+    Role `decode` without it: get KV for all of `token_ids` from `sources`, where `wait_source` is computing it right now;
+    the first token of each sample comes in `FirstTokens`; then go on from there.
+    The fence is unique per dispatch: the router counts `attempt` up for each dispatch of a role of a request.
     """
 
     fence: Fence
@@ -213,15 +216,14 @@ class Dispatch(Struct, tag="dispatch", tag_field="t"):
     index: Count = 0
     """The first sample's index; samples are `index … index + n - 1`."""
     prefill_here: bool = False
-    wait: bool = False
     wait_source: str = ""
-    """Name of the source that computes the missing keys right now; only it is asked to wait."""
+    """Name of the source that computes the missing keys right now; only it is asked to wait. Empty: nobody waits."""
     hold_s: float = 10.0
     priority: int = 0
 
 
 class FirstTokens(Struct, tag="first_tokens", tag_field="t"):
-    """Router → decode worker: the tokens that prefill sampled, one per sample, in index order."""
+    """Router → decode worker: the tokens that prefill drew, one per sample, in index order; -1 for a sample that ended there."""
 
     fence: Fence
     token_ids: list[int]
@@ -251,7 +253,8 @@ class Tokens(Struct, tag="tokens", tag_field="t"):
 
 
 class Ack(Struct, tag="ack", tag_field="t"):
-    """Router → worker: every token of this sample before `position` has been accepted. `final` frees the stream's memory."""
+    """Router → worker: every token of this sample before `position` has been accepted. `final` ends the sample on the worker
+    (it finished, or the router found a stop string)."""
 
     fence: Fence
     index: Count

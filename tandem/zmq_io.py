@@ -1,0 +1,178 @@
+"""A process's line to its routers: hello, welcome, heartbeat, reconnect (design §11).
+
+Owns one DEALER socket per router and nothing of what is said over it. Not thread-safe: one thread calls it.
+Frames are single MessagePack messages, bounded; what can't be decoded is counted, logged and dropped.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import msgspec
+import zmq
+
+from protos import control
+from protos.control import FromRouter, Heartbeat, Hello, Refused, ToRouter, Welcome
+
+log = logging.getLogger(__name__)
+
+HELLO_PERIOD_S = 1.0
+_HIGH_WATER_MARK = 100_000
+
+
+def identity(process: str, epoch: bytes) -> bytes:
+    """The ZeroMQ identity of a process: its name and epoch, so that a restarted one is somebody else."""
+    return f"{process}@{epoch.hex()}".encode()
+
+
+def bounded_socket(context: zmq.Context[zmq.Socket[bytes]], kind: int) -> zmq.Socket[bytes]:
+    """A socket that never lingers, refuses frames past the limit and has a high-water mark that is never reached in health."""
+    socket = context.socket(kind)
+    socket.linger = 0
+    socket.setsockopt(zmq.MAXMSGSIZE, control.MAX_MESSAGE_BYTES)
+    socket.sndhwm = _HIGH_WATER_MARK
+    socket.rcvhwm = _HIGH_WATER_MARK
+    return socket
+
+
+@dataclass(slots=True)
+class _Router:
+    socket: zmq.Socket[bytes]
+    endpoint: str
+    welcome: Welcome | None = None
+    heard_s: float = 0.0
+    next_hello_s: float = 0.0
+    next_heartbeat_s: float = 0.0
+
+
+class RouterLink:
+    """Keeps every router informed that this process lives and passes on what they send.
+
+    A hello is repeated each second until a welcome arrives, and begins anew when a router falls silent for its
+    `liveness_s` or answers with another epoch. `on_lost` is then called once with the router's number: what it had
+    dispatched is nobody's any more. Routers are numbered in the order of `endpoints`.
+    """
+
+    def __init__(
+        self,
+        context: zmq.Context[zmq.Socket[bytes]],
+        endpoints: Sequence[str],
+        *,
+        identity: bytes,
+        make_hello: Callable[[], Hello],
+        make_heartbeat: Callable[[], Heartbeat],
+        on_message: Callable[[int, FromRouter], None],
+        on_refused: Callable[[str], None],
+        on_lost: Callable[[int], None],
+    ) -> None:
+        self._make_hello = make_hello
+        self._make_heartbeat = make_heartbeat
+        self._on_message = on_message
+        self._on_refused = on_refused
+        self._on_lost = on_lost
+        self._routers: list[_Router] = []
+        self.num_undecodable = 0
+        for endpoint in endpoints:
+            socket = bounded_socket(context, zmq.DEALER)
+            socket.setsockopt(zmq.IDENTITY, identity)
+            socket.setsockopt(zmq.RECONNECT_IVL, 50)
+            socket.setsockopt(zmq.RECONNECT_IVL_MAX, 1000)
+            socket.connect(endpoint)
+            self._routers.append(_Router(socket, endpoint))
+
+    def sockets(self) -> list[zmq.Socket[bytes]]:
+        """The sockets to poll for input; `handle` takes one that is readable."""
+        return [router.socket for router in self._routers]
+
+    @property
+    def welcomed(self) -> bool:
+        """Whether some router knows this process."""
+        return any(router.welcome for router in self._routers)
+
+    def handle(self, socket: zmq.Socket[bytes], now_s: float) -> None:
+        """Takes in everything that waits on `socket`."""
+        number = next(i for i, router in enumerate(self._routers) if router.socket is socket)
+        router = self._routers[number]
+        while True:
+            try:
+                frames = socket.recv_multipart(zmq.NOBLOCK)
+            except zmq.Again:
+                return
+            try:
+                message = control.decode_from_router(frames[-1])
+            except msgspec.DecodeError as error:
+                self.num_undecodable += 1
+                log.warning("dropped a message of %d bytes from %s: %s", len(frames[-1]), router.endpoint, error)
+                continue
+            router.heard_s = now_s
+            match message:
+                case Welcome():
+                    if router.welcome is not None and router.welcome.epoch != message.epoch:
+                        self._lose(number, now_s)
+                    if router.welcome is None:
+                        router.next_heartbeat_s = now_s
+                    router.welcome = message
+                case Refused(reason=reason):
+                    self._on_refused(reason)
+                case _:
+                    self._on_message(number, message)
+
+    def tick(self, now_s: float) -> float:
+        """Sends the hellos and heartbeats that are due and notices silent routers. Returns when to call again."""
+        due = now_s + HELLO_PERIOD_S
+        for number, router in enumerate(self._routers):
+            welcome = router.welcome
+            if welcome is not None and now_s - router.heard_s > welcome.liveness_s:
+                log.warning("router %s has been silent for %.1f s", router.endpoint, now_s - router.heard_s)
+                self._lose(number, now_s)
+                welcome = None
+            if welcome is None:
+                if now_s >= router.next_hello_s:
+                    self._send(router, self._make_hello())
+                    router.next_hello_s = now_s + HELLO_PERIOD_S
+                due = min(due, router.next_hello_s)
+            else:
+                if now_s >= router.next_heartbeat_s:
+                    self._send(router, self._make_heartbeat())
+                    router.next_heartbeat_s = now_s + welcome.heartbeat_s
+                due = min(due, router.next_heartbeat_s)
+        return due
+
+    def hello_again(self) -> None:
+        """Tells every router anew who this process is (its capacity or endpoints changed)."""
+        for router in self._routers:
+            self._send(router, self._make_hello())
+
+    def heartbeat_now(self) -> None:
+        """Sends a heartbeat to every router that knows this process, without waiting for its turn."""
+        for router in self._routers:
+            if router.welcome is not None:
+                self._send(router, self._make_heartbeat())
+
+    def send(self, number: int, message: ToRouter) -> None:
+        """Sends to one router; a message to a router that can't be reached is dropped (it is asked for again, or is fenced)."""
+        self._send(self._routers[number], message)
+
+    def send_all(self, message: ToRouter) -> None:
+        """Sends to every router."""
+        for router in self._routers:
+            self._send(router, message)
+
+    def close(self, linger_ms: int = 0) -> None:
+        """Closes the sockets; queued messages get `linger_ms` to leave."""
+        for router in self._routers:
+            router.socket.close(linger=linger_ms)
+
+    def _lose(self, number: int, now_s: float) -> None:
+        router = self._routers[number]
+        router.welcome = None
+        router.next_hello_s = now_s
+        self._on_lost(number)
+
+    def _send(self, router: _Router, message: ToRouter) -> None:
+        try:
+            router.socket.send(control.encode(message), zmq.NOBLOCK)
+        except zmq.Again:
+            log.warning("router %s does not take messages; one was dropped", router.endpoint)
