@@ -1,0 +1,88 @@
+"""The memory of one tier: `num_blocks` slabs in one sealed memfd.
+
+Owns the memfd, its only writable mapping and the checksum of a slab. Never decides what a block holds or who may read
+it (`block_pool`), and never hands out anything but the read-only way in: other processes get the fd, and its seals
+refuse shrinking, growing and new writable mappings.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import mmap
+import os
+
+import numpy as np
+import xxhash
+from numpy.typing import NDArray
+
+F_SEAL_SEAL = 0x0001
+F_SEAL_SHRINK = 0x0002
+F_SEAL_GROW = 0x0004
+F_SEAL_FUTURE_WRITE = 0x0010
+"""From <linux/fcntl.h>; Python 3.11 lacks the last one."""
+
+ARENA_SEALS = F_SEAL_SHRINK | F_SEAL_GROW | F_SEAL_FUTURE_WRITE | F_SEAL_SEAL
+"""What a reader may rely on: the size is fixed, and nobody but the owner's existing mapping writes."""
+
+MEMFD_NAME = "tandem-arena"
+CHECKSUM_BYTES = 8
+
+
+def checksum_of(data: memoryview | NDArray[np.uint8]) -> bytes:
+    """xxh3-64 of contiguous bytes, 8 bytes big-endian: made once by a block's producer, verified by every reader."""
+    return xxhash.xxh3_64_digest(memoryview(data))
+
+
+class Arena:
+    """`num_blocks` slabs of `slab_bytes` bytes each; pages appear when they are first written.
+
+    `array` is `[num_blocks, slab_bytes]` uint8, writable, shared with every view made of it. Not synchronised: whoever
+    owns a block in the `BlockPool` may write its slab. Raises OSError if the memory can't be reserved.
+    """
+
+    def __init__(self, num_blocks: int, slab_bytes: int) -> None:
+        if num_blocks < 1 or slab_bytes < 1:
+            raise ValueError(f"an arena of {num_blocks} blocks of {slab_bytes} bytes; both must be at least 1")
+        self.num_blocks = num_blocks
+        self.slab_bytes = slab_bytes
+        self.fd = os.memfd_create(MEMFD_NAME, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+        try:
+            os.ftruncate(self.fd, self.num_bytes)
+            self._map = mmap.mmap(self.fd, self.num_bytes, mmap.MAP_SHARED, mmap.PROT_READ | mmap.PROT_WRITE)
+            fcntl.fcntl(self.fd, fcntl.F_ADD_SEALS, ARENA_SEALS)
+        except BaseException:
+            os.close(self.fd)
+            raise
+        self.array: NDArray[np.uint8] = np.frombuffer(self._map, dtype=np.uint8).reshape(num_blocks, slab_bytes)
+
+    @property
+    def num_bytes(self) -> int:
+        return self.num_blocks * self.slab_bytes
+
+    def slab(self, block_id: int) -> memoryview:
+        """The bytes of one block, writable, `[slab_bytes]`. Raises IndexError outside `0 … num_blocks - 1`."""
+        if not 0 <= block_id < self.num_blocks:
+            raise IndexError(f"block {block_id} is not in an arena of {self.num_blocks} blocks")
+        slab: memoryview = self.array[block_id].data
+        return slab
+
+    def checksum(self, block_id: int) -> bytes:
+        """`checksum_of` the whole slab: unused slots must be zero before."""
+        return checksum_of(self.slab(block_id))
+
+    def zero(self, block_id: int) -> None:
+        """Zeroes one slab."""
+        self.slab(block_id)  # bounds
+        self.array[block_id].fill(0)
+
+    def close(self) -> None:
+        """Gives the memory up: at once, or when the last view somebody made of `array` is gone. Idempotent."""
+        if self.fd < 0:
+            return
+        os.close(self.fd)
+        self.fd = -1
+        self.array = np.empty((0, self.slab_bytes), dtype=np.uint8)
+        try:
+            self._map.close()
+        except BufferError:
+            pass  # a view is still out; the mapping goes with it

@@ -1,0 +1,86 @@
+"""The arena: lazy, sealed, and its checksum."""
+
+from __future__ import annotations
+
+import fcntl
+import mmap
+import os
+
+import numpy as np
+import pytest
+import xxhash
+
+from kvpool.arena import ARENA_SEALS, Arena
+
+
+def test_pages_are_not_touched_before_they_are_written() -> None:
+    arena = Arena(1024, 1 << 20)
+    assert os.fstat(arena.fd).st_size == 1 << 30
+    assert os.fstat(arena.fd).st_blocks == 0
+    arena.slab(3)[:5] = b"hello"
+    assert 0 < os.fstat(arena.fd).st_blocks * 512 <= 4 << 20
+    arena.close()
+
+
+def test_seals_refuse_resizing_and_new_writable_mappings() -> None:
+    arena = Arena(4, 4096)
+    assert fcntl.fcntl(arena.fd, fcntl.F_GET_SEALS) == ARENA_SEALS
+    for size in (0, 4096, 1 << 20):
+        with pytest.raises(PermissionError):
+            os.ftruncate(arena.fd, size)
+    with pytest.raises(PermissionError):
+        mmap.mmap(arena.fd, 4096, mmap.MAP_SHARED, mmap.PROT_READ | mmap.PROT_WRITE)
+    with pytest.raises(PermissionError):
+        os.pwrite(arena.fd, b"x", 0)
+    with pytest.raises(PermissionError):
+        fcntl.fcntl(arena.fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_WRITE)
+    arena.array[2] = 7
+    with mmap.mmap(arena.fd, 4 * 4096, mmap.MAP_SHARED, mmap.PROT_READ) as seen:
+        assert seen[2 * 4096 : 3 * 4096] == b"\x07" * 4096
+    arena.close()
+
+
+def test_slabs_are_rows_that_do_not_overlap_even_when_slabs_are_not_whole_pages() -> None:
+    arena = Arena(5, 1000)
+    for i in range(5):
+        arena.slab(i)[:] = bytes([i + 1]) * 1000
+    assert arena.array.shape == (5, 1000)
+    assert [set(row.tolist()) for row in arena.array] == [{1}, {2}, {3}, {4}, {5}]
+    arena.zero(2)
+    assert not arena.array[2].any()
+    assert arena.array[[0, 1, 3, 4]].all()
+    arena.close()
+
+
+def test_checksum_is_xxh3_64_big_endian_over_the_whole_slab() -> None:
+    arena = Arena(2, 4096)
+    arena.array[1] = np.arange(4096) % 251
+    data = arena.array[1].tobytes()
+    assert arena.checksum(1) == xxhash.xxh3_64_intdigest(data).to_bytes(8, "big")
+    arena.array[1, -1] ^= 1
+    assert arena.checksum(1) != xxhash.xxh3_64_digest(data)
+    arena.close()
+
+
+@pytest.mark.parametrize("block_id", [-1, 2, 10**12])
+def test_a_block_outside_the_arena_is_refused(block_id: int) -> None:
+    arena = Arena(2, 64)
+    for use in (arena.slab, arena.checksum, arena.zero):
+        with pytest.raises(IndexError, match=f"block {block_id} is not in an arena of 2"):
+            use(block_id)
+    arena.close()
+
+
+def test_close_with_a_view_still_out_is_safe_and_repeatable() -> None:
+    arena = Arena(2, 4096)
+    view = arena.array[1]
+    arena.close()
+    arena.close()
+    view[:] = 9
+    assert view.all()
+
+
+@pytest.mark.parametrize(("num_blocks", "slab_bytes"), [(0, 1), (1, 0), (-1, 4096)])
+def test_an_empty_arena_is_refused(num_blocks: int, slab_bytes: int) -> None:
+    with pytest.raises(ValueError, match="at least 1"):
+        Arena(num_blocks, slab_bytes)
