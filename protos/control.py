@@ -396,10 +396,10 @@ ToSource = Fetch | Done | Cancel
 ToSink = Ready | Miss
 
 _encoder = msgspec.msgpack.Encoder()
-_to_router = msgspec.msgpack.Decoder(ToRouter)
-_from_router = msgspec.msgpack.Decoder(FromRouter)
-_to_source = msgspec.msgpack.Decoder(ToSource)
-_to_sink = msgspec.msgpack.Decoder(ToSink)
+_to_router: msgspec.msgpack.Decoder[ToRouter] = msgspec.msgpack.Decoder(ToRouter)
+_from_router: msgspec.msgpack.Decoder[FromRouter] = msgspec.msgpack.Decoder(FromRouter)
+_to_source: msgspec.msgpack.Decoder[ToSource] = msgspec.msgpack.Decoder(ToSource)
+_to_sink: msgspec.msgpack.Decoder[ToSink] = msgspec.msgpack.Decoder(ToSink)
 
 
 def encode(message: ToRouter | FromRouter | ToSource | ToSink) -> bytes:

@@ -1,0 +1,62 @@
+# Tandem's commands. `make setup` is implied by the others and costs nothing the second time.
+#   make demo [PROMPT="…"]   a whole cluster on this machine answers a prompt
+#   make test                the tests, at most ten minutes      make test-full   the slow ones too
+#   make check               format, lint, types, import arrows, generated code
+#   make proto               regenerate protos/tandem_pb2*       make clean       remove what was built
+
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+VENV := .venv
+STAMP := $(VENV)/.tandem-setup
+BIN := $(VENV)/bin
+# The first prompt of the demo; quotes in it are passed on untouched through the environment.
+export PROMPT ?= Write one sentence about the sea.
+
+.PHONY: help setup platform demo test test-full check proto clean
+
+help:
+	@sed -n 's/^# \{0,1\}//; 1,5p' Makefile
+
+platform:
+	@found="$$(uname -s) $$(uname -m)"; \
+	[ "$$found" = "Linux x86_64" ] || { echo "error: Tandem runs on Linux x86_64; this is $$found" >&2; exit 1; }
+
+# Pinned by constraints.txt; a change of either file installs anew.
+setup: platform $(STAMP)
+
+$(STAMP): pyproject.toml constraints.txt | platform
+	@python=""; \
+	for candidate in python3.11 python3; do \
+	    command -v $$candidate >/dev/null || continue; \
+	    $$candidate -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && { python=$$candidate; break; }; \
+	done; \
+	[ -n "$$python" ] || { echo "error: Tandem needs Python 3.11 or newer; found $$(python3 --version 2>&1 || true)" >&2; exit 1; }; \
+	[ -x $(BIN)/python ] || $$python -m venv $(VENV) || \
+	    { echo "error: $$python can't make a virtual environment; install its venv module (Debian: python3-venv)" >&2; exit 1; }; \
+	echo "Installing into $(VENV) (a few minutes the first time) …"; \
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'; \
+	touch $(STAMP)
+
+demo: setup
+	@$(BIN)/tandem demo "$$PROMPT"
+
+test: setup
+	@$(BIN)/python -m pytest -q -m "not slow"
+
+test-full: setup
+	@$(BIN)/python -m pytest -q
+
+check: setup
+	@$(BIN)/ruff format --check .
+	@$(BIN)/ruff check .
+	@$(BIN)/mypy
+	@$(BIN)/lint-imports
+	@$(BIN)/python -m protos.generate --check
+
+proto: setup
+	@$(BIN)/python -m protos.generate
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,23 @@
+"""What every test may rely on: one torch thread, no cache or run files outside the test's own folder."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+from hypothesis import settings
+
+# Before anything imports torch: oversubscribed threads make a small machine many times slower.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+# A loaded machine must not fail a property because one example was slow; pytest-timeout bounds the whole.
+settings.register_profile("tandem", deadline=None, print_blob=True)
+settings.load_profile("tandem")
+
+
+@pytest.fixture(autouse=True)
+def no_settings_from_outside(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A developer's own TANDEM_ variables change no test; the model cache is kept, it is expensive."""
+    for name in list(os.environ):
+        if name.startswith("TANDEM_") and name != "TANDEM_CACHE":
+            monkeypatch.delenv(name)

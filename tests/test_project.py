@@ -1,0 +1,89 @@
+"""What the project promises about itself: its names are its own, its dependencies are explained, dangerous calls are absent."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import re
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+OUR_NAMES = set(PROJECT["tool"]["importlinter"]["root_packages"])
+SOURCES = sorted(path for name in OUR_NAMES for path in (ROOT / name).rglob("*.py"))
+
+
+def normalized(name: str) -> str:
+    return re.sub(r"[-_.]+", "-", name).lower()
+
+
+def declared_dependencies() -> set[str]:
+    extras = PROJECT["project"]["optional-dependencies"].values()
+    return {normalized(name) for names in (PROJECT["project"]["dependencies"], *extras) for name in names}
+
+
+def test_no_installed_distribution_claims_our_import_names() -> None:
+    owners = importlib.metadata.packages_distributions()
+    foreign = {name: set(owners.get(name, ())) - {"tandem"} for name in OUR_NAMES}
+    assert not any(foreign.values()), foreign
+
+
+def test_every_top_level_package_is_declared() -> None:
+    found = {path.parent.name for path in ROOT.glob("*/__init__.py")}
+    assert found == OUR_NAMES
+
+
+def test_the_project_can_not_be_uploaded_to_an_index() -> None:
+    assert "Private :: Do Not Upload" in PROJECT["project"]["classifiers"]
+
+
+def test_every_dependency_has_a_reason_and_a_pin() -> None:
+    text = (ROOT / "docs/dependencies.md").read_text(encoding="utf-8")
+    explained = {normalized(name) for name in re.findall(r"^\| ([\w-]+) \| \S", text, re.MULTILINE)} - {"package"}
+    pins = re.findall(r"^([\w.-]+)==\S+$", (ROOT / "constraints.txt").read_text(encoding="utf-8"), re.MULTILINE)
+    assert explained == declared_dependencies()
+    assert declared_dependencies() <= {normalized(name) for name in pins}
+
+
+@pytest.mark.parametrize(
+    "forbidden",
+    [
+        r"\bpickle\.loads?\(",
+        r"\bimport pickle\b",
+        r"\bmarshal\.loads?\(",
+        r"\btorch\.load\(",
+        r"(?<![\w.])eval\(",
+        r"(?<![\w.])exec\(",
+        r"\byaml\.(unsafe_)?load\(",
+        r"\bshell=True",
+        r"\btrust_remote_code\b",
+    ],
+)
+def test_the_code_runs_nothing_that_data_could_choose(forbidden: str) -> None:
+    found = [
+        f"{path.relative_to(ROOT)}:{number}"
+        for path in SOURCES
+        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1)
+        if re.search(forbidden, line)
+    ]
+    assert not found
+
+
+def test_the_router_starts_without_torch_and_ray() -> None:
+    modules = sorted(
+        ".".join(path.relative_to(ROOT).with_suffix("").parts)
+        for path in (ROOT / "router").rglob("*.py")
+        if path.stem not in {"__init__", "__main__"}
+    )
+    code = (
+        f"import importlib, sys; [importlib.import_module(name) for name in {modules!r}];"
+        "print('torch' in sys.modules, 'ray' in sys.modules)"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60, check=True
+    )
+    assert result.stdout.split() == ["False", "False"]
