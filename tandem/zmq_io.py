@@ -52,7 +52,7 @@ class RouterLink:
 
     A hello is repeated each second until a welcome arrives, and begins anew when a router falls silent for its
     `liveness_s` or answers with another epoch. `on_lost` is then called once with the router's number: what it had
-    dispatched is nobody's any more. Routers are numbered in the order of `endpoints`.
+    dispatched is nobody's any more. Routers are numbered in the order of `endpoints`; `make_heartbeat` is given the number.
     """
 
     def __init__(
@@ -62,7 +62,7 @@ class RouterLink:
         *,
         identity: bytes,
         make_hello: Callable[[], Hello],
-        make_heartbeat: Callable[[], Heartbeat],
+        make_heartbeat: Callable[[int], Heartbeat],
         on_message: Callable[[int, FromRouter], None],
         on_refused: Callable[[str], None],
         on_lost: Callable[[int], None],
@@ -135,7 +135,7 @@ class RouterLink:
                 due = min(due, router.next_hello_s)
             else:
                 if now_s >= router.next_heartbeat_s:
-                    self._send(router, self._make_heartbeat())
+                    self._send(router, self._make_heartbeat(number))
                     router.next_heartbeat_s = now_s + welcome.heartbeat_s
                 due = min(due, router.next_heartbeat_s)
         return due
@@ -147,9 +147,9 @@ class RouterLink:
 
     def heartbeat_now(self) -> None:
         """Sends a heartbeat to every router that knows this process, without waiting for its turn."""
-        for router in self._routers:
+        for number, router in enumerate(self._routers):
             if router.welcome is not None:
-                self._send(router, self._make_heartbeat())
+                self._send(router, self._make_heartbeat(number))
 
     def send(self, number: int, message: ToRouter) -> None:
         """Sends to one router; a message to a router that can't be reached is dropped (it is asked for again, or is fenced)."""
