@@ -136,7 +136,7 @@ class BlockPool:
                 self._refs[block_id] += 1
 
     def release(self, block_ids: Sequence[BlockId]) -> None:
-        """One reference less on each. At none, an announced block becomes cached; another is freed, once no lease is left."""
+        """One reference less on each. At none, an announced block becomes cached; another is freed without leases."""
         with self.lock:
             self._tick += 1
             for block_id in block_ids:
@@ -146,6 +146,11 @@ class BlockPool:
                     self._num_referenced -= 1
                     self._used_at[block_id] = self._tick
                     self._settle(block_id)
+
+    def is_shared(self, block_id: BlockId) -> bool:
+        """Whether more than one reference is on the block: then whoever writes to it copies it first."""
+        with self.lock:
+            return self._refs[block_id] > 1
 
     def retire(self, block_ids: Sequence[BlockId]) -> None:
         """Quarantines private blocks into which a transport might still write; consumes the caller's only reference."""
@@ -357,7 +362,7 @@ class BlockPool:
                 assert sum(classes) == 1, f"block {block_id} is in classes {classes}"
                 assert (block_id in self._lent) == lent, f"block {block_id} in the lent set: {block_id in self._lent}"
                 assert self._num_leases[block_id] == leased.get(block_id, 0), (
-                    f"leases of block {block_id} are miscounted"
+                    f"block {block_id}: leases miscounted"
                 )
                 assert not lent or block_id in leased, f"block {block_id} is lent without a lease"
                 evictable = cached and block_id not in leased

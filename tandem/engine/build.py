@@ -1,0 +1,88 @@
+"""Puts an engine together from a model and a worker's values: the same way for a worker and for a single process."""
+
+from __future__ import annotations
+
+import uuid
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from kvpool.arena import Arena
+from kvpool.block_pool import BlockPool
+from kvpool.layout import KVLayout
+from protos.control import RoutingGroup
+from tandem.config import WorkerConfig
+from tandem.engine.engine import Engine, EngineLimits
+from tandem.engine.memory import SlabMemory
+from tandem.engine.numerics import NumericsReport, numerics_class
+from tandem.engine.runner import Runner, layout_for
+from tandem.errors import ConfigError
+from tandem.models.loader import LoadedModel, load_model
+
+
+@dataclass(frozen=True, slots=True)
+class EngineParts:
+    """An engine and what it is made of. The arena lives as long as anything uses its memory; `close` gives it up."""
+
+    engine: Engine
+    model: LoadedModel
+    layout: KVLayout
+    arena: Arena
+    pool: BlockPool
+    limits: EngineLimits
+    group: RoutingGroup
+    numerics: NumericsReport
+
+
+def build_engine(
+    model_path: Path,
+    dtype: Literal["bf16", "fp32"],
+    worker: WorkerConfig,
+    *,
+    max_len: int = 0,
+    fetch_timeout_s: float = 0.0,
+    keep_events: bool = True,
+) -> EngineParts:
+    """Loads the model, reserves the arena, probes the numerics. Raises ModelError or ConfigError in one sentence.
+
+    `max_len` 0 is the model's own context; the arena may shorten it.
+    """
+    torch.set_num_threads(worker.threads)
+    model = load_model(model_path, dtype)
+    layout = layout_for(model.config, dtype, worker.block_size)
+    num_blocks = worker.arena_bytes // layout.slab_bytes
+    if num_blocks < 2:
+        raise ConfigError(
+            f"arena_bytes is {worker.arena_bytes}, which holds {num_blocks} blocks of {layout.slab_bytes} bytes; "
+            "at least 2 are needed"
+        )
+    context = model.config.max_position
+    limits = EngineLimits(
+        max_model_len=min(max_len or context, context, num_blocks * worker.block_size),
+        vocab_size=model.config.vocab_size,
+        max_running=worker.max_running,
+        max_step_tokens=worker.max_step_tokens,
+        recompute_limit_tokens=worker.recompute_limit_tokens,
+        fetch_timeout_s=fetch_timeout_s,
+        block_size=worker.block_size,
+    )
+    arena = Arena(num_blocks, layout.slab_bytes)
+    pool = BlockPool(num_blocks, worker.block_size, "DEVICE", keep_events=keep_events)
+    memory = SlabMemory(arena, layout)
+    numerics = numerics_class(model)
+    engine = Engine(
+        pool=pool,
+        memory=memory,
+        runner=Runner(model, memory.tensor, layout),
+        limits=limits,
+        new_fetch_id=lambda: uuid.uuid4().bytes,
+    )
+    group = RoutingGroup(
+        model_fingerprint=model.fingerprint,
+        kv_format=layout.kv_format,
+        numerics_class=numerics.digest,
+        block_size=worker.block_size,
+    )
+    return EngineParts(engine, model, layout, arena, pool, limits, group, numerics)

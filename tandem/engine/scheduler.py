@@ -1,0 +1,207 @@
+"""Which sequences get how many tokens in a step (design §7).
+
+Owns the queue of waiting sequences and the set of those that hold blocks; takes blocks from the `BlockPool` and gives them
+back. Pure: no clock, no sockets, no tensors. It knows no phases: a step gives sequences tokens until
+`num_computed_tokens` catches up (ORCA, OSDI '22; chunked prefill after Sarathi-Serve, OSDI '24).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from kvpool.block_pool import BlockPool
+from tandem.engine.sequence import BlockId, Sequence, State
+
+
+@dataclass(frozen=True, slots=True)
+class Scheduled:
+    """`num_tokens` of `sequence`, from its `num_computed_tokens` on, are computed in this step."""
+
+    sequence: Sequence
+    num_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class CopyBlock:
+    """Copy-on-write: the slab of `source` has to be copied to `target` before the step runs."""
+
+    source: BlockId
+    target: BlockId
+
+
+@dataclass(frozen=True, slots=True)
+class StepPlan:
+    """One step: what to compute, and the copies to make first."""
+
+    scheduled: list[Scheduled]
+    copies: list[CopyBlock]
+
+
+class Scheduler:
+    """Admits sequences in their order, plans steps, preempts the youngest when blocks run out.
+
+    Duties of the owner: `add` each new sequence once; `admit` until it answers None; run every `StepPlan` it asked for; call
+    `finish` exactly once for each sequence that ends, whatever the reason. Sequences in FETCHING can't be preempted at once:
+    `cancel_fetch` is called and the owner calls `requeue` when the fetch is over.
+    """
+
+    def __init__(
+        self,
+        pool: BlockPool,
+        *,
+        block_size: int,
+        max_running: int,
+        max_step_tokens: int,
+        cancel_fetch: Callable[[Sequence], None],
+    ) -> None:
+        self._pool = pool
+        self._block_size = block_size
+        self._max_running = max_running
+        self._max_step_tokens = max_step_tokens
+        self._cancel_fetch = cancel_fetch
+        self._waiting: list[Sequence] = []
+        self._holding: list[Sequence] = []
+        self.num_preemptions = 0
+
+    @property
+    def waiting(self) -> list[Sequence]:
+        """Sequences without blocks, in order."""
+        return self._waiting
+
+    @property
+    def holding(self) -> list[Sequence]:
+        """Sequences with blocks, in order."""
+        return self._holding
+
+    @property
+    def has_work(self) -> bool:
+        """Whether a step could compute something."""
+        return any(sequence.state is State.RUNNING for sequence in self._holding)
+
+    def add(self, sequence: Sequence) -> None:
+        """Queues a new sequence; it must be in WAITING and hold no blocks."""
+        self._insert(self._waiting, sequence)
+
+    def adopt(self, sequence: Sequence) -> None:
+        """Takes in a sequence that already holds blocks (a fork)."""
+        self._insert(self._holding, sequence)
+
+    def admit(self) -> Sequence | None:
+        """The next waiting sequence, with every block up to its last token reserved and its local prefix hit taken.
+
+        Sets `block_table`, `num_computed_tokens` and `num_published_blocks`; the caller sets the state. A sequence that
+        draws keeps at least its last token to compute. None when nothing waits or there is no room for the first in line:
+        nobody overtakes, so nobody starves.
+        """
+        if not self._waiting:
+            return None
+        sequence = self._waiting[0]
+        if self._holding and self.num_running + sequence.num_future > self._max_running:
+            return None
+        num_full = (sequence.num_tokens - sequence.draws) // self._block_size
+        hits = self._pool.match(sequence.chain.keys[:num_full])
+        num_blocks = -(-sequence.num_tokens // self._block_size)
+        fresh = self._pool.allocate(num_blocks - len(hits))
+        if fresh is None:
+            self._pool.release(hits[::-1])
+            return None
+        del self._waiting[0]
+        sequence.block_table = hits + fresh
+        sequence.num_computed_tokens = len(hits) * self._block_size
+        sequence.num_published_blocks = len(hits)
+        self._insert(self._holding, sequence)
+        return sequence
+
+    @property
+    def num_running(self) -> int:
+        """Sequences that hold blocks for work still to do here, forks to come included."""
+        return sum(sequence.num_future for sequence in self._holding if sequence.state is not State.HELD)
+
+    def plan(self) -> StepPlan | None:
+        """What the next step computes; None if nothing can run. May preempt."""
+        scheduled: list[Scheduled] = []
+        copies: list[CopyBlock] = []
+        budget = self._max_step_tokens
+        running = [sequence for sequence in self._holding if sequence.state is State.RUNNING]
+        running.sort(key=lambda sequence: (sequence.num_missing_tokens > 1, sequence.order))
+        for sequence in running:
+            if budget == 0:
+                break
+            if sequence.state is not State.RUNNING:
+                continue
+            num_tokens = min(sequence.num_missing_tokens, budget)
+            if not self._make_room(sequence, num_tokens, copies, scheduled):
+                continue
+            scheduled.append(Scheduled(sequence, num_tokens))
+            budget -= num_tokens
+        scheduled = [item for item in scheduled if item.sequence.state is State.RUNNING]
+        if not scheduled:
+            return None
+        kept = {block for item in scheduled for block in item.sequence.block_table}
+        return StepPlan(scheduled, [copy for copy in copies if copy.target in kept])
+
+    def finish(self, sequence: Sequence) -> None:
+        """Gives back everything the sequence holds and forgets it."""
+        if sequence in self._waiting:
+            self._waiting.remove(sequence)
+        if sequence in self._holding:
+            self._holding.remove(sequence)
+        self._release(sequence)
+        sequence.state = State.FINISHED
+
+    def requeue(self, sequence: Sequence) -> None:
+        """Puts a sequence that holds blocks back in the queue; its KV is recomputed or found again later."""
+        self._holding.remove(sequence)
+        self._release(sequence)
+        sequence.state = State.WAITING
+        self._insert(self._waiting, sequence)
+        self.num_preemptions += 1
+
+    def _make_room(
+        self, sequence: Sequence, num_tokens: int, copies: list[CopyBlock], scheduled: list[Scheduled]
+    ) -> bool:
+        """Makes the blocks that the next `num_tokens` of `sequence` are written to exist and belong to it alone."""
+        first = sequence.num_computed_tokens // self._block_size
+        last = (sequence.num_computed_tokens + num_tokens - 1) // self._block_size
+        while True:
+            table = sequence.block_table
+            shared = [i for i in range(first, min(last + 1, len(table))) if self._pool.is_shared(table[i])]
+            num_new = max(0, last + 1 - len(table))
+            fresh = self._pool.allocate(len(shared) + num_new) if shared or num_new else []
+            if fresh is not None:
+                for i, block in zip(shared, fresh, strict=False):
+                    copies.append(CopyBlock(table[i], block))
+                    self._pool.release([table[i]])
+                    table[i] = block
+                table.extend(fresh[len(shared) :])
+                return True
+            if not self._preempt_after(sequence):
+                return False
+
+    def _preempt_after(self, sequence: Sequence) -> bool:
+        """Takes the blocks of the youngest sequence that may be preempted for `sequence`; False if there is none, or if the
+        room comes later, from a fetch that is being cancelled or a hold that is running out."""
+        for victim in reversed(self._holding):
+            if victim.order < sequence.order:
+                break
+            if victim.state is State.FETCHING:
+                self._cancel_fetch(victim)
+                return False
+            if victim.state in (State.RUNNING, State.PARKED):
+                self.requeue(victim)
+                return victim is not sequence
+        return False
+
+    def _release(self, sequence: Sequence) -> None:
+        self._pool.release(sequence.block_table[::-1])
+        sequence.block_table = []
+        sequence.num_computed_tokens = 0
+        sequence.num_published_blocks = 0
+
+    @staticmethod
+    def _insert(line: list[Sequence], sequence: Sequence) -> None:
+        position = len(line)
+        while position and line[position - 1].order > sequence.order:
+            position -= 1
+        line.insert(position, sequence)

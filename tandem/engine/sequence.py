@@ -1,0 +1,113 @@
+"""A sequence: tokens, the blocks that hold their KV, and how far that KV has come.
+
+Owns the bookkeeping of one sample's tokens on one worker and of the dispatch (`Job`) it belongs to; allocates nothing and
+decides nothing. "Prefill" only means that `num_computed_tokens` is behind `num_tokens`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import Enum, auto
+
+from kvpool.keys import KeyChain
+from protos.control import Dispatch, FetchedFrom
+
+BlockId = int
+
+
+class State(Enum):
+    """Where a sequence is. Only RUNNING ones are given tokens; all but WAITING and FINISHED hold blocks.
+
+    WAITING → FETCHING → RUNNING → PARKED → RUNNING → FINISHED is the longest way; each arrow may be skipped, any state may end
+    in FINISHED, and a preempted sequence goes back to WAITING.
+    """
+
+    WAITING = auto()
+    FETCHING = auto()
+    RUNNING = auto()
+    PARKED = auto()
+    """Its KV is complete, its first token has not come yet (decode role without `prefill_here`)."""
+    HELD = auto()
+    """Its tokens are drawn, its blocks wait to be fetched (prefill role)."""
+    FINISHED = auto()
+
+
+@dataclass(slots=True, eq=False)
+class Job:
+    """One dispatch on this worker: what was asked, by which router, and its sequences by sample index.
+
+    Until the prompt's KV is complete a job has one sequence, its trunk; then that is forked into `n` samples.
+    """
+
+    dispatch: Dispatch
+    router: int
+    arrival: int
+    received_s: float
+    deadline_s: float
+    samples: dict[int, Sequence] = field(default_factory=dict)
+    fetch_id: bytes | None = None
+    aborting: str | None = None
+    """Why it ends as soon as its fetch is over."""
+    first_tokens: list[int] | None = None
+    forked: bool = False
+    stopped: set[int] = field(default_factory=set)
+    """Samples that the router ended before the fork."""
+    admitted_s: float | None = None
+    fetched_s: float | None = None
+    reported: bool = False
+    local_hit_tokens: int = 0
+    fetched_tokens: int = 0
+    computed_tokens: int = 0
+    fetched: list[FetchedFrom] = field(default_factory=list)
+    hold_until_s: float = 0.0
+
+    @property
+    def trunk(self) -> Sequence:
+        """The job's only sequence before the fork, afterwards the first sample that is still there."""
+        return next(iter(self.samples.values()))
+
+
+@dataclass(slots=True, eq=False)
+class Sequence:
+    """One sample's tokens and blocks.
+
+    `block_table[i]` holds tokens `i * block_size …`; blocks before `num_published_blocks` are immutable and findable by key.
+    `draws` says whether the sequence draws its next token when its KV has caught up.
+    """
+
+    job: Job
+    index: int
+    tokens: list[int]
+    chain: KeyChain
+    draws: bool
+    state: State = State.WAITING
+    block_table: list[BlockId] = field(default_factory=list)
+    num_computed_tokens: int = 0
+    num_published_blocks: int = 0
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.tokens)
+
+    @property
+    def num_missing_tokens(self) -> int:
+        """Tokens whose KV does not exist yet."""
+        return len(self.tokens) - self.num_computed_tokens
+
+    @property
+    def num_generated_tokens(self) -> int:
+        return len(self.tokens) - self.job.dispatch.num_prompt_tokens
+
+    @property
+    def order(self) -> tuple[int, int]:
+        """The total order of sequences: the first in it is never preempted."""
+        return (self.job.arrival, self.index)
+
+    @property
+    def num_future(self) -> int:
+        """How many sequences this one stands for: its job's `n` before the fork, itself afterwards."""
+        return 1 if self.job.forked else self.job.dispatch.n
+
+    def append(self, token: int) -> None:
+        self.tokens.append(token)
+        self.chain.extend((token,))

@@ -1,0 +1,358 @@
+"""The two threads of a worker: the engine thread computes, the transfer thread talks (design §7).
+
+Owns the worker's process: builds the engine, joins the routers, moves blocks, and ends cleanly. The threads share the
+`BlockPool` (under its lock) and two queues; nothing else. A long step never delays a heartbeat or a fetch.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import queue
+import secrets
+import threading
+from collections.abc import Callable
+from typing import Literal
+
+import msgspec
+import zmq
+
+from kvpool.service import KVService
+from kvpool.sink import FetchedBlock, FetchEnded
+from protos import control
+from protos.control import (
+    Abort,
+    Aborted,
+    Ack,
+    Capacity,
+    Counters,
+    Dispatch,
+    Failed,
+    FirstTokens,
+    FromRouter,
+    Goodbye,
+    Heartbeat,
+    Hello,
+    Load,
+    Resend,
+    Tokens,
+)
+from tandem.clock import now_s
+from tandem.config import Config, WorkerConfig
+from tandem.engine.build import EngineParts, build_engine
+from tandem.engine.engine import Output
+from tandem.errors import ConfigError
+from tandem.machine import machine_id
+from tandem.model_files import default_model_name, resolve_model
+from tandem.unacknowledged import Unacknowledged
+from tandem.zmq_io import RouterLink, identity
+
+log = logging.getLogger(__name__)
+
+_IDLE_WAIT_S = 0.05
+"""How long the engine thread sleeps at most while something waits for room that another thread may free."""
+_GOODBYE_LINGER_MS = 200
+
+Input = Callable[[], None]
+
+
+class WorkerLoop:
+    """One worker. `run` returns when `stop` is set and raises what ended it otherwise."""
+
+    def __init__(self, config: Config, worker: WorkerConfig, *, role: Literal["prefill", "decode"], name: str) -> None:
+        self._config = config
+        self._worker = worker
+        self._role: Literal["prefill", "decode"] = role
+        self._name = name
+
+    def run(self, stop: threading.Event) -> None:
+        """Serves until `stop`. Raises TandemError if the model can't be loaded or a router refuses this worker."""
+        path = resolve_model(self._config.model.path)
+        parts = build_engine(
+            path,
+            self._config.model.dtype,
+            self._worker,
+            max_len=self._config.model.max_len,
+            fetch_timeout_s=self._config.transfer.fetch_timeout_s,
+        )
+        model_name = self._config.model.name or default_model_name(path)
+        engine_thread = _EngineThread(parts)
+        transfer = _TransferThread(self._config, parts, engine_thread, self._role, self._name, model_name)
+        engine_thread.connect(transfer)
+        thread = threading.Thread(target=transfer.run, name="transfer")
+        thread.start()
+        try:
+            engine_thread.run(stop, transfer)
+        finally:
+            transfer.stop()
+            thread.join()
+            parts.arena.close()
+        if transfer.error is not None:
+            raise transfer.error
+
+
+class _EngineThread:
+    """schedule → run → postprocess, and a queue of what others want the engine to know."""
+
+    def __init__(self, parts: EngineParts) -> None:
+        self._parts = parts
+        self._engine = parts.engine
+        self._inbox: queue.SimpleQueue[Input] = queue.SimpleQueue()
+        self._publish: Callable[[Output], None] = lambda output: None
+        self.step_id = 0
+        self.step_began_s: float | None = None
+        self.loads: dict[int, Load] = {}
+        self.counters = Counters()
+
+    def connect(self, transfer: _TransferThread) -> None:
+        self._publish = transfer.take_output
+
+    def post(self, message: Input) -> None:
+        """From any thread: `message` is called on the engine thread before its next step."""
+        self._inbox.put(message)
+
+    def run(self, stop: threading.Event, transfer: _TransferThread) -> None:
+        checked = True
+        while not stop.is_set() and transfer.error is None:
+            self._intake(block=not self._engine.has_work, checked=checked)
+            self.step_id += 1
+            self.step_began_s = now_s()
+            output = self._engine.step(self.step_began_s, now_s)
+            self.step_began_s = None
+            self.loads = self._engine.loads()
+            self.counters = self._engine.counters()
+            self._publish(output)
+            if not self._engine.is_idle:
+                checked = False
+            elif not checked and self._inbox.empty():
+                self._parts.pool.check()
+                checked = True
+
+    def _intake(self, *, block: bool, checked: bool) -> None:
+        try:
+            if block:
+                self._inbox.get(timeout=_IDLE_WAIT_S if not checked else 10 * _IDLE_WAIT_S)()
+            while True:
+                self._inbox.get_nowait()()
+        except queue.Empty:
+            pass
+
+
+class _TransferThread:
+    """Sockets, copies, checksums, heartbeats. Everything it owns is touched by its thread alone, but for `take_output`,
+    `stop` and `error`."""
+
+    def __init__(
+        self,
+        config: Config,
+        parts: EngineParts,
+        engine: _EngineThread,
+        role: Literal["prefill", "decode"],
+        name: str,
+        model: str,
+    ) -> None:
+        self._config = config
+        self._parts = parts
+        self._engine = engine
+        self._role: Literal["prefill", "decode"] = role
+        self._name = name
+        self._model = model
+        self._epoch = secrets.token_bytes(8)
+        self._outputs: queue.SimpleQueue[Output] = queue.SimpleQueue()
+        self._wake_fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        self._stopping = False
+        self._unacknowledged = Unacknowledged()
+        self.error: BaseException | None = None
+
+    # --- from other threads ------------------------------------------------------------------------------------------
+
+    def take_output(self, output: Output) -> None:
+        """The engine's output of one step, to be sent."""
+        self._outputs.put(output)
+        os.eventfd_write(self._wake_fd, 1)
+
+    def stop(self) -> None:
+        """Ends the thread after it has said goodbye."""
+        self._stopping = True
+        os.eventfd_write(self._wake_fd, 1)
+
+    # --- the thread --------------------------------------------------------------------------------------------------
+
+    def run(self) -> None:
+        try:
+            self._serve()
+        except BaseException as error:
+            log.exception("the transfer thread ended")
+            self.error = error
+            self._engine.post(lambda: None)
+
+    def _serve(self) -> None:
+        context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+        transfer = self._config.transfer
+        router = self._config.router
+        try:
+            self._service = KVService(
+                context=context,
+                pool=self._parts.pool,
+                arena=self._parts.arena,
+                process=self._name,
+                epoch=self._epoch,
+                tier="DEVICE",
+                bind_host=router.host,
+                transports=transfer.transports,
+                machine_id=machine_id(),
+                lease_s=transfer.lease_s,
+                grace_s=transfer.grace_s,
+                on_blocks=self._on_blocks,
+                on_ended=self._on_ended,
+            )
+            try:
+                self._link = RouterLink(
+                    context,
+                    [f"tcp://{router.host}:{router.control_port}"],
+                    identity=identity(self._name, self._epoch),
+                    make_hello=self._hello,
+                    make_heartbeat=self._heartbeat,
+                    on_message=self._on_message,
+                    on_refused=self._on_refused,
+                    on_lost=self._on_router_lost,
+                )
+                try:
+                    self._poll_until_stopped()
+                    self._link.send_all(Goodbye(self._name, self._epoch))
+                finally:
+                    self._link.close(_GOODBYE_LINGER_MS)
+            finally:
+                self._service.close()
+        finally:
+            context.term()
+            os.close(self._wake_fd)
+
+    def _poll_until_stopped(self) -> None:
+        poller = zmq.Poller()
+        poller.register(self._wake_fd, zmq.POLLIN)
+        for socket in self._link.sockets():
+            poller.register(socket, zmq.POLLIN)
+        due_s = 0.0
+        while not self._stopping:
+            self._service.register(poller)
+            timeout_ms = max(0, int((due_s - now_s()) * 1000) + 1)
+            ready = dict(poller.poll(min(timeout_ms, 1000)))
+            if ready.pop(self._wake_fd, 0):
+                os.eventfd_read(self._wake_fd)
+            for socket in self._link.sockets():
+                if ready.pop(socket, 0):
+                    self._link.handle(socket, now_s())
+            self._service.handle(ready, now_s())
+            self._send_outputs()
+            now = now_s()
+            due_s = min(self._service.tick(now), self._link.tick(now), self._resend(now))
+
+    def _send_outputs(self) -> None:
+        while True:
+            try:
+                output = self._outputs.get_nowait()
+            except queue.Empty:
+                break
+            now = now_s()
+            for fetch_id in output.cancels:
+                self._service.cancel_fetch(fetch_id, now)
+            for keys, until_s in output.promises:
+                self._service.promise(keys, until_s)
+            for plan in output.fetches:
+                self._service.start_fetch(plan, now)
+            if output.unpromised:
+                self._service.on_failed(output.unpromised, now)
+            for router, reply in output.replies:
+                match reply:
+                    case Tokens():
+                        self._unacknowledged.add(router, reply, now)
+                    case Failed() | Aborted():
+                        self._unacknowledged.drop(router, reply.fence)
+                self._link.send(router, reply)
+        self._service.publish_pool_events(now_s())
+
+    def _resend(self, now: float) -> float:
+        for router, tokens in self._unacknowledged.due(now):
+            self._link.send(router, tokens)
+        due_s = self._unacknowledged.next_due_s()
+        return now + 1.0 if due_s is None else due_s
+
+    # --- what comes in -----------------------------------------------------------------------------------------------
+
+    def _on_message(self, router: int, message: FromRouter) -> None:
+        engine = self._parts.engine
+        post = self._engine.post
+        now = now_s()
+        match message:
+            case Dispatch():
+                post(lambda: engine.on_dispatch(router, message, now))
+            case FirstTokens(fence=fence, token_ids=token_ids):
+                post(lambda: engine.on_first_tokens(router, fence, token_ids, now))
+            case Abort(fence=fence, reason=reason):
+                self._unacknowledged.drop(router, fence)
+                post(lambda: engine.on_abort(router, fence, reason))
+            case Ack(fence=fence, index=index, position=position, final=final):
+                self._unacknowledged.acknowledge(router, fence, index, position, final, now)
+                if final:
+                    post(lambda: engine.on_stop_sample(router, fence, index))
+            case Resend(fence=fence, index=index, position=position):
+                for tokens in self._unacknowledged.from_position(router, fence, index, position):
+                    self._link.send(router, tokens)
+            case _:
+                log.warning("a worker has no use for %s", type(message).__name__)
+
+    def _on_router_lost(self, router: int) -> None:
+        self._unacknowledged.drop_router(router)
+        self._engine.post(lambda: self._parts.engine.on_router_lost(router))
+
+    def _on_refused(self, reason: str) -> None:
+        raise ConfigError(f"the router refused {self._name}: {reason}")
+
+    def _on_blocks(self, fetch_id: bytes, blocks: list[FetchedBlock]) -> None:
+        self._engine.post(lambda: self._parts.engine.on_blocks(fetch_id, blocks))
+
+    def _on_ended(self, ended: FetchEnded) -> None:
+        now = now_s()
+        self._engine.post(lambda: self._parts.engine.on_fetch_ended(ended, now))
+
+    # --- what is said of this worker -----------------------------------------------------------------------------------
+
+    def _hello(self) -> Hello:
+        limits = self._parts.limits
+        return Hello(
+            version=control.PROTOCOL_VERSION,
+            process=self._name,
+            role=self._role,
+            epoch=self._epoch,
+            pid=os.getpid(),
+            endpoints=self._service.endpoints,
+            capacity=Capacity(
+                num_blocks=self._parts.pool.num_blocks,
+                slab_bytes=self._parts.layout.slab_bytes,
+                max_model_len=limits.max_model_len,
+                max_running=limits.max_running,
+                recompute_limit_tokens=limits.recompute_limit_tokens,
+            ),
+            group=self._parts.group,
+            model=self._model,
+        )
+
+    def _heartbeat(self, router: int) -> Heartbeat:
+        stats = self._parts.pool.stats()
+        began_s = self._engine.step_began_s
+        load = msgspec.structs.replace(
+            self._engine.loads.get(router, Load()),
+            free_blocks=stats.allocatable,
+            cached_blocks=stats.cached,
+            leased_blocks=stats.leased,
+        )
+        return Heartbeat(
+            process=self._name,
+            epoch=self._epoch,
+            step_id=self._engine.step_id,
+            step_age_s=0.0 if began_s is None else max(0.0, now_s() - began_s),
+            events_seq=self._service.events_seq,
+            load=load,
+            counters=self._service.add_counters(self._engine.counters),
+        )

@@ -1,0 +1,440 @@
+"""The engine's promises, on a model whose every token depends on every KV cell before it."""
+
+from __future__ import annotations
+
+import importlib.util
+import itertools
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from kvpool.block_pool import BlockPool
+from kvpool.keys import KeyChain, tokens_as_bytes
+from kvpool.sink import FetchedBlock, FetchEnded
+from protos.control import Aborted, Dispatch, Failed, Fence, RoleReport, Sampling, Source, Tokens
+from protos.control import Endpoints as ControlEndpoints
+from tandem.engine.engine import Engine, EngineLimits, Output
+
+_spec = importlib.util.spec_from_file_location("fake_model", Path(__file__).with_name("fake_model.py"))
+assert _spec is not None
+assert _spec.loader is not None
+fake_model = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(fake_model)
+
+BLOCK = 4
+ROOT = b"r" * 16
+SOURCE = Source("prefill-0", b"e" * 8, "DEVICE", ControlEndpoints("tcp://a", "tcp://b", "tcp://c"))
+
+
+class World:
+    """An engine and a hand on its clock; collects what it says."""
+
+    def __init__(
+        self, num_blocks: int = 64, max_running: int = 8, max_step_tokens: int = 16, recompute: int = 8
+    ) -> None:
+        self.pool = BlockPool(num_blocks, BLOCK, "DEVICE")
+        self.memory = fake_model.FakeMemory(num_blocks, BLOCK)
+        self.runner = fake_model.FakeRunner(self.memory, BLOCK)
+        self.now_s = 100.0
+        ids = itertools.count()
+        self.engine = Engine(
+            pool=self.pool,
+            memory=self.memory,
+            runner=self.runner,
+            limits=EngineLimits(
+                max_model_len=num_blocks * BLOCK,
+                vocab_size=fake_model.VOCAB,
+                max_running=max_running,
+                max_step_tokens=max_step_tokens,
+                recompute_limit_tokens=recompute,
+                fetch_timeout_s=5.0,
+                block_size=BLOCK,
+            ),
+            new_fetch_id=lambda: next(ids).to_bytes(16, "big"),
+        )
+        self.said: list[Any] = []
+        self.outputs = Output()
+
+    def step(self) -> Output:
+        self.now_s += 0.01
+        out = self.engine.step(self.now_s, lambda: self.now_s)
+        self.said.extend(message for _, message in out.replies)
+        self.pool.check()
+        return out
+
+    def run(self, limit: int = 10_000) -> None:
+        for _ in range(limit):
+            self.step()
+            if self.engine.is_idle:
+                return
+        raise AssertionError(f"not idle after {limit} steps")
+
+    def stream(self, fence: Fence, index: int = 0) -> list[int]:
+        tokens: list[int] = []
+        for message in self.said:
+            if isinstance(message, Tokens) and message.fence == fence and message.index == index:
+                assert message.position == len(tokens)
+                tokens.extend(message.token_ids)
+        return tokens
+
+    def ends(self, fence: Fence) -> list[str]:
+        ends = []
+        for message in self.said:
+            if getattr(message, "fence", None) != fence:
+                continue
+            if isinstance(message, Tokens) and message.finish_reason:
+                ends.append(message.finish_reason)
+            elif isinstance(message, Failed):
+                ends.append(message.code)
+            elif isinstance(message, Aborted):
+                ends.append("aborted")
+        return ends
+
+
+def dispatch(
+    name: str,
+    prompt: list[int],
+    *,
+    max_tokens: int = 5,
+    role: str = "decode",
+    here: bool = True,
+    n: int = 1,
+    **more: Any,
+) -> Dispatch:
+    return Dispatch(
+        fence=Fence(name, 0, role, 0),  # type: ignore[arg-type]
+        root=ROOT,
+        token_ids=tokens_as_bytes(prompt),
+        num_prompt_tokens=more.pop("num_prompt_tokens", len(prompt)),
+        sampling=Sampling(max_tokens=max_tokens, stop_token_ids=more.pop("stop_token_ids", [])),
+        n=n,
+        sources=more.pop("sources", []),
+        deadline_s=more.pop("deadline_s", 1000.0),
+        prefill_here=here,
+        **more,
+    )
+
+
+def all_free(world: World) -> bool:
+    stats = world.pool.stats()
+    return stats.free + stats.cached == stats.num_blocks and stats.leased == 0
+
+
+@pytest.mark.parametrize("length", [1, 3, 4, 5, 8, 17, 40])
+def test_a_stream_is_the_models_truth_at_every_prompt_length(length: int) -> None:
+    world = World()
+    prompt = [(7 * i) % fake_model.VOCAB for i in range(length)]
+    world.engine.on_dispatch(0, dispatch("a", prompt, max_tokens=9), world.now_s)
+    world.run()
+    assert world.stream(Fence("a", 0, "decode", 0)) == fake_model.continuation(prompt, 9)
+    assert world.ends(Fence("a", 0, "decode", 0)) == ["length"]
+    assert all_free(world)
+
+
+def test_a_second_request_finds_the_first_ones_blocks_and_computes_only_the_rest() -> None:
+    world = World()
+    prompt = list(range(20))
+    world.engine.on_dispatch(0, dispatch("a", prompt), world.now_s)
+    world.run()
+    world.engine.on_dispatch(0, dispatch("b", [*prompt[:16], 50, 51]), world.now_s)
+    world.run()
+    report = next(m for m in world.said if isinstance(m, RoleReport) and m.fence.request_id == "b")
+    assert (report.local_hit_tokens, report.computed_tokens) == (16, 2)
+    assert world.stream(Fence("b", 0, "decode", 0)) == fake_model.continuation([*prompt[:16], 50, 51], 5)
+
+
+def test_a_prompt_that_is_wholly_cached_still_computes_its_last_token() -> None:
+    world = World()
+    prompt = list(range(16))
+    for name in "ab":
+        world.engine.on_dispatch(0, dispatch(name, prompt), world.now_s)
+        world.run()
+    assert world.stream(Fence("b", 0, "decode", 0)) == fake_model.continuation(prompt, 5)
+
+
+def test_parallel_samples_share_the_prompt_and_never_write_into_each_other() -> None:
+    world = World(num_blocks=16)
+    prompt = list(range(18))
+    world.engine.on_dispatch(0, dispatch("a", prompt, n=4, max_tokens=7), world.now_s)
+    while not any(isinstance(m, Tokens) for m in world.said):
+        world.step()
+    assert world.pool.stats().referenced == 5  # one copy of the prompt
+    world.run()
+    for index in range(4):
+        assert world.stream(Fence("a", 0, "decode", 0), index) == fake_model.continuation(prompt, 7)
+    assert all_free(world)
+
+
+def test_a_stop_token_ends_the_stream_and_is_not_part_of_it() -> None:
+    world = World()
+    prompt = [1, 2, 3]
+    truth = fake_model.continuation(prompt, 6)
+    world.engine.on_dispatch(0, dispatch("a", prompt, max_tokens=20, stop_token_ids=[truth[4]]), world.now_s)
+    world.run()
+    first = truth.index(truth[4])
+    assert world.stream(Fence("a", 0, "decode", 0)) == truth[:first]
+    assert world.ends(Fence("a", 0, "decode", 0)) == ["stop"]
+
+
+def test_preempted_sequences_continue_with_the_same_tokens() -> None:
+    world = World(num_blocks=12, max_running=6)
+    prompts = [[i, i + 1, i + 2] for i in range(0, 50, 10)]
+    for i, prompt in enumerate(prompts):
+        world.engine.on_dispatch(0, dispatch(f"r{i}", prompt, max_tokens=30), world.now_s)
+    world.run()
+    assert world.engine.scheduler.num_preemptions > 0
+    for i, prompt in enumerate(prompts):
+        assert world.stream(Fence(f"r{i}", 0, "decode", 0)) == fake_model.continuation(prompt, 30)
+    assert all_free(world)
+
+
+def test_a_long_prompt_does_not_stop_running_streams() -> None:
+    world = World(num_blocks=128)
+    world.engine.on_dispatch(0, dispatch("short", [1, 2], max_tokens=12), world.now_s)
+    world.step()
+    world.engine.on_dispatch(0, dispatch("long", list(range(90)), max_tokens=2), world.now_s)
+    for _ in range(4):
+        before = len(world.stream(Fence("short", 0, "decode", 0)))
+        world.step()
+        assert len(world.stream(Fence("short", 0, "decode", 0))) == before + 1
+    assert world.runner.max_rows <= 16
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"max_tokens": 10_000}, "at most 256"),
+        ({"prompt": [5, 97]}, "97"),
+        ({"prompt": []}, "0 tokens"),
+        ({"n": 9}, "at most 8"),
+    ],
+)
+def test_what_can_never_run_is_refused_with_the_limit(change: dict[str, Any], words: str) -> None:
+    world = World()
+    given = {"prompt": [1, 2], **change}
+    prompt = given.pop("prompt")
+    world.engine.on_dispatch(0, dispatch("a", prompt, num_prompt_tokens=max(1, len(prompt)), **given), world.now_s)
+    world.step()
+    (failed,) = [m for m in world.said if isinstance(m, Failed)]
+    assert failed.code == "invalid_request"
+    assert words in failed.message
+    assert world.engine.is_idle
+
+
+def test_prefill_draws_one_token_and_holds_its_blocks_until_they_are_handed_over() -> None:
+    world = World()
+    prompt = list(range(10))
+    fence = Fence("a", 0, "prefill", 0)
+    world.engine.on_dispatch(0, dispatch("a", prompt, role="prefill", here=False, n=2), world.now_s)
+    for _ in range(5):
+        world.step()
+    assert world.stream(fence) == world.stream(fence, 1) == fake_model.continuation(prompt, 1)
+    chain = KeyChain(ROOT, BLOCK, prompt)
+    partial = chain.partial_key()
+    assert partial is not None
+    record = world.pool.lookup(partial)
+    assert record is not None
+    assert record.num_tokens == 2
+    assert not record.announced
+    assert not world.memory.cells[record.block_id, 2:].any()
+    world.engine.on_abort(0, fence, "handed over")
+    world.step()
+    assert world.pool.lookup(partial) is None
+    assert all(world.pool.contains(key) for key in chain.keys)
+    assert all_free(world)
+
+
+def test_a_hold_that_nobody_ends_runs_out() -> None:
+    world = World()
+    fence = Fence("a", 0, "prefill", 0)
+    world.engine.on_dispatch(0, dispatch("a", [1, 2, 3], role="prefill", here=False, hold_s=2.0), world.now_s)
+    world.step()
+    deadline = world.engine.next_deadline_s()
+    assert deadline is not None
+    assert deadline <= world.now_s + 2.0
+    world.now_s += 2.1
+    world.step()
+    assert world.ends(fence) == ["aborted"]
+    assert all_free(world)
+
+
+class Handover:
+    """A prefill world and a decode world with nothing but hands between them."""
+
+    def __init__(self, prompt: list[int], n: int = 1, **decode: Any) -> None:
+        self.prefill, self.decode = World(), World(**decode)
+        self.prompt = prompt
+        self.fence = Fence("a", 0, "decode", 0)
+        more = {"n": n, "max_tokens": 6}
+        self.prefill.engine.on_dispatch(
+            0, dispatch("a", prompt, role="prefill", here=False, **more), self.prefill.now_s
+        )
+        for _ in range(20):
+            self.prefill.step()
+        self.first = [self.prefill.stream(Fence("a", 0, "prefill", 0), i)[0] for i in range(n)]
+        self.decode.engine.on_dispatch(
+            0, dispatch("a", prompt, here=False, sources=[SOURCE], **more), self.decode.now_s
+        )
+        (self.plan,) = self.decode.step().fetches
+
+    def copy(self, keep: int) -> list[FetchedBlock]:
+        """Moves the first `keep` wanted blocks."""
+        blocks = []
+        for wanted in self.plan.wanted[:keep]:
+            record = self.prefill.pool.lookup(wanted.key)
+            assert record is not None
+            self.decode.memory.cells[wanted.block_id] = self.prefill.memory.cells[record.block_id]
+            blocks.append(
+                FetchedBlock(
+                    key=wanted.key,
+                    parent=wanted.parent,
+                    num_tokens=wanted.num_tokens,
+                    block_id=wanted.block_id,
+                    checksum=record.checksum,
+                    process="prefill-0",
+                    tier="DEVICE",
+                    transport="shm",
+                    num_bytes=64,
+                )
+            )
+        self.decode.engine.on_blocks(self.plan.fetch_id, blocks)
+        return blocks
+
+    def end(self, keep: int, tainted: tuple[int, ...] = ()) -> None:
+        committed = self.copy(keep)
+        self.decode.engine.on_fetch_ended(
+            FetchEnded(
+                fetch_id=self.plan.fetch_id,
+                committed=tuple(committed),
+                missing=tuple(w.key for w in self.plan.wanted[keep:]),
+                tainted=tainted,
+            ),
+            self.decode.now_s,
+        )
+
+    def first_tokens(self) -> None:
+        self.decode.engine.on_first_tokens(0, self.fence, self.first, self.decode.now_s)
+
+
+@pytest.mark.parametrize("length", [1, 4, 7, 8, 23])
+@pytest.mark.parametrize("first_tokens_early", [True, False])
+@pytest.mark.parametrize("n", [1, 3])
+def test_decode_continues_a_fetched_prompt_with_the_same_tokens(length: int, first_tokens_early: bool, n: int) -> None:
+    prompt = [(5 * i + 1) % fake_model.VOCAB for i in range(length)]
+    hand = Handover(prompt, n)
+    if first_tokens_early:
+        hand.first_tokens()
+    hand.end(len(hand.plan.wanted))
+    if not first_tokens_early:
+        hand.decode.step()
+        assert not hand.decode.stream(hand.fence)
+        hand.first_tokens()
+    hand.decode.run()
+    truth = fake_model.continuation(prompt, 6)
+    for index in range(n):
+        streamed = [t for m in hand.decode.said if isinstance(m, Tokens) and m.index == index for t in m.token_ids]
+        assert streamed == truth[1:]
+    report = next(m for m in hand.decode.said if isinstance(m, RoleReport))
+    assert (report.fetched_tokens, report.computed_tokens) == (length, 0)
+    assert all_free(hand.decode)
+
+
+def test_a_hole_in_what_arrived_is_recomputed_within_the_limit() -> None:
+    hand = Handover(list(range(23)))
+    hand.first_tokens()
+    hand.end(4)  # 16 of 23 tokens
+    hand.decode.run()
+    streamed = [t for m in hand.decode.said if isinstance(m, Tokens) for t in m.token_ids]
+    assert streamed == fake_model.continuation(list(range(23)), 6)[1:]
+    assert hand.decode.engine.counters().recomputed_tokens == 7
+
+
+def test_more_than_the_limit_missing_is_reported_not_recomputed() -> None:
+    hand = Handover(list(range(23)))
+    hand.end(3)  # 11 tokens missing, the limit is 8
+    hand.decode.step()
+    assert hand.decode.ends(hand.fence) == ["fetch_failed"]
+    assert hand.decode.engine.counters().prefill_tokens == 0
+    assert all_free(hand.decode)
+
+
+def test_an_abort_during_a_fetch_waits_for_the_sink_before_it_frees() -> None:
+    hand = Handover(list(range(23)))
+    hand.decode.engine.on_abort(0, hand.fence, "client gone")
+    out = hand.decode.step()
+    assert out.cancels == [hand.plan.fetch_id]
+    assert hand.decode.pool.stats().referenced == 6
+    hand.end(2)
+    hand.decode.step()
+    assert hand.decode.ends(hand.fence) == ["aborted"]
+    assert all_free(hand.decode)
+
+
+def test_tainted_memory_is_not_used_again() -> None:
+    hand = Handover(list(range(6)))
+    hand.first_tokens()
+    hand.end(0, tainted=(hand.plan.wanted[0].block_id,))
+    out = hand.decode.step()
+    assert hand.decode.pool.stats().retired == 1
+    (hand.plan,) = out.fetches  # it is tried again, into other memory
+    hand.end(len(hand.plan.wanted))
+    hand.decode.run()
+    assert hand.decode.pool.stats().retired == 1
+
+
+def test_the_deadline_ends_a_request_whatever_it_waits_for() -> None:
+    world = World()
+    world.engine.on_dispatch(0, dispatch("a", [1, 2], here=False, deadline_s=3.0), world.now_s)
+    world.step()
+    world.now_s += 3.0
+    world.step()
+    assert world.ends(Fence("a", 0, "decode", 0)) == ["deadline_exceeded"]
+    assert all_free(world)
+
+
+@settings(max_examples=80, deadline=None)
+@given(
+    requests=st.lists(
+        st.tuples(
+            st.integers(0, 3),  # which shared prefix
+            st.integers(1, 24),  # prompt tokens
+            st.integers(1, 12),  # max_tokens
+            st.integers(1, 3),  # n
+            st.integers(0, 25),  # steps before it arrives
+            st.one_of(st.none(), st.integers(0, 30)),  # abort after so many steps
+        ),
+        min_size=1,
+        max_size=10,
+    ),
+    num_blocks=st.integers(12, 40),
+)
+def test_any_mix_of_requests_gives_every_stream_its_own_truth(requests: list[tuple[Any, ...]], num_blocks: int) -> None:
+    world = World(num_blocks=num_blocks, max_running=6, max_step_tokens=16)
+    arrivals = sorted(enumerate(requests), key=lambda item: item[1][4])
+    aborts: dict[int, list[Fence]] = {}
+    step = 0
+    while arrivals or not world.engine.is_idle:
+        while arrivals and arrivals[0][1][4] <= step:
+            i, (prefix, length, max_tokens, n, _, abort_after) = arrivals.pop(0)
+            prompt = [(prefix * 31 + j * 7) % fake_model.VOCAB for j in range(length)]
+            world.engine.on_dispatch(0, dispatch(f"r{i}", prompt, max_tokens=max_tokens, n=n), world.now_s)
+            if abort_after is not None:
+                aborts.setdefault(step + abort_after, []).append(Fence(f"r{i}", 0, "decode", 0))
+        for fence in aborts.pop(step, []):
+            world.engine.on_abort(0, fence, "test")
+        world.step()
+        step += 1
+        assert step < 5_000
+    for i, (prefix, length, max_tokens, n, _, abort_after) in enumerate(requests):
+        fence = Fence(f"r{i}", 0, "decode", 0)
+        truth = fake_model.continuation([(prefix * 31 + j * 7) % fake_model.VOCAB for j in range(length)], max_tokens)
+        for index in range(n):
+            got = world.stream(fence, index)
+            assert got == truth[: len(got)]
+            assert abort_after is not None or got == truth
+        if abort_after is None:
+            assert world.ends(fence) == ["length"] * n
+    assert all_free(world)
