@@ -28,9 +28,9 @@ MEMFD_NAME = "tandem-arena"
 CHECKSUM_BYTES = 8
 
 
-def checksum_of(data: memoryview | NDArray[np.uint8]) -> bytes:
+def checksum_of(data: memoryview | bytes) -> bytes:
     """xxh3-64 of contiguous bytes, 8 bytes big-endian: made once by a block's producer, verified by every reader."""
-    return xxhash.xxh3_64_digest(memoryview(data))
+    return xxhash.xxh3_64_digest(data)
 
 
 class Arena:

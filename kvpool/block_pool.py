@@ -361,9 +361,7 @@ class BlockPool:
                 classes = [block_id in free, referenced, cached, lent, block_id in self._retired]
                 assert sum(classes) == 1, f"block {block_id} is in classes {classes}"
                 assert (block_id in self._lent) == lent, f"block {block_id} in the lent set: {block_id in self._lent}"
-                assert self._num_leases[block_id] == leased.get(block_id, 0), (
-                    f"block {block_id}: leases miscounted"
-                )
+                assert self._num_leases[block_id] == leased.get(block_id, 0), f"block {block_id}: leases miscounted"
                 assert not lent or block_id in leased, f"block {block_id} is lent without a lease"
                 evictable = cached and block_id not in leased
                 assert (block_id in self._evictable) == evictable, f"block {block_id}: evictable should be {evictable}"

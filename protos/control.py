@@ -363,13 +363,15 @@ class ReadyBlock(Struct, frozen=True, array_like=True):
 
 
 class Ready(Struct, tag="ready", tag_field="t"):
-    """Source → sink: these blocks may be read for `lease_s` seconds, counted by the sink from when it sent its request."""
+    """Source → sink: these blocks may be read for `lease_s` seconds. The lease began `waited_s` after the source received the
+    request, so the sink counts both from when it sent its request and never believes in a lease that is over."""
 
     fetch_id: Annotated[bytes, Meta(min_length=16, max_length=16)]
     batch: Count
     epoch: U64
     lease_s: float
     blocks: Annotated[list[ReadyBlock], Meta(max_length=65_536)]
+    waited_s: float = 0.0
 
 
 class Miss(Struct, tag="miss", tag_field="t"):

@@ -3,7 +3,14 @@
 The format is vLLM's (`vllm/distributed/kv_events.py`), so that either side can be somebody else. A publication is three frames
 `[topic, seq u64 big-endian, MessagePack of a batch]`; a batch is an array `[ts, events, data_parallel_rank, epoch]` (ours adds
 the epoch) and an event an array that begins with its name. A replay request is `[b"", start_seq u64 BE]` to the ROUTER
-socket; the answer is each remembered batch as `[b"", seq, payload]`, ended by seq -1 (eight 0xff bytes).
+socket; the answer is batches as `[b"", seq, payload]`, ended by seq -1 (eight 0xff bytes) with an empty payload.
+
+Sequence numbers are 0, 1, 2 … of one epoch. If the publisher remembers everything from `start_seq` on (up to the one it will
+publish next, for which nothing but the end is sent), the answer is those batches. Otherwise it is a snapshot: batches that
+all carry the last published number, the first of which begins with `AllBlocksCleared`; together they are the state after
+that number. So a follower subscribes, asks for a replay from the number it needs next (0 at first), applies the whole answer
+in order, and then those live batches whose number is greater than the last one applied. It asks again after a gap and
+begins anew, at 0 and with nothing, with a new epoch.
 """
 
 from __future__ import annotations

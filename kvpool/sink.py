@@ -1,0 +1,422 @@
+"""The sink's side of a fetch: whom to ask for which keys, when to read, what to believe (design §5).
+
+Owns one fetch from its plan to its end. A pure core: messages, read results and time in, actions out; it never touches
+bytes, sockets or the pool. The destinations belong to the caller throughout; what is committed is verified, what is
+missing is the caller's to compute or to plan again.
+
+A fetch asks sources in order. Each key goes to the first source, and, when that one misses it or fails, to the next one
+after it, at once and by itself: one fetch may have several **asks** open, each one `Fetch` message to one source with an
+id of its own. Only `wait_source` is asked to wait. A source that dies, is silent for too long, or sends what can't be true
+is not asked again by this fetch.
+
+An ask, as a table. WAITING holds nothing at the source; READING holds a lease for each batch that is being read; ABORTING
+ends only when no transport can still write into our memory, or when we know that it might: then the destinations are
+tainted, their keys are missing, and the caller must retire the blocks. Everything not in the table is a bug.
+"""
+
+from __future__ import annotations
+
+import enum
+import hashlib
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+
+from kvpool.block_pool import BlockId
+from kvpool.keys import Key
+from protos.control import Cancel, Done, Fetch, Miss, Ready, ReadyBlock, Source, Tier, ToSink, ToSource
+
+LEASE_MARGIN = 0.2
+"""This part of a lease is not used: a read that begins must be able to end in it."""
+MAX_WAITED_S = 3600.0
+
+
+@dataclass(frozen=True, slots=True)
+class WantedBlock:
+    """One block of a plan; `block_id` is a private destination in our arena, the caller's until committed."""
+
+    key: Key
+    parent: Key
+    num_tokens: int
+    block_id: BlockId
+
+
+@dataclass(frozen=True, slots=True)
+class FetchPlan:
+    """What to get from whom. `wait_source` names the process that is computing missing keys now, empty for none;
+    `deadline_s` is absolute, on the caller's clock. `fetch_id` is 16 bytes, unique in this process."""
+
+    fetch_id: bytes
+    request_id: str
+    wanted: tuple[WantedBlock, ...]
+    sources: tuple[Source, ...]
+    wait_source: str
+    deadline_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class FetchedBlock:
+    """A verified block in our memory, and where it came from."""
+
+    key: Key
+    parent: Key
+    num_tokens: int
+    block_id: BlockId
+    checksum: bytes
+    process: str
+    tier: Tier
+    transport: str
+    num_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class FetchEnded:
+    """The end of a fetch: every wanted key is in `committed` or in `missing` (each in the plan's order). `tainted` blocks
+    may still be written by a transport: retire them. All other destinations of missing keys are the caller's to reuse."""
+
+    fetch_id: bytes
+    committed: tuple[Key, ...]
+    missing: tuple[Key, ...]
+    tainted: tuple[BlockId, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Send:
+    """Send this to the source. A `Fetch` opens an ask whose answers carry its id."""
+
+    source: Source
+    message: ToSource
+
+
+@dataclass(frozen=True, slots=True)
+class StartRead:
+    """Read `location` into `block_id` for each pair; answer with `on_read`. `read_id` is unique within the fetch."""
+
+    source: Source
+    read_id: int
+    blocks: tuple[tuple[int, BlockId], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class AbortRead:
+    """Give this read up; answer with `on_aborted`, and with `on_read` no more."""
+
+    source: Source
+    read_id: int
+
+
+@dataclass(frozen=True, slots=True)
+class Committed:
+    """These blocks are verified: make them visible."""
+
+    blocks: tuple[FetchedBlock, ...]
+
+
+Action = Send | StartRead | AbortRead | Committed | FetchEnded
+
+
+class AskState(enum.Enum):
+    WAITING = enum.auto()
+    READING = enum.auto()
+    ABORTING = enum.auto()
+    OVER = enum.auto()
+
+
+class AskEvent(enum.Enum):
+    READY = enum.auto()
+    """A batch to read."""
+    PART = enum.auto()
+    """Some keys were missed, or one of several reads ended; others are still open."""
+    LAST_READ = enum.auto()
+    """No read is left, but keys are."""
+    SETTLED = enum.auto()
+    """Neither keys nor reads are left."""
+    GIVEN_UP = enum.auto()
+    """Source lost, silent or wrong, or the fetch is over, and reads are running."""
+    GIVEN_UP_QUIET = enum.auto()
+    """The same, but nothing of it can write into our memory."""
+
+
+TRANSITIONS: dict[tuple[AskState, AskEvent], AskState] = {
+    (AskState.WAITING, AskEvent.READY): AskState.READING,
+    (AskState.WAITING, AskEvent.PART): AskState.WAITING,
+    (AskState.WAITING, AskEvent.SETTLED): AskState.OVER,
+    (AskState.WAITING, AskEvent.GIVEN_UP_QUIET): AskState.OVER,
+    (AskState.READING, AskEvent.READY): AskState.READING,
+    (AskState.READING, AskEvent.PART): AskState.READING,
+    (AskState.READING, AskEvent.LAST_READ): AskState.WAITING,
+    (AskState.READING, AskEvent.SETTLED): AskState.OVER,
+    (AskState.READING, AskEvent.GIVEN_UP): AskState.ABORTING,
+    (AskState.READING, AskEvent.GIVEN_UP_QUIET): AskState.OVER,
+    (AskState.ABORTING, AskEvent.PART): AskState.ABORTING,
+    (AskState.ABORTING, AskEvent.SETTLED): AskState.OVER,
+}
+
+
+@dataclass(slots=True)
+class _Read:
+    batch: int
+    blocks: list[ReadyBlock]
+
+
+@dataclass(slots=True)
+class _Ask:
+    wire_id: bytes
+    source_index: int
+    waits: bool
+    sent_s: float
+    progress_s: float
+    open: dict[Key, None]
+    """Keys that the source has not answered."""
+    reads: dict[int, _Read] = field(default_factory=dict)
+    state: AskState = AskState.WAITING
+    tainted: bool = False
+
+    def move(self, event: AskEvent) -> None:
+        self.state = TRANSITIONS[self.state, event]
+
+
+class FetchMachine:
+    """One fetch. Call `start` once; then feed it until an action is `FetchEnded`, after which everything is ignored.
+
+    `slab_bytes` is only reported. A source that is not asked to wait has `silence_s` for each answer.
+    """
+
+    def __init__(self, plan: FetchPlan, *, slab_bytes: int, silence_s: float = 3.0) -> None:
+        self._plan = plan
+        self._slab_bytes = slab_bytes
+        self._silence_s = silence_s
+        unique: dict[tuple[str, bytes], Source] = {}
+        for source in plan.sources:
+            unique.setdefault((source.process, source.epoch), source)
+        self._sources = list(unique.values())
+        self._bad_sources: set[int] = set()
+        self._wanted = {block.key: block for block in plan.wanted}
+        assert len(self._wanted) == len(plan.wanted), "a plan names a key twice"
+        self._asks: dict[bytes, _Ask] = {}
+        self._num_asks = 0
+        self._asks_by_read: dict[int, _Ask] = {}
+        self._next_read_id = 0
+        self._committed: set[Key] = set()
+        self._missing: set[Key] = set()
+        self._tainted: set[BlockId] = set()
+        self._stopping = False
+        self._ended = False
+        self.num_missed_keys = 0
+        self.num_corrupt_blocks = 0
+
+    @property
+    def plan(self) -> FetchPlan:
+        return self._plan
+
+    @property
+    def ended(self) -> bool:
+        return self._ended
+
+    def start(self, now_s: float) -> list[Action]:
+        """Asks the first source."""
+        return self._finish(self._ask(list(self._wanted), 0, now_s))
+
+    def on_message(self, message: ToSink, now_s: float) -> list[Action]:
+        """An answer. Answers to asks that are over are ignored: their leases were ended or expire."""
+        ask = self._asks.get(message.fetch_id)
+        if ask is None or ask.state in (AskState.ABORTING, AskState.OVER):
+            return []
+        ask.progress_s = now_s
+        if isinstance(message, Miss):
+            return self._finish(self._on_miss(ask, message, now_s))
+        return self._finish(self._on_ready(ask, message, now_s))
+
+    def on_read(self, read_id: int, checksums: Sequence[bytes] | None, transport: str, now_s: float) -> list[Action]:
+        """A read ended: the checksums of what landed, in the read's order, or None if it failed."""
+        ask = self._asks_by_read.pop(read_id, None)
+        if ask is None or ask.state is AskState.ABORTING:
+            return []
+        ask.progress_s = now_s
+        read = ask.reads.pop(read_id)
+        source = self._sources[ask.source_index]
+        actions: list[Action] = []
+        good: list[FetchedBlock] = []
+        wrong: list[Key] = []
+        for i, block in enumerate(read.blocks):
+            if checksums is None or checksums[i] != block.checksum:
+                wrong.append(block.key)
+                continue
+            into = self._wanted[block.key].block_id
+            good.append(
+                FetchedBlock(
+                    block.key,
+                    block.parent,
+                    block.num_tokens,
+                    into,
+                    block.checksum,
+                    source.process,
+                    source.tier,
+                    transport,
+                    self._slab_bytes,
+                )
+            )
+        if good:
+            self._committed.update(block.key for block in good)
+            actions.append(Committed(tuple(good)))
+        actions.append(Send(source, Done(ask.wire_id, read.batch)))
+        if not wrong:
+            self._settle(ask, AskEvent.LAST_READ)
+            return self._finish(actions)
+        if checksums is not None:
+            self.num_corrupt_blocks += len(wrong)
+        actions += self._give_source_up(ask.source_index, now_s)
+        actions += self._ask(wrong, ask.source_index + 1, now_s)
+        return self._finish(actions)
+
+    def on_aborted(self, read_id: int, quiet: bool, now_s: float) -> list[Action]:
+        """A read was given up; unless `quiet`, its destinations may still be written."""
+        ask = self._asks_by_read.pop(read_id, None)
+        if ask is None:
+            return []
+        keys = [block.key for block in ask.reads.pop(read_id).blocks]
+        actions: list[Action] = []
+        if not quiet:
+            ask.tainted = True
+            self._tainted.update(self._wanted[key].block_id for key in keys)
+            self._missing.update(keys)
+            keys = []
+        if ask.reads:
+            ask.move(AskEvent.PART)
+        else:
+            ask.move(AskEvent.SETTLED)
+            if not ask.tainted:
+                actions.append(Send(self._sources[ask.source_index], Cancel(ask.wire_id)))
+        actions += self._ask(keys, ask.source_index + 1, now_s)
+        return self._finish(actions)
+
+    def on_source_lost(self, process: str, epoch: bytes, now_s: float) -> list[Action]:
+        """That incarnation is gone or can't be reached: its keys go to the next source."""
+        for index, source in enumerate(self._sources):
+            if (source.process, source.epoch) == (process, epoch):
+                return self._finish(self._give_source_up(index, now_s))
+        return []
+
+    def cancel(self, now_s: float) -> list[Action]:
+        """Ends the fetch with what it has."""
+        self._stopping = True
+        actions: list[Action] = []
+        for index in range(len(self._sources)):
+            actions += self._give_source_up(index, now_s)
+        return self._finish(actions)
+
+    def tick(self, now_s: float) -> list[Action]:
+        """Gives silent sources up, and the fetch at its deadline."""
+        if now_s >= self._plan.deadline_s:
+            return [] if self._stopping else self.cancel(now_s)
+        actions: list[Action] = []
+        for ask in list(self._asks.values()):
+            if self._silent_at(ask) <= now_s:
+                actions += self._give_source_up(ask.source_index, now_s)
+        return self._finish(actions)
+
+    def next_deadline(self) -> float:
+        """When `tick` may have something to do."""
+        return min([self._plan.deadline_s, *(self._silent_at(ask) for ask in self._asks.values())])
+
+    # --- inside ------------------------------------------------------------------------------------------------------
+
+    def _silent_at(self, ask: _Ask) -> float:
+        if ask.state not in (AskState.WAITING, AskState.READING) or (ask.waits and not ask.reads):
+            return self._plan.deadline_s
+        return ask.progress_s + self._silence_s
+
+    def _ask(self, keys: Iterable[Key], index: int, now_s: float) -> list[Action]:
+        """Asks the first source from `index` on that is any good; without one the keys are missing."""
+        keys = [key for key in keys if key not in self._missing]
+        while index in self._bad_sources:
+            index += 1
+        if not keys:
+            return []
+        if self._stopping or index >= len(self._sources):
+            self._missing.update(keys)
+            return []
+        source = self._sources[index]
+        wire_id = hashlib.sha256(self._plan.fetch_id + self._num_asks.to_bytes(4, "big")).digest()[:16]
+        self._num_asks += 1
+        waits = source.process == self._plan.wait_source
+        self._asks[wire_id] = _Ask(wire_id, index, waits, now_s, now_s, dict.fromkeys(keys))
+        left_s = max(0.0, self._plan.deadline_s - now_s)
+        return [Send(source, Fetch(wire_id, self._plan.request_id, keys, waits, left_s))]
+
+    def _on_miss(self, ask: _Ask, miss: Miss, now_s: float) -> list[Action]:
+        missed = [key for key in dict.fromkeys(miss.keys) if key in ask.open]
+        for key in missed:
+            del ask.open[key]
+        self.num_missed_keys += len(missed)
+        self._settle(ask, AskEvent.PART)
+        return self._ask(missed, ask.source_index + 1, now_s)
+
+    def _on_ready(self, ask: _Ask, ready: Ready, now_s: float) -> list[Action]:
+        source = self._sources[ask.source_index]
+        keys = [block.key for block in ready.blocks]
+        true = ready.epoch == source.epoch and len(set(keys)) == len(keys) and all(key in ask.open for key in keys)
+        for block in ready.blocks if true else ():
+            wanted = self._wanted[block.key]
+            true = true and (block.num_tokens, block.parent) == (wanted.num_tokens, wanted.parent)
+        waited_s = ready.waited_s if 0.0 <= ready.waited_s <= MAX_WAITED_S else 0.0
+        if not true or not ready.lease_s > 0.0:
+            return self._give_source_up(ask.source_index, now_s)
+        for key in keys:
+            del ask.open[key]
+        if now_s >= ask.sent_s + waited_s + ready.lease_s * (1.0 - LEASE_MARGIN):
+            # The lease may be over by the source's clock before the read is: let it go and ask the same source again.
+            self._settle(ask, AskEvent.PART)
+            return [Send(source, Done(ask.wire_id, ready.batch)), *self._ask(keys, ask.source_index, now_s)]
+        if not keys:
+            return [Send(source, Done(ask.wire_id, ready.batch))]
+        read_id = self._next_read_id
+        self._next_read_id += 1
+        ask.reads[read_id] = _Read(ready.batch, ready.blocks)
+        self._asks_by_read[read_id] = ask
+        ask.move(AskEvent.READY)
+        places = tuple((block.location, self._wanted[block.key].block_id) for block in ready.blocks)
+        return [StartRead(source, read_id, places)]
+
+    def _settle(self, ask: _Ask, event: AskEvent) -> None:
+        """Moves an ask after something of it ended: `event`, unless that was the last of its reads or of all."""
+        if ask.reads:
+            ask.move(AskEvent.PART)
+        elif ask.open:
+            ask.move(event)
+        else:
+            ask.move(AskEvent.SETTLED)
+
+    def _give_source_up(self, index: int, now_s: float) -> list[Action]:
+        self._bad_sources.add(index)
+        source = self._sources[index]
+        actions: list[Action] = []
+        for ask in [ask for ask in self._asks.values() if ask.source_index == index]:
+            if ask.state not in (AskState.WAITING, AskState.READING):
+                continue
+            orphans = list(ask.open)
+            ask.open.clear()
+            if ask.reads:
+                ask.move(AskEvent.GIVEN_UP)
+                actions += [AbortRead(source, read_id) for read_id in ask.reads]
+            else:
+                ask.move(AskEvent.GIVEN_UP_QUIET)
+                actions.append(Send(source, Cancel(ask.wire_id)))
+            actions += self._ask(orphans, index + 1, now_s)
+        return actions
+
+    def _finish(self, actions: list[Action]) -> list[Action]:
+        """Forgets asks that are over, and ends the fetch when every key is accounted for."""
+        for wire_id in [wire_id for wire_id, ask in self._asks.items() if ask.state is AskState.OVER]:
+            del self._asks[wire_id]
+        if self._ended or self._asks:
+            return actions
+        self._ended = True
+        order = [block.key for block in self._plan.wanted]
+        assert self._committed | self._missing == set(order), "a key is neither committed nor missing"
+        ended = FetchEnded(
+            self._plan.fetch_id,
+            tuple(key for key in order if key in self._committed),
+            tuple(key for key in order if key in self._missing),
+            tuple(sorted(self._tainted)),
+        )
+        return [*actions, ended]

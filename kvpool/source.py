@@ -1,0 +1,257 @@
+"""The source's side of a fetch: what to answer to whom, and which leases that takes (design §5).
+
+Owns the fetches that sinks have open here: their parked keys and their batches' leases. A pure core: messages and time in,
+messages out. Never reads a block's bytes and never sends anything itself; `service` does.
+
+A key is answered with Ready as soon as the pool holds it. A key that it doesn't hold is answered with Miss at once, or, in
+a fetch that waits, parked until the first of
+- it is published: Ready (Miss if it was evicted again before we looked),
+- the prefill that was to compute it failed: Miss,
+- the fetch's deadline: Miss,
+- the grace time after the fetch came, unless the key is promised, and then the promise's end: Miss.
+Parked keys hold no lease. Each Ready is one batch under one lease, which ends with Done, Cancel or by itself.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+
+from kvpool.block_pool import BlockPool
+from kvpool.keys import Key
+from protos.control import Cancel, Done, Fetch, Miss, Ready, ReadyBlock, ToSink, ToSource
+
+MAX_BATCH_BLOCKS = 512
+"""Blocks of one Ready: reading them takes well under a lease."""
+MAX_DEADLINE_S = 3600.0
+
+Answers = list[tuple[bytes, ToSink]]
+"""`(sink_id, message)`, in sending order."""
+
+
+@dataclass(slots=True)
+class _Served:
+    """One fetch of one sink. `batches` maps a batch number to its lease."""
+
+    sink_id: bytes
+    fetch_id: bytes
+    received_s: float
+    deadline_s: float
+    grace_until_s: float
+    parked: dict[Key, None] = field(default_factory=dict)
+    batches: dict[int, int] = field(default_factory=dict)
+    num_batches: int = 0
+    leased_until_s: float = 0.0
+
+
+class FetchServer:
+    """Answers sinks from one `BlockPool`. Called by one thread; others may use the pool meanwhile.
+
+    A sink's fetches and parked keys are bounded; what is past a bound is a Miss, which sends the sink elsewhere.
+    """
+
+    def __init__(
+        self,
+        pool: BlockPool,
+        epoch: bytes,
+        *,
+        lease_s: float,
+        grace_s: float,
+        max_fetches_per_sink: int = 4096,
+        max_parked_per_sink: int = 262_144,
+    ) -> None:
+        self._pool = pool
+        self._epoch = epoch
+        self._lease_s = lease_s
+        self._grace_s = grace_s
+        self._max_fetches = max_fetches_per_sink
+        self._max_parked = max_parked_per_sink
+        self._sinks: dict[bytes, dict[bytes, _Served]] = {}
+        self._num_parked: dict[bytes, int] = {}
+        self._waiters: dict[Key, dict[tuple[bytes, bytes], _Served]] = {}
+        self._promised: dict[Key, float] = {}
+        self._promise_ends: list[tuple[float, Key]] = []
+        self._due: list[tuple[float, bytes, bytes]] = []
+        self.num_served_blocks = 0
+        self.num_missed_keys = 0
+
+    @property
+    def num_fetches(self) -> int:
+        return sum(len(fetches) for fetches in self._sinks.values())
+
+    @property
+    def num_parked(self) -> int:
+        return sum(self._num_parked.values())
+
+    def on_message(self, sink_id: bytes, message: ToSource, now_s: float) -> Answers:
+        """Takes in what a sink sent. A repeated or unknown id changes nothing."""
+        match message:
+            case Fetch():
+                return self._on_fetch(sink_id, message, now_s)
+            case Done(fetch_id=fetch_id, batch=batch):
+                served = self._sinks.get(sink_id, {}).get(fetch_id)
+                lease_id = None if served is None else served.batches.pop(batch, None)
+                if served is not None and lease_id is not None:
+                    self._pool.end_lease(lease_id)
+                    self._drop_if_over(served, now_s)
+            case Cancel(fetch_id=fetch_id):
+                served = self._sinks.get(sink_id, {}).get(fetch_id)
+                if served is not None:
+                    self._drop(served)
+        return []
+
+    def on_published(self, keys: Iterable[Key], now_s: float) -> Answers:
+        """These keys are in the pool now (or were, a moment ago): their waiters are answered."""
+        ready: dict[tuple[bytes, bytes], tuple[_Served, list[Key]]] = {}
+        for key in keys:
+            self._promised.pop(key, None)
+            for name, served in self._waiters.get(key, {}).items():
+                ready.setdefault(name, (served, []))[1].append(key)
+        answers: Answers = []
+        for served, found in ready.values():
+            self._unpark(served, found)
+            answers += self._answer(served, found, now_s, park=False)
+            self._drop_if_over(served, now_s)
+        return answers
+
+    def on_failed(self, keys: Iterable[Key], now_s: float) -> Answers:
+        """Nobody will compute these keys here: their waiters are told."""
+        failed: dict[tuple[bytes, bytes], tuple[_Served, list[Key]]] = {}
+        for key in keys:
+            self._promised.pop(key, None)
+            for name, served in self._waiters.get(key, {}).items():
+                failed.setdefault(name, (served, []))[1].append(key)
+        return [answer for served, missed in failed.values() for answer in self._miss_parked(served, missed, now_s)]
+
+    def promise(self, keys: Iterable[Key], until_s: float) -> None:
+        """Work that will publish these keys was admitted: waiters outlast the grace time, at most until `until_s`."""
+        for key in keys:
+            if until_s > self._promised.get(key, 0.0):
+                self._promised[key] = until_s
+                heapq.heappush(self._promise_ends, (until_s, key))
+
+    def forget_sink(self, sink_id: bytes) -> None:
+        """That sink is certainly gone: its fetches and leases end."""
+        for served in list(self._sinks.get(sink_id, {}).values()):
+            self._drop(served)
+
+    def tick(self, now_s: float) -> Answers:
+        """Ends leases and parked keys whose time is over."""
+        self._pool.expire(now_s)
+        answers: Answers = []
+        while self._due and self._due[0][0] <= now_s:
+            _, sink_id, fetch_id = heapq.heappop(self._due)
+            served = self._sinks.get(sink_id, {}).get(fetch_id)
+            if served is None:
+                continue
+            late = [key for key in served.parked if self._parked_until(served, key) <= now_s]
+            answers += self._miss_parked(served, late, now_s)
+            if not self._drop_if_over(served, now_s):
+                self._schedule(served)
+        while self._promise_ends and self._promise_ends[0][0] <= now_s:
+            _, key = heapq.heappop(self._promise_ends)
+            if self._promised.get(key, now_s + 1.0) <= now_s:
+                del self._promised[key]
+        return answers
+
+    def next_deadline(self) -> float | None:
+        """When `tick` has something to do."""
+        times = [self._due[0][0]] if self._due else []
+        expiry = self._pool.next_expiry()
+        return min([*times, expiry]) if expiry is not None else min(times, default=None)
+
+    def _on_fetch(self, sink_id: bytes, fetch: Fetch, now_s: float) -> Answers:
+        fetches = self._sinks.get(sink_id, {})
+        if fetch.fetch_id in fetches:
+            return []
+        if len(fetches) >= self._max_fetches or fetch.group or fetch.shard:
+            self.num_missed_keys += len(fetch.keys)
+            return [(sink_id, Miss(fetch.fetch_id, fetch.keys))]
+        wait_s = min(fetch.deadline_s, MAX_DEADLINE_S) if fetch.deadline_s > 0 else 0.0  # also for NaN
+        served = _Served(sink_id, fetch.fetch_id, now_s, now_s + wait_s, now_s + self._grace_s)
+        self._sinks.setdefault(sink_id, {})[fetch.fetch_id] = served
+        answers = self._answer(served, list(dict.fromkeys(fetch.keys)), now_s, park=fetch.wait)
+        if not self._drop_if_over(served, now_s):
+            self._schedule(served)
+        return answers
+
+    def _answer(self, served: _Served, keys: Sequence[Key], now_s: float, *, park: bool) -> Answers:
+        answers: Answers = []
+        missing: list[Key] = []
+        for start in range(0, len(keys), MAX_BATCH_BLOCKS):
+            part = keys[start : start + MAX_BATCH_BLOCKS]
+            with self._pool.lock:  # what is looked up is leased before anybody can evict it
+                records = {key: record for key in part if (record := self._pool.lookup(key)) is not None}
+                lease = self._pool.grant(list(records), self._lease_s, now_s) if records else None
+            missing += [key for key in part if key not in records]
+            if lease is None:
+                continue
+            blocks = [ReadyBlock(r.key, r.block_id, r.num_tokens, r.checksum, r.parent) for r in records.values()]
+            served.batches[served.num_batches] = lease.lease_id
+            served.leased_until_s = lease.expires_at_s
+            waited_s = now_s - served.received_s
+            ready = Ready(served.fetch_id, served.num_batches, self._epoch, self._lease_s, blocks, waited_s)
+            answers.append((served.sink_id, ready))
+            served.num_batches += 1
+            self.num_served_blocks += len(blocks)
+        if park:
+            room = max(0, self._max_parked - self._num_parked.get(served.sink_id, 0))
+            self._park(served, missing[:room])
+            missing = missing[room:]
+        if missing:
+            self.num_missed_keys += len(missing)
+            answers.append((served.sink_id, Miss(served.fetch_id, missing)))
+        return answers
+
+    def _miss_parked(self, served: _Served, keys: list[Key], now_s: float) -> Answers:
+        if not keys:
+            return []
+        self._unpark(served, keys)
+        self._drop_if_over(served, now_s)
+        self.num_missed_keys += len(keys)
+        return [(served.sink_id, Miss(served.fetch_id, keys))]
+
+    def _parked_until(self, served: _Served, key: Key) -> float:
+        return min(served.deadline_s, max(served.grace_until_s, self._promised.get(key, 0.0)))
+
+    def _schedule(self, served: _Served) -> None:
+        """Notes when this fetch must be looked at again. A promise made later only lengthens that."""
+        if served.parked:
+            at = min(self._parked_until(served, key) for key in served.parked)
+        else:
+            at = served.leased_until_s
+        heapq.heappush(self._due, (at, served.sink_id, served.fetch_id))
+
+    def _park(self, served: _Served, keys: Sequence[Key]) -> None:
+        for key in keys:
+            served.parked[key] = None
+            self._waiters.setdefault(key, {})[(served.sink_id, served.fetch_id)] = served
+        self._num_parked[served.sink_id] = self._num_parked.get(served.sink_id, 0) + len(keys)
+
+    def _unpark(self, served: _Served, keys: Iterable[Key]) -> None:
+        for key in keys:
+            del served.parked[key]
+            self._num_parked[served.sink_id] -= 1
+            waiters = self._waiters[key]
+            del waiters[(served.sink_id, served.fetch_id)]
+            if not waiters:
+                del self._waiters[key]
+
+    def _drop_if_over(self, served: _Served, now_s: float) -> bool:
+        """Forgets a fetch with nothing parked and no lease left."""
+        if served.parked or (served.batches and now_s < served.leased_until_s):
+            return False
+        self._drop(served)
+        return True
+
+    def _drop(self, served: _Served) -> None:
+        fetches = self._sinks.get(served.sink_id, {})
+        if fetches.pop(served.fetch_id, None) is None:
+            return
+        self._unpark(served, list(served.parked))
+        for lease_id in served.batches.values():
+            self._pool.end_lease(lease_id)
+        if not fetches:
+            del self._sinks[served.sink_id]
+            self._num_parked.pop(served.sink_id, None)

@@ -1,0 +1,422 @@
+"""Two services in one process: fetches, events, replay, and what is not believed."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+
+import msgspec
+import pytest
+import zmq
+
+from kvpool.arena import Arena
+from kvpool.block_pool import BlockPool
+from kvpool.service import KVService
+from kvpool.sink import FetchedBlock, FetchEnded, FetchPlan, WantedBlock
+from protos import control, kv_events
+from protos.control import Source
+from protos.kv_events import AllBlocksCleared, BlockRemoved, BlockStored
+from tandem.clock import now_s
+
+SIZE = 16
+SLAB = 8192
+MACHINE = "machine-under-test"
+ROOT = b"r" * 16
+
+
+def key_of(name: object) -> bytes:
+    return f"{name!s:>16}".encode()[-16:]
+
+
+class Node:
+    """A pool, an arena and a service on one poller; `names` are published blocks whose bytes follow from the name."""
+
+    def __init__(
+        self, context: zmq.Context[zmq.Socket[bytes]], process: str, num_blocks: int = 64, **options: object
+    ) -> None:
+        self.process = process
+        self.epoch = os.urandom(8)
+        self.pool = BlockPool(num_blocks, SIZE, "DEVICE")
+        self.arena = Arena(num_blocks, SLAB)
+        self.blocks: dict[bytes, list[FetchedBlock]] = {}
+        self.ended: dict[bytes, FetchEnded] = {}
+        settings: dict[str, object] = {
+            "bind_host": "127.0.0.1",
+            "transports": ["shm"],
+            "machine_id": MACHINE,
+            "lease_s": 5.0,
+            "grace_s": 0.3,
+            **options,
+        }
+        self.service = KVService(
+            context=context, pool=self.pool, arena=self.arena, process=process, epoch=self.epoch, tier="DEVICE",
+            on_blocks=lambda fetch_id, blocks: self.blocks.setdefault(fetch_id, []).extend(blocks),
+            on_ended=self._on_ended, **settings,  # type: ignore[arg-type]
+        )  # fmt: skip
+        self.poller = zmq.Poller()
+        self.service.attach(self.poller)
+
+    def _on_ended(self, ended: FetchEnded) -> None:
+        assert ended.fetch_id not in self.ended, "a fetch ended twice"
+        self.ended[ended.fetch_id] = ended
+
+    @property
+    def source(self) -> Source:
+        return Source(self.process, self.epoch, "DEVICE", self.service.endpoints)
+
+    def put(self, names: Sequence[str], parent: bytes = ROOT) -> list[int]:
+        blocks = self.pool.allocate(len(names))
+        assert blocks is not None
+        for block_id, name in zip(blocks, names, strict=True):
+            self.arena.slab(block_id)[:] = bytes([ord(name[0])]) * SLAB
+            self.pool.publish(block_id, key_of(name), parent, SIZE, self.arena.checksum(block_id))
+            parent = key_of(name)
+        return blocks
+
+    def plan(
+        self,
+        names: Sequence[str],
+        sources: Sequence[Source],
+        *,
+        wait: str = "",
+        seconds: float = 10.0,
+        root: bytes = ROOT,
+    ) -> FetchPlan:
+        blocks = self.pool.allocate(len(names))
+        assert blocks is not None
+        parents = [root, *(key_of(name) for name in names)]
+        wanted = [WantedBlock(key_of(n), parent, SIZE, b) for n, parent, b in zip(names, parents, blocks, strict=False)]
+        return FetchPlan(os.urandom(16), "request", tuple(wanted), tuple(sources), wait, now_s() + seconds)
+
+    def fetch(self, names: Sequence[str], sources: Sequence[Source], **options: object) -> FetchPlan:
+        plan = self.plan(names, sources, **options)  # type: ignore[arg-type]
+        self.service.start_fetch(plan, now_s())
+        return plan
+
+    def step(self) -> None:
+        self.service.handle(self.poller.poll(1), now_s())
+        self.service.publish_pool_events(now_s())
+        self.service.tick(now_s())
+
+    def close(self) -> None:
+        self.service.close()
+        self.arena.close()
+
+
+def run_until(nodes: Sequence[Node], done: Callable[[], object], seconds: float = 10.0) -> None:
+    deadline = now_s() + seconds
+    while not done():
+        assert now_s() < deadline, "the condition did not come true"
+        for node in nodes:
+            node.step()
+
+
+def linger_free(context: zmq.Context[zmq.Socket[bytes]], kind: int) -> zmq.Socket[bytes]:
+    """A socket that the `context` fixture closes."""
+    socket = context.socket(kind)
+    socket.linger = 0
+    OPEN.append(socket)
+    return socket
+
+
+OPEN: list[zmq.Socket[bytes]] = []
+
+
+@pytest.fixture
+def context() -> Iterator[zmq.Context[zmq.Socket[bytes]]]:
+    context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+    yield context
+    while OPEN:
+        OPEN.pop().close()
+    context.destroy(linger=0)
+
+
+@pytest.fixture
+def make(context: zmq.Context[zmq.Socket[bytes]]) -> Iterator[Callable[..., Node]]:
+    nodes: list[Node] = []
+
+    def build(process: str, **options: object) -> Node:
+        nodes.append(Node(context, process, **options))  # type: ignore[arg-type]
+        return nodes[-1]
+
+    yield build
+    for node in nodes:
+        node.close()
+
+
+Make = Callable[..., Node]
+
+
+def test_held_blocks_arrive_with_their_bytes_and_leave_no_lease(make: Make) -> None:
+    source, sink = make("source"), make("sink")
+    source.pool.release(source.put("abc"))
+    plan = sink.fetch("abc", [source.source])
+    run_until([source, sink], lambda: plan.fetch_id in sink.ended)
+    ended = sink.ended[plan.fetch_id]
+    assert (ended.committed, ended.missing, ended.tainted) == (tuple(map(key_of, "abc")), (), ())
+    for block, name in zip(sink.blocks[plan.fetch_id], "abc", strict=True):
+        assert sink.arena.slab(block.block_id).tobytes() == name.encode() * SLAB
+        assert (block.process, block.tier, block.transport, block.num_bytes) == ("source", "DEVICE", "shm", SLAB)
+    run_until([source, sink], lambda: source.pool.stats().num_leases == 0, seconds=2)
+    assert source.service.counters.served_blocks == 3
+    assert sink.service.counters.fetched_bytes == 3 * SLAB
+    source.pool.check()
+
+
+def test_a_wait_overlaps_the_computation(make: Make) -> None:
+    source, sink = make("source"), make("sink")
+    source.service.promise([key_of(n) for n in "abc"], now_s() + 10)
+    plan = sink.fetch("abc", [source.source], wait="source")
+    for i, name in enumerate("abc"):
+        source.put([name], key_of("abc"[i - 1]) if i else ROOT)
+        run_until([source, sink], lambda n=i: len(sink.blocks.get(plan.fetch_id, [])) == n + 1)
+    run_until([source, sink], lambda: plan.fetch_id in sink.ended)
+    assert sink.ended[plan.fetch_id].missing == ()
+
+
+def test_an_unknown_key_is_a_miss_after_the_grace_time_and_at_once_without_wait(make: Make) -> None:
+    source, sink = make("source"), make("sink")
+    source.put("a")
+    begun = now_s()
+    quick = sink.fetch("ab", [source.source])
+    run_until([source, sink], lambda: quick.fetch_id in sink.ended)
+    assert now_s() - begun < 0.3
+    begun = now_s()
+    waiting = sink.fetch("yz", [source.source], wait="source")
+    run_until([source, sink], lambda: waiting.fetch_id in sink.ended)
+    assert now_s() - begun >= 0.3
+    assert sink.ended[quick.fetch_id].missing == (key_of("b"),)
+    assert sink.ended[waiting.fetch_id].missing == tuple(map(key_of, "yz"))
+    assert sink.service.counters.fetch_misses == 3
+
+
+def test_a_failed_prefill_is_a_miss_at_once(make: Make) -> None:
+    source, sink = make("source", grace_s=30.0), make("sink")
+    plan = sink.fetch("ab", [source.source], wait="source", seconds=30.0)
+    run_until([source, sink], lambda: source.service._server.num_parked == 2)
+    source.service.on_failed([key_of("a"), key_of("b")], now_s())
+    run_until([source, sink], lambda: plan.fetch_id in sink.ended, seconds=2)
+    assert sink.ended[plan.fetch_id].missing == tuple(map(key_of, "ab"))
+
+
+def test_what_one_source_lacks_or_garbles_comes_from_the_next(make: Make) -> None:
+    first, second, sink = make("first"), make("second"), make("sink")
+    blocks = first.put("ab")
+    first.arena.slab(blocks[1])[7] ^= 1  # after its checksum was made
+    second.put("abc")
+    plan = sink.fetch("abc", [first.source, second.source])
+    run_until([first, second, sink], lambda: plan.fetch_id in sink.ended)
+    assert sink.ended[plan.fetch_id].missing == ()
+    came = {block.key: block for block in sink.blocks[plan.fetch_id]}
+    assert {name: came[key_of(name)].process for name in "abc"} == {"a": "first", "b": "second", "c": "second"}
+    assert sink.arena.slab(came[key_of("b")].block_id).tobytes() == b"b" * SLAB
+    assert sink.service.counters.fetch_corrupt == 1
+
+
+def test_another_epoch_than_the_named_one_is_not_read(make: Make) -> None:
+    source, sink = make("source"), make("sink")
+    source.put("a")
+    stale = msgspec.structs.replace(source.source, epoch=os.urandom(8))
+    plan = sink.fetch("a", [stale])
+    run_until([source, sink], lambda: plan.fetch_id in sink.ended)
+    assert sink.ended[plan.fetch_id].missing == (key_of("a"),)
+    assert plan.fetch_id not in sink.blocks
+
+
+def test_a_block_with_another_parent_than_wanted_is_not_read(make: Make) -> None:
+    source, sink = make("source"), make("sink")
+    source.put("a", parent=b"x" * 16)
+    plan = sink.fetch("a", [source.source])
+    run_until([source, sink], lambda: plan.fetch_id in sink.ended)
+    assert sink.ended[plan.fetch_id].missing == (key_of("a"),)
+
+
+def test_without_transports_everything_is_missing_at_once(make: Make) -> None:
+    source, sink = make("source"), make("sink", transports=[])
+    source.put("a")
+    plan = sink.fetch("a", [source.source])
+    assert sink.ended[plan.fetch_id].missing == (key_of("a"),)
+    assert sink.service.endpoints.shm == ""
+
+
+def test_a_source_on_another_machine_is_out_of_reach_of_shm(make: Make) -> None:
+    source, sink = make("source", machine_id="elsewhere"), make("sink")
+    source.put("a")
+    plan = sink.fetch("a", [source.source])
+    assert sink.ended[plan.fetch_id].missing == (key_of("a"),)
+
+
+def test_cancel_ends_the_fetch_and_what_the_source_parked(make: Make) -> None:
+    source, sink = make("source", grace_s=30.0), make("sink")
+    source.put("a")
+    plan = sink.fetch("ab", [source.source], wait="source", seconds=30.0)
+    run_until([source, sink], lambda: source.service._server.num_parked == 1)
+    sink.service.cancel_fetch(plan.fetch_id, now_s())
+    assert sink.ended[plan.fetch_id].missing[-1] == key_of("b")
+    run_until([source, sink], lambda: source.service._server.num_fetches == 0, seconds=2)
+    assert source.pool.stats().num_leases == 0
+
+
+def test_a_dropped_peer_is_forgotten_on_both_sides(make: Make) -> None:
+    source, sink = make("source", grace_s=30.0), make("sink")
+    plan = sink.fetch("ab", [source.source], wait="source", seconds=30.0)
+    run_until([source, sink], lambda: source.service._server.num_parked == 2)
+    source.service.drop_peer("sink", sink.epoch, now_s())
+    assert source.service._server.num_fetches == 0
+    sink.service.drop_peer("source", source.epoch, now_s())
+    assert sink.ended[plan.fetch_id].missing == tuple(map(key_of, "ab"))
+    run_until([source, sink], lambda: source.service.num_readers == 0, seconds=2)
+
+
+def test_many_fetches_at_once_all_end_and_conserve_blocks(make: Make) -> None:
+    source, sink = make("source", num_blocks=64), make("sink", num_blocks=256)
+    names = [chr(65 + i) for i in range(26)]
+    source.put(names)
+    plans = [sink.fetch(names[:8], [source.source]) for _ in range(20)]
+    run_until([source, sink], lambda: len(sink.ended) == 20)
+    assert all(not ended.missing for ended in sink.ended.values())
+    for plan in plans:
+        sink.pool.release([wanted.block_id for wanted in plan.wanted])
+    sink.pool.check()
+    assert sink.pool.stats().free == 256
+
+
+@pytest.mark.parametrize("payload", [b"", b"\xff" * 50, b"\x81\xa1t\xa5fetch", b"\xc1"])
+def test_frames_that_are_no_messages_are_counted_and_dropped(
+    make: Make, context: zmq.Context[zmq.Socket[bytes]], payload: bytes
+) -> None:
+    node = make("source")
+    dealer = linger_free(context, zmq.DEALER)
+    dealer.connect(node.service.endpoints.fetch)
+    dealer.send(payload)
+    dealer.send_multipart([b"two", b"frames"])
+    run_until([node], lambda: node.service.counters.undecodable == 2)
+    replay = linger_free(context, zmq.DEALER)
+    replay.connect(node.service.endpoints.replay)
+    replay.send_multipart([b"", b"short"])
+    run_until([node], lambda: node.service.counters.undecodable == 3)
+
+
+# --- events ------------------------------------------------------------------------------------------------------------
+
+
+class Asker:
+    """A follower that subscribes and asks for replays, and keeps what it was told."""
+
+    def __init__(self, context: zmq.Context[zmq.Socket[bytes]], node: Node) -> None:
+        self.node = node
+        self.sub = linger_free(context, zmq.SUB)
+        self.sub.subscribe(kv_events.TOPIC)
+        self.sub.connect(node.service.endpoints.events)
+        self.dealer = linger_free(context, zmq.DEALER)
+        self.dealer.connect(node.service.endpoints.replay)
+
+    def replay(self, start_seq: int) -> list[tuple[int, kv_events.EventBatch]]:
+        self.dealer.send_multipart([b"", kv_events.encode_seq(start_seq)])
+        batches: list[tuple[int, kv_events.EventBatch]] = []
+        while True:
+            run_until([self.node], lambda: self.dealer.poll(0))
+            empty, seq, payload = self.dealer.recv_multipart()
+            assert empty == b""
+            if seq == kv_events.END_OF_REPLAY:
+                assert payload == b""
+                return batches
+            batches.append((kv_events.decode_seq(seq), kv_events.decode_batch(payload)))
+
+    def live(self) -> tuple[int, kv_events.EventBatch]:
+        run_until([self.node], lambda: self.sub.poll(0))
+        topic, seq, payload = self.sub.recv_multipart()
+        assert topic == kv_events.TOPIC
+        return kv_events.decode_seq(seq), kv_events.decode_batch(payload)
+
+
+def held(batches: Sequence[tuple[int, kv_events.EventBatch]]) -> set[bytes]:
+    keys: set[bytes] = set()
+    for _, batch in batches:
+        for event in batch.events:
+            match event:
+                case BlockStored():
+                    keys |= set(event.block_hashes)  # type: ignore[arg-type]
+                case BlockRemoved():
+                    keys -= set(event.block_hashes)  # type: ignore[arg-type]
+                case AllBlocksCleared():
+                    keys.clear()
+    return keys
+
+
+def test_events_are_live_numbered_and_replayed(make: Make, context: zmq.Context[zmq.Socket[bytes]]) -> None:
+    node = make("worker")
+    asker = Asker(context, node)
+    assert asker.replay(0) == []
+    node.put("ab")
+    node.service.publish_pool_events(now_s())
+    assert node.service.events_seq == 0
+    assert asker.replay(0)[0][1].epoch == node.epoch
+    run_until([node], lambda: asker.sub.poll(0) or not node.put([os.urandom(8).hex()]))  # until the subscription took
+    seq, batch = asker.live()
+    assert batch.epoch == node.epoch
+    assert [s for s, _ in asker.replay(0)] == list(range(node.service.events_seq + 1))
+    assert asker.replay(node.service.events_seq + 1) == []
+    assert [s for s, _ in asker.replay(seq)][0] == seq
+
+
+def test_a_history_that_is_too_short_becomes_a_snapshot_that_carries_its_number(
+    make: Make, context: zmq.Context[zmq.Socket[bytes]]
+) -> None:
+    node = make("worker", history_batches=2, num_blocks=4)
+    asker = Asker(context, node)
+    for name in "abcdef":  # four blocks: a and b are evicted again
+        node.pool.release(node.put([name]))
+        node.service.publish_pool_events(now_s())
+    last = node.service.events_seq
+    answer = asker.replay(0)
+    assert isinstance(answer[0][1].events[0], AllBlocksCleared)
+    assert {seq for seq, _ in answer} == {last}
+    assert held(answer) == {key_of(n) for n in "cdef"}
+    assert [seq for seq, _ in asker.replay(last - 1)] == [last - 1, last]
+    assert held(asker.replay(last + 100)) == held(answer)
+
+
+def test_a_snapshot_includes_what_was_not_published_yet(make: Make, context: zmq.Context[zmq.Socket[bytes]]) -> None:
+    node = make("worker", history_batches=1)
+    asker = Asker(context, node)
+    for name in "abc":
+        node.put([name])
+        node.service.publish_pool_events(now_s())
+    node.put(["d"])
+    answer = node.service._batches_from(0, now_s())
+    assert {seq for seq, _ in answer} == {3}
+    decoded = [(seq, kv_events.decode_batch(payload)) for seq, payload in answer]
+    assert held(decoded) == {key_of(n) for n in "abcd"}
+    assert held(asker.replay(3)) == {key_of("d")}
+
+
+def test_blocks_that_were_there_before_are_the_first_event(context: zmq.Context[zmq.Socket[bytes]], make: Make) -> None:
+    old = make("worker")
+    old.pool.release(old.put("abc"))
+    settings = {
+        "tier": "DEVICE",
+        "bind_host": "127.0.0.1",
+        "transports": [],
+        "machine_id": "",
+        "lease_s": 1,
+        "grace_s": 1,
+    }
+    again = KVService(
+        context=context, pool=old.pool, arena=old.arena, process="worker", epoch=b"8 bytes!",
+        on_blocks=lambda *_: None, on_ended=lambda _: None, **settings,  # type: ignore[arg-type]
+    )  # fmt: skip
+    try:
+        assert again.events_seq == 0
+        assert held([(0, kv_events.decode_batch(again._history[0][1]))]) == {key_of(n) for n in "abc"}
+    finally:
+        again.close()
+
+
+def test_large_batches_are_cut(make: Make) -> None:
+    node = make("worker")
+    events = [BlockStored([key_of(i)] * 4096, ROOT, [], SIZE) for i in range(20)]
+    payloads = node.service._payloads(events)
+    assert len(payloads) == 3
+    assert all(len(payload) < control.MAX_MESSAGE_BYTES // 8 for payload in payloads)
+    assert [e for p in payloads for e in kv_events.decode_batch(p).events] == events
