@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from functools import cache
 from pathlib import Path
 
@@ -11,4 +10,4 @@ from pathlib import Path
 def machine_id() -> str:
     """The kernel's boot id and the network namespace: equal for processes that can meet on an abstract Unix socket."""
     boot_id = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
-    return f"{boot_id}:{os.stat('/proc/self/ns/net').st_ino}"
+    return f"{boot_id}:{Path('/proc/self/ns/net').stat().st_ino}"

@@ -264,7 +264,7 @@ def test_a_hold_that_nobody_ends_runs_out() -> None:
 class Handover:
     """A prefill world and a decode world with nothing but hands between them."""
 
-    def __init__(self, prompt: list[int], n: int = 1, **decode: Any) -> None:
+    def __init__(self, prompt: list[int], n: int = 1, before: Dispatch | None = None, **decode: Any) -> None:
         self.prefill, self.decode = World(), World(**decode)
         self.prompt = prompt
         self.fence = Fence("a", 0, "decode", 0)
@@ -275,15 +275,17 @@ class Handover:
         for _ in range(20):
             self.prefill.step()
         self.first = [self.prefill.stream(Fence("a", 0, "prefill", 0), i)[0] for i in range(n)]
+        if before is not None:
+            self.decode.engine.on_dispatch(0, before, self.decode.now_s)
         self.decode.engine.on_dispatch(
             0, dispatch("a", prompt, here=False, sources=[SOURCE], **more), self.decode.now_s
         )
         (self.plan,) = self.decode.step().fetches
 
-    def copy(self, keep: int) -> list[FetchedBlock]:
-        """Moves the first `keep` wanted blocks."""
+    def copy(self, kept: set[int]) -> list[FetchedBlock]:
+        """Moves the wanted blocks with these numbers."""
         blocks = []
-        for wanted in self.plan.wanted[:keep]:
+        for wanted in (block for i, block in enumerate(self.plan.wanted) if i in kept):
             record = self.prefill.pool.lookup(wanted.key)
             assert record is not None
             self.decode.memory.cells[wanted.block_id] = self.prefill.memory.cells[record.block_id]
@@ -303,13 +305,15 @@ class Handover:
         self.decode.engine.on_blocks(self.plan.fetch_id, blocks)
         return blocks
 
-    def end(self, keep: int, tainted: tuple[int, ...] = ()) -> None:
-        committed = self.copy(keep)
+    def end(self, keep: int, tainted: tuple[int, ...] = (), lost: int = -1) -> None:
+        """The fetch ends with its first `keep` blocks, but for number `lost`."""
+        kept = set(range(keep)) - {lost}
+        committed = self.copy(kept)
         self.decode.engine.on_fetch_ended(
             FetchEnded(
                 fetch_id=self.plan.fetch_id,
-                committed=tuple(committed),
-                missing=tuple(w.key for w in self.plan.wanted[keep:]),
+                committed=tuple(block.key for block in committed),
+                missing=tuple(w.key for i, w in enumerate(self.plan.wanted) if i not in kept),
                 tainted=tainted,
             ),
             self.decode.now_s,
@@ -345,7 +349,7 @@ def test_decode_continues_a_fetched_prompt_with_the_same_tokens(length: int, fir
 def test_a_hole_in_what_arrived_is_recomputed_within_the_limit() -> None:
     hand = Handover(list(range(23)))
     hand.first_tokens()
-    hand.end(4)  # 16 of 23 tokens
+    hand.end(6, lost=4)  # 16 of 23 tokens, then a hole
     hand.decode.run()
     streamed = [t for m in hand.decode.said if isinstance(m, Tokens) for t in m.token_ids]
     assert streamed == fake_model.continuation(list(range(23)), 6)[1:]
@@ -383,6 +387,50 @@ def test_tainted_memory_is_not_used_again() -> None:
     hand.end(len(hand.plan.wanted))
     hand.decode.run()
     assert hand.decode.pool.stats().retired == 1
+
+
+def test_a_younger_fetch_gives_its_room_to_an_older_stream_and_comes_back() -> None:
+    prompt = list(range(23))
+    hand = Handover(prompt, num_blocks=9, before=dispatch("old", [90, 91], max_tokens=30))
+    world = hand.decode
+    for _ in range(100):
+        cancels = world.step().cancels
+        if cancels:
+            break
+    assert cancels == [hand.plan.fetch_id]
+    hand.end(1)
+    plans = []
+    for _ in range(100):
+        plans += world.step().fetches
+    (hand.plan,) = plans
+    assert world.stream(Fence("old", 0, "decode", 0)) == fake_model.continuation([90, 91], 30)
+    hand.first_tokens()
+    hand.end(len(hand.plan.wanted))
+    world.run()
+    streamed = [t for m in world.said if isinstance(m, Tokens) and m.fence == hand.fence for t in m.token_ids]
+    assert streamed == fake_model.continuation(prompt, 6)[1:]
+    assert all_free(world)
+
+
+@pytest.mark.parametrize("before_the_fork", [True, False])
+def test_the_router_can_end_one_sample_of_several(before_the_fork: bool) -> None:
+    hand = Handover(list(range(9)), n=2)
+    if before_the_fork:
+        hand.decode.engine.on_stop_sample(0, hand.fence, 0)
+    hand.first_tokens()
+    hand.end(len(hand.plan.wanted))
+    if not before_the_fork:
+        hand.decode.step()
+        hand.decode.engine.on_stop_sample(0, hand.fence, 0)
+    hand.decode.run()
+    streams = {
+        index: [t for m in hand.decode.said if isinstance(m, Tokens) and m.index == index for t in m.token_ids]
+        for index in (0, 1)
+    }
+    assert len(streams[0]) == (0 if before_the_fork else 1)
+    assert streams[1] == fake_model.continuation(list(range(9)), 6)[1:]
+    assert hand.decode.ends(hand.fence) == ["length"]
+    assert all_free(hand.decode)
 
 
 def test_the_deadline_ends_a_request_whatever_it_waits_for() -> None:
