@@ -6,9 +6,9 @@ never decides what to fetch or keep, and reads no clock but the wall clock that 
 
 The caller's loop:
 
-    poller = zmq.Poller(); service.attach(poller)
+    service.register(poller)
     while …:
-        ready = poller.poll(timeout until the earliest of `service.tick(now_s)` and the caller's own deadlines)
+        ready = dict(poller.poll(until the earliest of what `tick` said and the caller's own deadlines))
         service.handle(ready, now_s)             # ignores what isn't its own
         service.publish_pool_events(now_s)       # whenever somebody may have published or evicted
         service.tick(now_s)
@@ -21,8 +21,9 @@ from __future__ import annotations
 import logging
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import msgspec
 import zmq
@@ -35,7 +36,7 @@ from kvpool.source import Answers, FetchServer
 from kvpool.transport.base import BlockRead, Channel, Transport
 from kvpool.transport.shm import ShmListener, ShmTransport
 from protos import control, kv_events
-from protos.control import Endpoints, Fetch, Source, Tier
+from protos.control import Counters, Endpoints, Fetch, Source, Tier
 from protos.kv_events import AllBlocksCleared, BlockRemoved, BlockStored, Event, EventBatch
 from tandem.errors import TransportError
 from tandem.zmq_io import bounded_socket, identity
@@ -98,7 +99,7 @@ class KVService:
         machine_id: str,
         lease_s: float,
         grace_s: float,
-        on_blocks: Callable[[bytes, Sequence[FetchedBlock]], None],
+        on_blocks: Callable[[bytes, list[FetchedBlock]], None],
         on_ended: Callable[[FetchEnded], None],
         history_batches: int = HISTORY_BATCHES,
     ) -> None:
@@ -152,17 +153,19 @@ class KVService:
 
     # --- the caller's loop -------------------------------------------------------------------------------------------
 
-    def attach(self, poller: zmq.Poller) -> None:
-        """Registers what must be polled for input, now and as it changes."""
-        assert self._poller is None, "attached twice"
+    def register(self, poller: zmq.Poller) -> None:
+        """Registers what must be polled for input, now and as it changes. Once is enough; again changes nothing."""
+        if self._poller is poller:
+            return
+        assert self._poller is None, "registered with another poller"
         self._poller = poller
         for socket in self._handlers:
             poller.register(socket, zmq.POLLIN)
 
-    def handle(self, ready: Iterable[tuple[object, int]], now_s: float) -> None:
+    def handle(self, ready: Mapping[Any, int], now_s: float) -> None:
         """Takes in what the poller found; entries that aren't ours are ignored."""
-        for socket, _ in ready:
-            handler = self._handlers.get(socket)  # type: ignore[call-overload]
+        for socket in ready:
+            handler = self._handlers.get(socket)
             if handler is not None:
                 handler(now_s)
 
@@ -217,6 +220,20 @@ class KVService:
         self._counters.served_blocks = self._server.num_served_blocks
         self._counters.served_misses = self._server.num_missed_keys
         return self._counters
+
+    def add_counters(self, counters: Counters) -> Counters:
+        """`counters` with what the service and its pool know filled in: fetched, served, evicted, expired."""
+        ours, stats = self.counters, self._pool.stats()
+        return msgspec.structs.replace(
+            counters,
+            fetched_blocks=ours.fetched_blocks,
+            fetched_bytes=ours.fetched_bytes,
+            fetch_misses=ours.fetch_misses,
+            fetch_corrupt=ours.fetch_corrupt,
+            served_blocks=ours.served_blocks,
+            evicted_blocks=stats.evicted_total,
+            expired_leases=stats.expired_leases_total,
+        )
 
     @property
     def num_readers(self) -> int:
@@ -336,7 +353,7 @@ class KVService:
                 case Committed(blocks=blocks):
                     self._counters.fetched_blocks += len(blocks)
                     self._counters.fetched_bytes += len(blocks) * self._arena.slab_bytes
-                    self._on_blocks(machine.plan.fetch_id, blocks)
+                    self._on_blocks(machine.plan.fetch_id, list(blocks))
                 case FetchEnded() as ended:
                     del self._machines[ended.fetch_id]
                     for ask in self._asks_of.pop(ended.fetch_id, []):

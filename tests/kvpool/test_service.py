@@ -54,7 +54,7 @@ class Node:
             on_ended=self._on_ended, **settings,  # type: ignore[arg-type]
         )  # fmt: skip
         self.poller = zmq.Poller()
-        self.service.attach(self.poller)
+        self.service.register(self.poller)
 
     def _on_ended(self, ended: FetchEnded) -> None:
         assert ended.fetch_id not in self.ended, "a fetch ended twice"
@@ -94,7 +94,7 @@ class Node:
         return plan
 
     def step(self) -> None:
-        self.service.handle(self.poller.poll(1), now_s())
+        self.service.handle(dict(self.poller.poll(1)), now_s())
         self.service.publish_pool_events(now_s())
         self.service.tick(now_s())
 
