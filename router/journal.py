@@ -1,0 +1,262 @@
+"""The request journal: what each request has been given so far, and by which dispatches.
+
+Owns requests from acceptance to their one terminal message: tokens accepted per sample, live dispatches by fence, failures per
+role. Pure. It decides what is accepted; it never decides where anything runs.
+
+Fences. `attempt` numbers the dispatches of one role of one request, so that every dispatch has a fence of its own: the streams of
+`n` samples that go on separately after a crash are `n` dispatches of role decode with `n` attempts and `index` set. What bounds
+retries is `failures`, which counts deaths and failures per role, not attempts.
+
+Exactly once. A frame is accepted only from a live fence that covers its sample, and only from the next position on: what
+overlaps is cut off, what leaves a gap is asked for again. A prefill fence gives position 0 alone.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+from kvpool.keys import Key
+from protos.control import DispatchRole, Fence, FinishReason, RoleReport, Sampling, TokenLogprobs, Tokens
+from router.policy import Placement
+
+Outcome = Literal["completed", "failed", "cancelled"]
+MAX_RECENT = 256
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """A validated request. `deadline_s` is a point in time on the router's clock."""
+
+    request_id: str
+    prompt: tuple[int, ...]
+    sampling: Sampling
+    n: int
+    deadline_s: float
+    priority: int = 0
+
+
+@dataclass(slots=True)
+class Sample:
+    """One sample's stream: the tokens accepted so far, and why it ended."""
+
+    tokens: list[int] = field(default_factory=list)
+    finish_reason: FinishReason | None = None
+
+    @property
+    def finished(self) -> bool:
+        return self.finish_reason is not None
+
+
+@dataclass(slots=True)
+class DispatchRecord:
+    """One dispatch that a process holds. `waits` marks a decode dispatch that takes its first tokens from the
+    prefill role."""
+
+    fence: Fence
+    process: str
+    epoch: bytes
+    index: int
+    n: int
+    sent_at_s: float
+    predicted_ttft_s: float
+    waits: bool = False
+    first_tokens_sent: bool = False
+    ended: set[int] = field(default_factory=set)
+    """Samples whose end the worker has been told."""
+    started: bool = False
+    progress_at_s: float = 0.0
+    probe_after_s: float = 1.0
+
+    def covers(self, index: int) -> bool:
+        return self.index <= index < self.index + self.n
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """A role's report, with where it ran and what had been predicted."""
+
+    process: str
+    predicted_ttft_s: float
+    report: RoleReport
+
+
+@dataclass(slots=True)
+class Record:
+    """One active request."""
+
+    request: Request
+    accepted_at_s: float
+    samples: list[Sample]
+    sampling: Sampling
+    dispatches: dict[Fence, DispatchRecord] = field(default_factory=dict)
+    """Live ones."""
+    sent: dict[Fence, DispatchRecord] = field(default_factory=dict)
+    """All there ever were: a report may come after its dispatch is over."""
+    attempts: dict[DispatchRole, int] = field(default_factory=lambda: {"prefill": 0, "decode": 0})
+    failures: dict[DispatchRole, int] = field(default_factory=lambda: {"prefill": 0, "decode": 0})
+    runs: list[Run] = field(default_factory=list)
+    placements: list[Placement] = field(default_factory=list)
+    keys_root: Key | None = None
+    keys: tuple[Key, ...] = ()
+    planned: bool = False
+    prefill_here_only: bool = False
+    avoid: set[tuple[str, bytes]] = field(default_factory=set)
+    waiting_since_s: float | None = None
+    plan_after_s: float = 0.0
+    first_token_at_s: float | None = None
+
+    @property
+    def request_id(self) -> str:
+        return self.request.request_id
+
+    def live(self, role: DispatchRole) -> list[DispatchRecord]:
+        return [dispatch for dispatch in self.dispatches.values() if dispatch.fence.role == role]
+
+    def prefill(self) -> DispatchRecord | None:
+        """The live prefill dispatch; there is never more than one."""
+        return next(iter(self.live("prefill")), None)
+
+    def unfinished(self) -> list[int]:
+        return [index for index, sample in enumerate(self.samples) if not sample.finished]
+
+    def uncovered(self) -> list[int]:
+        """Unfinished samples that no live decode dispatch generates."""
+        live = self.live("decode")
+        return [index for index in self.unfinished() if not any(dispatch.covers(index) for dispatch in live)]
+
+    def first_tokens_known(self) -> bool:
+        return all(sample.tokens or sample.finished for sample in self.samples)
+
+    def new_fence(self, role: DispatchRole) -> Fence:
+        fence = Fence(self.request_id, 0, role, self.attempts[role])
+        self.attempts[role] += 1
+        return fence
+
+
+@dataclass(frozen=True, slots=True)
+class Accepted:
+    """New tokens of a sample (none with a bare finish), and the position up to which the worker may forget."""
+
+    position: int
+    token_ids: tuple[int, ...]
+    logprobs: tuple[TokenLogprobs, ...]
+    finish_reason: FinishReason | None
+    ack: int
+    final: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Duplicate:
+    """Nothing new; acknowledge again, the last acknowledgement may be lost."""
+
+    ack: int
+    final: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Gap:
+    """Tokens are missing from `position` on."""
+
+    position: int
+
+
+@dataclass(frozen=True, slots=True)
+class Summary:
+    """What is remembered of a finished request, for explanations."""
+
+    request_id: str
+    outcome: Outcome
+    error: str
+    num_prompt_tokens: int
+    num_generated_tokens: int
+    ttft_s: float | None
+    total_s: float
+    failures: tuple[int, int]
+    placements: tuple[Placement, ...]
+    runs: tuple[Run, ...]
+
+
+class Journal:
+    """Active requests by id, and a bounded memory of finished ones."""
+
+    def __init__(self) -> None:
+        self._records: dict[str, Record] = {}
+        self.recent: deque[Summary] = deque(maxlen=MAX_RECENT)
+        self.num_outcomes: dict[Outcome, int] = {"completed": 0, "failed": 0, "cancelled": 0}
+
+    def __len__(self) -> int:
+        return len(self._records)
+
+    def __iter__(self) -> Iterator[Record]:
+        return iter(list(self._records.values()))
+
+    def get(self, request_id: str) -> Record | None:
+        return self._records.get(request_id)
+
+    def open(self, request: Request, now_s: float) -> Record:
+        assert request.request_id not in self._records, f"request id {request.request_id} is in use"
+        record = Record(request, now_s, [Sample() for _ in range(request.n)], request.sampling)
+        self._records[request.request_id] = record
+        return record
+
+    def find(self, fence: Fence, process: str, epoch: bytes) -> tuple[Record, DispatchRecord] | None:
+        """The live dispatch of this fence at this process, or None: the message is late, or somebody else's."""
+        record = self._records.get(fence.request_id)
+        dispatch = record.dispatches.get(fence) if record is not None else None
+        if record is None or dispatch is None or dispatch.process != process or dispatch.epoch != epoch:
+            return None
+        return record, dispatch
+
+    def accept(self, record: Record, dispatch: DispatchRecord, message: Tokens) -> Accepted | Duplicate | Gap | None:
+        """Takes a frame of a live fence. None: it names a sample or a position that the dispatch does not own."""
+        if not dispatch.covers(message.index):
+            return None
+        from_prefill = dispatch.fence.role == "prefill"
+        end = message.position + len(message.token_ids)
+        if from_prefill and end > 1:
+            return None
+        sample = record.samples[message.index]
+        have = len(sample.tokens)
+        if sample.finished:
+            return Duplicate(max(have, end), final=True)
+        if message.position > have:
+            return Gap(have)
+        new = message.token_ids[have - message.position :]
+        reason = message.finish_reason if end >= have else None
+        room = record.sampling.max_tokens - have
+        if len(new) >= room:
+            new, reason = new[:room], reason if reason is not None and len(new) == room else "length"
+        if not new and reason is None:
+            return Duplicate(have, final=False)
+        logprobs: Sequence[TokenLogprobs] = message.logprobs
+        if len(logprobs) == len(message.token_ids):
+            logprobs = logprobs[have - message.position :][: len(new)]
+        else:
+            logprobs = ()
+        sample.tokens += new
+        sample.finish_reason = reason
+        return Accepted(have, tuple(new), tuple(logprobs), reason, max(end, len(sample.tokens)), reason is not None)
+
+    def close(self, record: Record, outcome: Outcome, error: str, now_s: float) -> Summary:
+        """Ends a request; its dispatches must have been released before."""
+        assert not record.dispatches, "a closed request holds dispatches"
+        del self._records[record.request_id]
+        self.num_outcomes[outcome] += 1
+        first_s = record.first_token_at_s
+        summary = Summary(
+            request_id=record.request_id,
+            outcome=outcome,
+            error=error,
+            num_prompt_tokens=len(record.request.prompt),
+            num_generated_tokens=sum(len(sample.tokens) for sample in record.samples),
+            ttft_s=None if first_s is None else first_s - record.accepted_at_s,
+            total_s=now_s - record.accepted_at_s,
+            failures=(record.failures["prefill"], record.failures["decode"]),
+            placements=tuple(record.placements),
+            runs=tuple(record.runs),
+        )
+        self.recent.append(summary)
+        return summary

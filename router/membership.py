@@ -1,0 +1,235 @@
+"""Who is alive: hello, heartbeat, deadlines, and which processes route together.
+
+Owns the table of processes by name and the served routing group. Pure: messages and `now_s` in, events out; it never sends,
+and knows nothing of requests or blocks.
+
+    hello ──► Joined ──(heartbeats)──► … ──► Lost      silence for `liveness_s`, a step older than `progress_s`, goodbye,
+      │         │                                      a closed connection, or a new epoch of the same name
+      │         └─ hello again ──► Changed (its Welcome was late; a pool node has learnt its group), or, from a worker that
+      │                            was welcome already, Lost and Joined: it had lost us and dropped its work
+      └──► Rejected                                    protocol version, role, or a name whose other epoch is proven alive
+
+A hello under a name that another epoch holds is not answered at once: refusing would stop a restarted worker whose
+predecessor's death has not been noticed yet. It is repeated every second, and by then the old epoch has either spoken
+(Rejected) or been silent for two heartbeats (Lost, then Joined).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from protos.control import PROTOCOL_VERSION, Heartbeat, Hello, Peers, Role, RoutingGroup, Source, Tier
+
+MAX_MEMBERS = 4096
+
+
+@dataclass(slots=True)
+class Member:
+    """One live process. `heartbeat` is the last one, None before the first."""
+
+    hello: Hello
+    joined_at_s: float
+    heard_at_s: float
+    heartbeat: Heartbeat | None = None
+
+    @property
+    def name(self) -> str:
+        return self.hello.process
+
+    @property
+    def epoch(self) -> bytes:
+        return self.hello.epoch
+
+    @property
+    def role(self) -> Role:
+        return self.hello.role
+
+    def source(self, tier: Tier) -> Source:
+        """This process as a KVSource of `tier`."""
+        return Source(process=self.name, epoch=self.epoch, tier=tier, endpoints=self.hello.endpoints)
+
+
+@dataclass(frozen=True, slots=True)
+class Joined:
+    """A process became a member."""
+
+    member: Member
+
+
+@dataclass(frozen=True, slots=True)
+class Changed:
+    """A member said hello again; `group_changed` when it routes elsewhere now."""
+
+    member: Member
+    group_changed: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Lost:
+    """A process is no member any more; all it held is gone for us."""
+
+    name: str
+    epoch: bytes
+    role: Role
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Rejected:
+    """A hello that can't be accepted, and why."""
+
+    reason: str
+
+
+MemberEvent = Joined | Changed | Lost | Rejected
+
+
+def own_tier(role: Role) -> Tier:
+    """The tier in which a process of `role` holds blocks."""
+    return "HOST" if role == "pool" else "DEVICE"
+
+
+class Membership:
+    """Processes by name. Only those of `served_group` route together; a pool node with no group yet is told of it."""
+
+    def __init__(self, *, heartbeat_s: float, liveness_s: float, progress_s: float) -> None:
+        self._heartbeat_s = heartbeat_s
+        self._liveness_s = liveness_s
+        self._progress_s = progress_s
+        self._members: dict[str, Member] = {}
+        self._rivals: dict[str, tuple[bytes, float]] = {}
+        self._served: RoutingGroup | None = None
+        self._checked_at_s: float | None = None
+
+    def __iter__(self) -> Iterator[Member]:
+        return iter(self._members.values())
+
+    def __len__(self) -> int:
+        return len(self._members)
+
+    @property
+    def served_group(self) -> RoutingGroup | None:
+        """The group requests are routed in: it stays until its last worker is lost, then the one with most workers."""
+        return self._served
+
+    def get(self, name: str) -> Member | None:
+        return self._members.get(name)
+
+    def is_member(self, name: str, epoch: bytes) -> bool:
+        member = self._members.get(name)
+        return member is not None and member.epoch == epoch
+
+    def workers(self, role: Role) -> list[Member]:
+        """Members of `role` in the served group, in the order they joined."""
+        served = self._served
+        return [m for m in self._members.values() if m.role == role and served is not None and m.hello.group == served]
+
+    def hello(self, hello: Hello, now_s: float) -> list[MemberEvent]:
+        """Takes a hello. An empty list means: say nothing yet, it will be repeated."""
+        if hello.version != PROTOCOL_VERSION:
+            return [Rejected(f"protocol version {hello.version} is not this router's {PROTOCOL_VERSION}")]
+        if hello.role == "router":
+            return [Rejected("role 'router' can't join a router")]
+        if hello.group is None and hello.role != "pool":
+            return [Rejected(f"a {hello.role} worker must say its routing group")]
+        events: list[MemberEvent] = []
+        old = self._members.get(hello.process)
+        if old is not None and old.epoch == hello.epoch and old.role != "pool" and old.heartbeat is not None:
+            events.append(self._lose(old, "said hello again: it had lost this router, and dropped its work"))
+        elif old is not None and old.epoch == hello.epoch:
+            group_changed = old.hello.group != hello.group
+            old.hello = hello
+            old.heard_at_s = now_s
+            self._choose_group()
+            return [Changed(old, group_changed)]
+        elif old is not None:
+            verdict = self._rival(old, hello, now_s)
+            if not isinstance(verdict, Lost):
+                return [verdict] if verdict is not None else []
+            events.append(verdict)
+        elif len(self._members) >= MAX_MEMBERS:
+            return [Rejected(f"{len(self._members)} processes are connected, the limit is {MAX_MEMBERS}")]
+        member = Member(hello, joined_at_s=now_s, heard_at_s=now_s)
+        self._members[hello.process] = member
+        self._choose_group()
+        events.append(Joined(member))
+        return events
+
+    def _rival(self, old: Member, hello: Hello, now_s: float) -> Lost | Rejected | None:
+        epoch, first_seen_s = self._rivals.get(old.name, (b"", 0.0))
+        if epoch != hello.epoch:
+            epoch, first_seen_s = hello.epoch, now_s
+            self._rivals[old.name] = (epoch, first_seen_s)
+        if now_s - old.heard_at_s > 2 * self._heartbeat_s:
+            return self._lose(old, f"replaced by a new process of the name {old.name!r}")
+        if old.heard_at_s > first_seen_s:
+            del self._rivals[old.name]
+            return Rejected(f"the name {old.name!r} is taken by a live process (pid {old.hello.pid})")
+        return None
+
+    def heartbeat(self, message: Heartbeat, now_s: float) -> Member | None:
+        """Notes a heartbeat; the member it came from, or None if that epoch is no member."""
+        member = self._members.get(message.process)
+        if member is None or member.epoch != message.epoch:
+            return None
+        member.heartbeat = message
+        member.heard_at_s = now_s
+        return member
+
+    def leave(self, name: str, epoch: bytes, reason: str) -> Lost | None:
+        """A goodbye or a closed connection. None if that epoch is no member."""
+        member = self._members.get(name)
+        if member is None or member.epoch != epoch:
+            return None
+        return self._lose(member, reason)
+
+    def expired(self, now_s: float) -> list[Lost]:
+        """Those whose liveness or progress deadline has passed. Time in which this router itself did not run (no call for
+        over a second) is not held against anybody."""
+        gap_s = 0.0 if self._checked_at_s is None else now_s - self._checked_at_s
+        self._checked_at_s = now_s
+        if gap_s > 1.0:
+            for member in self._members.values():
+                member.heard_at_s = min(now_s, member.heard_at_s + gap_s)
+        lost: list[Lost] = []
+        for member in list(self._members.values()):
+            silent_s = now_s - member.heard_at_s
+            if silent_s > self._liveness_s:
+                lost.append(self._lose(member, f"no heartbeat for {silent_s:.1f} s, the limit is {self._liveness_s} s"))
+            elif member.heartbeat is not None and member.heartbeat.step_age_s > self._progress_s:
+                age_s = member.heartbeat.step_age_s
+                lost.append(self._lose(member, f"one step runs for {age_s:.1f} s, the limit is {self._progress_s} s"))
+        return lost
+
+    def _lose(self, member: Member, reason: str) -> Lost:
+        del self._members[member.name]
+        self._rivals.pop(member.name, None)
+        self._choose_group()
+        return Lost(member.name, member.epoch, member.role, reason)
+
+    def _choose_group(self) -> None:
+        counts: dict[RoutingGroup, int] = {}
+        for member in self._members.values():
+            if member.role != "pool" and member.hello.group is not None:
+                counts[member.hello.group] = counts.get(member.hello.group, 0) + 1
+        if self._served in counts:
+            return
+        if counts:
+            self._served = max(counts, key=lambda group: counts[group])
+
+    def max_model_len(self) -> int:
+        """The shortest context among the served workers, in tokens; 0 when none is there."""
+        lengths = [m.hello.capacity.max_model_len for m in (*self.workers("prefill"), *self.workers("decode"))]
+        return min((length for length in lengths if length), default=0)
+
+    def pools_to_tell(self) -> list[Member]:
+        """Pool nodes that may follow the served group: those in it, and those that have none yet."""
+        served = self._served
+        return [m for m in self._members.values() if m.role == "pool" and m.hello.group in (None, served)]
+
+    def peers(self) -> Peers:
+        """What pool nodes are told: all workers of the served group."""
+        workers = [*self.workers("prefill"), *self.workers("decode")]
+        slab_bytes = next((m.hello.capacity.slab_bytes for m in workers if m.hello.capacity.slab_bytes), 0)
+        return Peers(workers=[m.source("DEVICE") for m in workers], group=self._served, slab_bytes=slab_bytes)

@@ -1,0 +1,716 @@
+"""RouterCore: requests and messages in, actions out.
+
+Owns the life of every request, through membership, index, ledger, policy and journal. Pure: no socket, no clock, no task; its
+shell (`router/server.py`) does what it returns, in order.
+
+A request's dispatches take one of three forms:
+
+    hand-over     prefill role + decode role that waits for it. `n` samples each. The first tokens that the prefill role draws
+                  are accepted, shown, and sent on in `FirstTokens` once all are there: one entry a sample in index order, -1
+                  for a sample that its first token finished (decode skips it).
+    prefill here  one decode dispatch with `prefill_here` for all `n` samples, while some first token is still unknown. It
+                  draws position 0 itself; a first token that is known already comes again and is dropped as a duplicate.
+    continuation  one decode dispatch a sample (`n == 1`, `index` set, `prefill_here`) whose `token_ids` are the prompt and
+                  the tokens accepted so far: after a crash or a failed fetch. It draws the next token itself;
+                  `FirstTokens` never goes with `prefill_here`. `sampling` is the request's own: positions and
+                  `max_tokens` count from the prompt's end.
+
+What ends a dispatch:
+
+    prefill   Abort "handed over" at decode's RoleReport or first frame
+    decode    Ack(final) for each of its samples, or Abort. Ack(final) before the worker has finished a sample ends that
+              sample alone (a stop string matched, other samples go on)
+    either    Failed, or the loss of its process
+
+An Abort is repeated until `Aborted`, a few times; a frame of an unknown fence is answered with Abort.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import msgspec
+
+from kvpool.keys import Key, prompt_keys, root_key, tokens_as_bytes
+from protos.control import (
+    PROTOCOL_VERSION,
+    Abort,
+    Aborted,
+    Ack,
+    Dispatch,
+    DispatchRole,
+    Failed,
+    Fence,
+    FirstTokens,
+    Goodbye,
+    Heartbeat,
+    Hello,
+    Refused,
+    Resend,
+    RoleReport,
+    RoutingGroup,
+    Source,
+    Tokens,
+    ToRouter,
+    Welcome,
+)
+from protos.kv_events import EventBatch
+from router.actions import (
+    Action,
+    CompletedEvent,
+    Emit,
+    FailedEvent,
+    Replay,
+    Send,
+    Subscribe,
+    TokensEvent,
+    Unsubscribe,
+)
+from router.journal import Accepted, DispatchRecord, Gap, Journal, Outcome, Record, Request, Run
+from router.ledger import Ledger
+from router.membership import Changed, Joined, Lost, Member, Membership, Rejected, own_tier
+from router.policy import Candidate, Placement, Policy
+from router.prefix_index import Place, PrefixIndex
+from tandem.errors import (
+    Cancelled,
+    DeadlineExceeded,
+    InvalidRequest,
+    Overloaded,
+    TandemError,
+    Unavailable,
+    WorkerLost,
+    error_from_code,
+)
+
+RETRYABLE = frozenset(
+    {"fetch_failed", "overloaded", "transport_error", "unavailable", "worker_lost", "storage_fault", "internal"}
+)
+"""Failures of a dispatch after which another one may succeed."""
+ABORT_RETRY_S = 1.0
+ABORT_TRIES = 10
+MAX_PROBE_S = 8.0
+MAX_RUNS = 64
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """The values of the configuration that the core uses. Seconds."""
+
+    router: str
+    epoch: bytes
+    heartbeat_s: float = 0.25
+    liveness_s: float = 3.0
+    progress_s: float = 60.0
+    max_attempts: int = 3
+    max_active_requests: int = 1024
+    max_model_len: int = 0
+    hold_s: float = 10.0
+    unavailable_after_s: float = 10.0
+    """How long a request waits for a worker that could serve it."""
+    max_jitter_s: float = 0.1
+    """Re-dispatches after a death are spread over so long, so that they don't all fall on the survivor at once."""
+
+
+@dataclass(slots=True)
+class _Closing:
+    """An Abort that has not been confirmed yet."""
+
+    process: str
+    epoch: bytes
+    reason: str
+    again_at_s: float
+    tries_left: int
+
+
+class RouterCore:
+    """One router's state. Not thread-safe: its shell calls it from one thread, with a `now_s` that never goes back."""
+
+    def __init__(self, settings: Settings, rng: random.Random, policy: Policy | None = None) -> None:
+        self.settings = settings
+        self.membership = Membership(
+            heartbeat_s=settings.heartbeat_s, liveness_s=settings.liveness_s, progress_s=settings.progress_s
+        )
+        self.index = PrefixIndex()
+        self.ledger = Ledger()
+        self.journal = Journal()
+        self._policy = policy or Policy()
+        self._rng = rng
+        self._waiting: dict[str, None] = {}
+        self._closing: dict[Fence, _Closing] = {}
+        self._keepalive_at_s = 0.0
+
+    # --- what the shell reads ------------------------------------------------------------------------------------------
+
+    @property
+    def ready(self) -> bool:
+        """Whether a request could be served now: a decode worker is there."""
+        return bool(self.membership.workers("decode"))
+
+    @property
+    def num_closing(self) -> int:
+        """Aborts that are not confirmed yet."""
+        return len(self._closing)
+
+    @property
+    def num_waiting(self) -> int:
+        """Requests that wait for a worker."""
+        return len(self._waiting)
+
+    def max_model_len(self) -> int:
+        """Tokens of prompt and answer together; 0 while no worker has said its limit and none is configured."""
+        limits = (self.settings.max_model_len, self.membership.max_model_len())
+        return min((limit for limit in limits if limit), default=0)
+
+    # --- requests ------------------------------------------------------------------------------------------------------
+
+    def submit(self, request: Request, now_s: float) -> list[Action]:
+        """Takes a request. Whatever happens, one terminal event will be emitted for it.
+
+        Raises Overloaded if too many are active and InvalidRequest if the prompt is longer than the context.
+        """
+        if len(self.journal) >= self.settings.max_active_requests:
+            raise Overloaded(
+                f"{len(self.journal)} requests are active, the limit is {self.settings.max_active_requests}; retry in 1 s"
+            )
+        self._check_context(request)
+        record = self.journal.open(request, now_s)
+        return self._plan(record, now_s)
+
+    def cancel(self, request_id: str, now_s: float, error: TandemError | None = None) -> list[Action]:
+        """Ends a request: the client left, or `error` says why. Unknown ids are ignored: it has ended already."""
+        record = self.journal.get(request_id)
+        if record is None:
+            return []
+        return self._end(record, error or Cancelled("the client cancelled the request"), now_s)
+
+    def stop_sample(self, request_id: str, index: int, num_tokens: int, now_s: float) -> list[Action]:
+        """The shell found a stop string: the sample ends after its first `num_tokens` tokens. Its worker is told by
+        Ack(final) for this sample, or by Abort when it was the last one."""
+        record = self.journal.get(request_id)
+        if record is None or record.samples[index].finished:
+            return []
+        sample = record.samples[index]
+        position = len(sample.tokens)
+        del sample.tokens[num_tokens:]
+        sample.finish_reason = "stop"
+        if not record.unfinished():
+            return self._end(record, None, now_s)
+        actions: list[Action] = []
+        for dispatch in record.live("decode"):
+            if dispatch.covers(index) and (not dispatch.waits or dispatch.first_tokens_sent):
+                ack = Ack(fence=dispatch.fence, index=index, position=position, final=True)
+                actions.append(Send(dispatch.process, dispatch.epoch, ack))
+                dispatch.ended.add(index)
+        self._release_ended(record)
+        return actions
+
+    # --- messages ------------------------------------------------------------------------------------------------------
+
+    def on_message(self, process: str, epoch: bytes, message: ToRouter, now_s: float) -> list[Action]:
+        """Takes a message of `process` in its `epoch`, as its connection identifies it. Those of a process that is not a
+        member are ignored, but for its hello."""
+        if isinstance(message, Hello | Heartbeat | Goodbye) and (message.process, message.epoch) != (process, epoch):
+            return []
+        if isinstance(message, Hello):
+            return self._on_hello(message, now_s)
+        if not self.membership.is_member(process, epoch):
+            return []
+        match message:
+            case Heartbeat():
+                return self._on_heartbeat(message, now_s)
+            case Goodbye():
+                return self.on_closed(process, epoch, now_s, reason="said goodbye")
+            case Aborted(fence=fence):
+                self._closing.pop(fence, None)
+                return []
+            case Tokens():
+                return self._on_tokens(process, epoch, message, now_s)
+            case RoleReport():
+                return self._on_report(process, epoch, message, now_s)
+            case Failed():
+                return self._on_failed(process, epoch, message, now_s)
+
+    def on_closed(
+        self, process: str, epoch: bytes, now_s: float, reason: str = "its connection closed"
+    ) -> list[Action]:
+        """A process can't be reached any more, or has left."""
+        lost = self.membership.leave(process, epoch, reason)
+        return self._on_lost(lost, now_s) if lost is not None else []
+
+    def on_events(self, process: str, epoch: bytes, seq: int, batch: EventBatch, now_s: float) -> list[Action]:
+        """Takes a live batch of KV events."""
+        return self._replay(process, self.index.on_batch(process, epoch, seq, batch, now_s))
+
+    def on_replayed(self, process: str, epoch: bytes, seq: int, batch: EventBatch) -> None:
+        """Takes a replayed batch."""
+        self.index.on_replay(process, epoch, seq, batch)
+
+    def on_replay_end(self, process: str, epoch: bytes) -> None:
+        """The replay is over, or failed."""
+        self.index.on_replay_end(process, epoch)
+
+    def tick(self, now_s: float) -> list[Action]:
+        """Everything that time does: call it every 50 ms or so."""
+        actions: list[Action] = []
+        for lost in self.membership.expired(now_s):
+            actions += self._on_lost(lost, now_s)
+        if now_s >= self._keepalive_at_s:
+            self._keepalive_at_s = now_s + self.settings.heartbeat_s
+            actions += [Send(member.name, member.epoch, self._welcome()) for member in self.membership]
+        for record in self.journal:
+            if now_s >= record.request.deadline_s:
+                budget_s = record.request.deadline_s - record.accepted_at_s
+                actions += self._end(record, DeadlineExceeded(f"not complete after {budget_s:.3f} s"), now_s)
+        for request_id in list(self._waiting):
+            waiting = self.journal.get(request_id)
+            if waiting is not None and now_s >= waiting.plan_after_s:
+                actions += self._plan(waiting, now_s)
+        return actions + self._probe(now_s) + self._repeat_aborts(now_s)
+
+    # --- members -------------------------------------------------------------------------------------------------------
+
+    def _welcome(self) -> Welcome:
+        settings = self.settings
+        return Welcome(
+            version=PROTOCOL_VERSION,
+            router=settings.router,
+            epoch=settings.epoch,
+            heartbeat_s=settings.heartbeat_s,
+            liveness_s=settings.liveness_s,
+        )
+
+    def _on_hello(self, hello: Hello, now_s: float) -> list[Action]:
+        actions: list[Action] = []
+        for event in self.membership.hello(hello, now_s):
+            match event:
+                case Rejected(reason=reason):
+                    actions.append(Send(hello.process, hello.epoch, Refused(reason=reason)))
+                case Lost():
+                    actions += self._on_lost(event, now_s)
+                case Changed(member=member, group_changed=group_changed):
+                    actions.append(Send(member.name, member.epoch, self._welcome()))
+                    if group_changed or member.role == "pool":
+                        actions += self._tell_pools()
+                case Joined(member=member):
+                    actions += self._on_joined(member, now_s)
+        return actions
+
+    def _on_joined(self, member: Member, now_s: float) -> list[Action]:
+        if member.role != "pool":
+            self.ledger.join(member.name, member.epoch)
+        from_seq = self.index.join(member.name, member.epoch, own_tier(member.role), now_s)
+        endpoints = member.hello.endpoints
+        actions: list[Action] = [
+            Send(member.name, member.epoch, self._welcome()),
+            Subscribe(member.name, member.epoch, endpoints),
+            Replay(member.name, member.epoch, endpoints, from_seq),
+            *self._tell_pools(),
+        ]
+        for request_id in list(self._waiting):
+            record = self.journal.get(request_id)
+            if record is not None and now_s >= record.plan_after_s:
+                actions += self._plan(record, now_s)
+        return actions
+
+    def _on_lost(self, lost: Lost, now_s: float) -> list[Action]:
+        self.index.forget(lost.name)
+        self.ledger.forget(lost.name)
+        for fence in [fence for fence, closing in self._closing.items() if closing.process == lost.name]:
+            del self._closing[fence]
+        actions: list[Action] = [Unsubscribe(lost.name, lost.epoch), *self._tell_pools()]
+        for record in self.journal:
+            roles: set[DispatchRole] = set()
+            for dispatch in list(record.dispatches.values()):
+                if dispatch.process == lost.name:
+                    roles.add(dispatch.fence.role)
+                    del record.dispatches[dispatch.fence]
+            if roles:
+                error = WorkerLost(f"{lost.role} worker {lost.name} was lost ({lost.reason})")
+                record.plan_after_s = now_s + self._rng.uniform(0.0, self.settings.max_jitter_s)
+                actions += self._after_failure(record, roles, error, now_s)
+        return actions
+
+    def _tell_pools(self) -> list[Action]:
+        peers = self.membership.peers()
+        return [Send(pool.name, pool.epoch, peers) for pool in self.membership.pools_to_tell()]
+
+    def _on_heartbeat(self, message: Heartbeat, now_s: float) -> list[Action]:
+        self.membership.heartbeat(message, now_s)
+        self.ledger.reported(message.process, message.load)
+        return self._replay(
+            message.process, self.index.on_announced(message.process, message.epoch, message.events_seq, now_s)
+        )
+
+    def _replay(self, process: str, from_seq: int | None) -> list[Action]:
+        member = self.membership.get(process)
+        if from_seq is None or member is None:
+            return []
+        return [Replay(process, member.epoch, member.hello.endpoints, from_seq)]
+
+    # --- frames of dispatches ------------------------------------------------------------------------------------------
+
+    def _on_tokens(self, process: str, epoch: bytes, message: Tokens, now_s: float) -> list[Action]:
+        found = self.journal.find(message.fence, process, epoch)
+        if found is None:
+            return [Send(process, epoch, Abort(fence=message.fence, reason="this dispatch is over"))]
+        record, dispatch = found
+        verdict = self.journal.accept(record, dispatch, message)
+        if verdict is None:
+            return []
+        fence, index = message.fence, message.index
+        if isinstance(verdict, Gap):
+            return [Send(process, epoch, Resend(fence=fence, index=index, position=verdict.position))]
+        actions: list[Action] = [
+            Send(process, epoch, Ack(fence=fence, index=index, position=verdict.ack, final=verdict.final))
+        ]
+        if verdict.final:
+            dispatch.ended.add(index)
+        actions += self._hand_over(record, dispatch, now_s)
+        if isinstance(verdict, Accepted):
+            dispatch.progress_at_s = now_s
+            dispatch.probe_after_s = 1.0
+            if record.first_token_at_s is None:
+                record.first_token_at_s = now_s
+            event = TokensEvent(index, verdict.position, verdict.token_ids, verdict.logprobs, verdict.finish_reason)
+            actions.append(Emit(record.request_id, event))
+            actions += self._first_tokens(record)
+            if not record.unfinished():
+                return actions + self._end(record, None, now_s)
+        self._release_ended(record)
+        return actions
+
+    def _on_report(self, process: str, epoch: bytes, message: RoleReport, now_s: float) -> list[Action]:
+        record = self.journal.get(message.fence.request_id)
+        dispatch = record.sent.get(message.fence) if record is not None else None
+        if record is None or dispatch is None or (dispatch.process, dispatch.epoch) != (process, epoch):
+            return []
+        if len(record.runs) < MAX_RUNS and all(run.report.fence != message.fence for run in record.runs):
+            record.runs.append(Run(process, dispatch.predicted_ttft_s, message))
+        return self._hand_over(record, dispatch, now_s) if message.fence in record.dispatches else []
+
+    def _hand_over(self, record: Record, dispatch: DispatchRecord, now_s: float) -> list[Action]:
+        """A dispatch gave its first sign of having its KV. Decode's is the end of the prefill role."""
+        if not dispatch.started:
+            dispatch.started = True
+            dispatch.progress_at_s = now_s
+        prefill = record.prefill()
+        if dispatch.fence.role == "decode" and prefill is not None and record.first_tokens_known():
+            return [self._abort(record, prefill, "handed over", now_s)]
+        return []
+
+    def _first_tokens(self, record: Record) -> list[Action]:
+        """FirstTokens for the decode dispatch that waits for them, when all are known and one is to be continued."""
+        if not record.first_tokens_known() or not record.unfinished():
+            return []
+        actions: list[Action] = []
+        for dispatch in record.live("decode"):
+            if dispatch.waits and not dispatch.first_tokens_sent:
+                dispatch.first_tokens_sent = True
+                token_ids = [-1 if sample.finished else sample.tokens[0] for sample in record.samples]
+                dispatch.ended.update(index for index, token in enumerate(token_ids) if token == -1)
+                message = FirstTokens(fence=dispatch.fence, token_ids=token_ids)
+                actions.append(Send(dispatch.process, dispatch.epoch, message))
+        return actions
+
+    def _release_ended(self, record: Record) -> None:
+        """Forgets decode dispatches whose worker knows the end of every sample: it holds nothing of them any more."""
+        for dispatch in record.live("decode"):
+            if len(dispatch.ended) == dispatch.n:
+                self._forget(record, dispatch)
+
+    def _on_failed(self, process: str, epoch: bytes, message: Failed, now_s: float) -> list[Action]:
+        self._closing.pop(message.fence, None)
+        found = self.journal.find(message.fence, process, epoch)
+        if found is None:
+            return []
+        record, dispatch = found
+        role = dispatch.fence.role
+        self._forget(record, dispatch)
+        error = error_from_code(message.code, f"{role} at {process}: {message.message}")
+        if message.code not in RETRYABLE:
+            return self._end(record, error, now_s)
+        actions: list[Action] = []
+        if message.code == "fetch_failed":
+            record.prefill_here_only = True
+            prefill = record.prefill()
+            if prefill is not None:
+                actions.append(self._abort(record, prefill, "the hand-over failed", now_s))
+        else:
+            record.avoid.add((process, epoch))
+            backoff_s = self.settings.max_jitter_s * 2 ** record.failures[role]
+            record.plan_after_s = now_s + self._rng.uniform(0.0, backoff_s)
+        return actions + self._after_failure(record, {role}, error, now_s)
+
+    def _after_failure(
+        self, record: Record, roles: set[DispatchRole], error: TandemError, now_s: float
+    ) -> list[Action]:
+        """Dispatches of `roles` are gone: plans again, or ends the request when that has happened too often."""
+        if "prefill" in roles and record.first_tokens_known():
+            roles = roles - {"prefill"}  # it had done its part; what decode can't fetch any more, decode will say
+        for role in roles:
+            record.failures[role] += 1
+            if record.failures[role] >= self.settings.max_attempts:
+                tries = f"after {record.failures[role]} attempts of {role}, the limit is {self.settings.max_attempts}"
+                return self._end(record, type(error)(f"{error}; {tries}"), now_s)
+        actions: list[Action] = []
+        if "prefill" in roles and not record.first_tokens_known():
+            # Decode waits for a source that is gone and for tokens that nobody samples: both roles are dispatched anew.
+            for dispatch in record.live("decode"):
+                if dispatch.waits:
+                    actions.append(self._abort(record, dispatch, "the prefill role is dispatched again", now_s))
+        return actions + self._plan(record, now_s)
+
+    # --- ending --------------------------------------------------------------------------------------------------------
+
+    def _end(self, record: Record, error: TandemError | None, now_s: float) -> list[Action]:
+        """The one place where a request ends: every dispatch released, one terminal event."""
+        actions: list[Action] = []
+        self._release_ended(record)
+        for dispatch in list(record.dispatches.values()):
+            actions.append(self._abort(record, dispatch, "the request has ended", now_s))
+        self._waiting.pop(record.request_id, None)
+        outcome: Outcome = "completed"
+        if error is not None:
+            outcome = "cancelled" if isinstance(error, Cancelled) else "failed"
+        summary = self.journal.close(record, outcome, "" if error is None else str(error), now_s)
+        event = CompletedEvent(summary) if error is None else FailedEvent(error)
+        return [*actions, Emit(record.request_id, event)]
+
+    def _forget(self, record: Record, dispatch: DispatchRecord) -> None:
+        del record.dispatches[dispatch.fence]
+        self.ledger.ended(dispatch.process, dispatch.fence)
+
+    def _abort(self, record: Record, dispatch: DispatchRecord, reason: str, now_s: float) -> Action:
+        self._forget(record, dispatch)
+        self._closing[dispatch.fence] = _Closing(
+            dispatch.process, dispatch.epoch, reason, now_s + ABORT_RETRY_S, ABORT_TRIES
+        )
+        return Send(dispatch.process, dispatch.epoch, Abort(fence=dispatch.fence, reason=reason))
+
+    def _repeat_aborts(self, now_s: float) -> list[Action]:
+        actions: list[Action] = []
+        for fence, closing in list(self._closing.items()):
+            if now_s < closing.again_at_s:
+                continue
+            if closing.tries_left == 0:
+                del self._closing[fence]
+                continue
+            closing.tries_left -= 1
+            closing.again_at_s = now_s + ABORT_RETRY_S
+            actions.append(Send(closing.process, closing.epoch, Abort(fence=fence, reason=closing.reason)))
+        return actions
+
+    def _probe(self, now_s: float) -> list[Action]:
+        """Asks again for what a started dispatch owes, when nothing came for a while: its last frame may be lost, and no
+        later one shows the gap. A worker that has nothing past that position ignores it."""
+        actions: list[Action] = []
+        for record in self.journal:
+            for dispatch in record.dispatches.values():
+                if not dispatch.started or now_s - dispatch.progress_at_s < dispatch.probe_after_s:
+                    continue
+                dispatch.progress_at_s = now_s
+                dispatch.probe_after_s = min(MAX_PROBE_S, 2 * dispatch.probe_after_s)
+                for index in range(dispatch.index, dispatch.index + dispatch.n):
+                    sample = record.samples[index]
+                    owed = not sample.tokens if dispatch.fence.role == "prefill" else True
+                    if not sample.finished and owed:
+                        resend = Resend(fence=dispatch.fence, index=index, position=len(sample.tokens))
+                        actions.append(Send(dispatch.process, dispatch.epoch, resend))
+        return actions
+
+    # --- planning ------------------------------------------------------------------------------------------------------
+
+    def _check_context(self, request: Request) -> None:
+        limit = self.max_model_len()
+        if limit and len(request.prompt) > limit:
+            raise InvalidRequest(f"the prompt has {len(request.prompt)} tokens, the model's context is {limit}")
+
+    def _plan(self, record: Record, now_s: float) -> list[Action]:
+        """Dispatches whatever this request lacks; puts it into the waiting line when that is not possible now."""
+        group = self.membership.served_group
+        decodes = self.membership.workers("decode")
+        if group is None or not decodes or now_s < record.plan_after_s:
+            return self._wait(record, now_s)
+        self._waiting.pop(record.request_id, None)
+        record.waiting_since_s = None
+        if not record.planned:
+            record.planned = True
+            try:
+                self._check_context(record.request)
+            except InvalidRequest as error:
+                return self._end(record, error, now_s)
+            if limit := self.max_model_len():
+                room = max(1, limit - len(record.request.prompt))
+                record.sampling = msgspec.structs.replace(
+                    record.sampling, max_tokens=min(record.sampling.max_tokens, room)
+                )
+        root = _root(group)
+        if record.keys_root != root:
+            record.keys_root = root
+            record.keys = prompt_keys(root, record.request.prompt, group.block_size).full
+        uncovered = record.uncovered()
+        if not uncovered:
+            return []
+        prefill = record.prefill()
+        if prefill is not None:
+            return self._dispatch_decode(
+                record, self._place(record, group, record.request.prompt, True), prefill, now_s
+            )
+        whole = len(uncovered) == len(record.unfinished()) and all(
+            len(record.samples[i].tokens) <= 1 for i in uncovered
+        )
+        if whole and not record.first_tokens_known():
+            return self._dispatch_whole(record, group, now_s)
+        actions: list[Action] = []
+        for index in uncovered:
+            actions += self._dispatch_continuation(record, group, index, now_s)
+        return actions
+
+    def _wait(self, record: Record, now_s: float) -> list[Action]:
+        if record.waiting_since_s is None:
+            record.waiting_since_s = now_s
+        if now_s - record.waiting_since_s >= self.settings.unavailable_after_s:
+            waited = f"no decode worker for {self.settings.unavailable_after_s:g} s"
+            lost = record.failures["decode"] > 0
+            return self._end(record, WorkerLost(f"{waited} after one was lost") if lost else Unavailable(waited), now_s)
+        self._waiting[record.request_id] = None
+        return []
+
+    def _dispatch_whole(self, record: Record, group: RoutingGroup, now_s: float) -> list[Action]:
+        """All samples from the prompt on: hand-over, or prefill here."""
+        placement = self._place(record, group, record.request.prompt, record.prefill_here_only)
+        record.placements.append(placement)
+        if placement.prefill is None:
+            return [self._send(record, placement.decode, "decode", placement, now_s, prefill_here=True)]
+        action = self._send(record, placement.prefill, "prefill", placement, now_s)
+        prefill = record.prefill()
+        assert prefill is not None
+        return [action, *self._dispatch_decode(record, placement, prefill, now_s)]
+
+    def _dispatch_decode(
+        self, record: Record, placement: Placement, prefill: DispatchRecord, now_s: float
+    ) -> list[Action]:
+        """The decode side of a hand-over from the live dispatch `prefill`."""
+        return [
+            self._send(record, placement.decode, "decode", placement, now_s, prefill=prefill),
+            *self._first_tokens(record),
+        ]
+
+    def _dispatch_continuation(self, record: Record, group: RoutingGroup, index: int, now_s: float) -> list[Action]:
+        tokens = (*record.request.prompt, *record.samples[index].tokens)
+        placement = self._place(record, group, tokens, True)
+        record.placements.append(placement)
+        return [self._send(record, placement.decode, "decode", placement, now_s, tokens, index, prefill_here=True)]
+
+    def _place(self, record: Record, group: RoutingGroup, tokens: Sequence[int], prefill_here_only: bool) -> Placement:
+        keys = record.keys
+        if len(tokens) != len(record.request.prompt):
+            keys = prompt_keys(_root(group), tokens, group.block_size).full
+        decodes = self.membership.workers("decode")
+        placement = self._policy.place(
+            num_tokens=len(tokens),
+            block_size=group.block_size,
+            slab_bytes=next((m.hello.capacity.slab_bytes for m in decodes), 0),
+            hits=self._reachable(self.index.longest_hits(keys), group),
+            prefills=[self._candidate(m) for m in self._preferred(record, self.membership.workers("prefill"))],
+            decodes=[self._candidate(m) for m in self._preferred(record, decodes)],
+            rng=self._rng,
+            prefill_here_only=prefill_here_only,
+        )
+        assert placement is not None, "planned without a decode worker"
+        return placement
+
+    @staticmethod
+    def _preferred(record: Record, members: list[Member]) -> list[Member]:
+        """Without those that failed this request, unless nobody else is there."""
+        return [m for m in members if (m.name, m.epoch) not in record.avoid] or members
+
+    def _reachable(self, hits: dict[Place, int], group: RoutingGroup) -> dict[Place, int]:
+        def serves(place: Place) -> bool:
+            member = self.membership.get(place.process)
+            return member is not None and member.hello.group == group
+
+        return {place: num_blocks for place, num_blocks in hits.items() if serves(place)}
+
+    def _candidate(self, member: Member) -> Candidate:
+        load = self.ledger.load(member.name)
+        report = member.heartbeat.load if member.heartbeat is not None else None
+        return Candidate(
+            process=member.name,
+            waiting_tokens=load.waiting_tokens,
+            num_sequences=load.num_sequences,
+            prefill_tokens_per_s=report.prefill_tokens_per_s if report else 0.0,
+            fetch_bytes_per_s=report.fetch_bytes_per_s if report else 0.0,
+            decode_step_s=report.decode_step_s if report else 0.0,
+        )
+
+    def _send(
+        self,
+        record: Record,
+        process: str,
+        role: DispatchRole,
+        placement: Placement,
+        now_s: float,
+        tokens: Sequence[int] | None = None,
+        index: int | None = None,
+        *,
+        prefill: DispatchRecord | None = None,
+        prefill_here: bool = False,
+    ) -> Action:
+        """One dispatch: recorded in journal and ledger, and the message. `index` None is all samples."""
+        member = self.membership.get(process)
+        assert member is not None, f"{process} was placed and is no member"
+        token_ids = record.request.prompt if tokens is None else tokens
+        places = placement.prefill_sources if role == "prefill" else placement.decode_sources
+        sources = [source for place in places if (source := self._source(place)) is not None]
+        if prefill is not None:
+            sources = [source for source in sources if source.process != prefill.process]
+            at_prefill = self._source(Place(prefill.process, "DEVICE"))
+            sources += [at_prefill] if at_prefill is not None else []
+        fence = record.new_fence(role)
+        num_samples = record.request.n if index is None else 1
+        record.dispatches[fence] = record.sent[fence] = DispatchRecord(
+            fence=fence,
+            process=process,
+            epoch=member.epoch,
+            index=index or 0,
+            n=num_samples,
+            sent_at_s=now_s,
+            predicted_ttft_s=placement.predicted_ttft_s,
+            waits=prefill is not None,
+        )
+        uncached = max(1, len(token_ids) - placement.hit_tokens)
+        self.ledger.dispatched(process, fence, uncached, num_samples)
+        assert record.keys_root is not None
+        message = Dispatch(
+            fence=fence,
+            root=record.keys_root,
+            token_ids=tokens_as_bytes(token_ids),
+            num_prompt_tokens=len(record.request.prompt),
+            sampling=record.sampling,
+            n=num_samples,
+            sources=sources,
+            deadline_s=max(0.0, record.request.deadline_s - now_s),
+            index=index or 0,
+            prefill_here=prefill_here,
+            wait_source=prefill.process if prefill is not None else "",
+            hold_s=self.settings.hold_s,
+            priority=record.request.priority,
+        )
+        return Send(process, member.epoch, message)
+
+    def _source(self, place: Place) -> Source | None:
+        member = self.membership.get(place.process)
+        return member.source(place.tier) if member is not None else None
+
+
+def _root(group: RoutingGroup) -> Key:
+    return root_key(
+        model_fingerprint=group.model_fingerprint,
+        kv_format=group.kv_format,
+        numerics_class=group.numerics_class,
+        adapter=b"",
+        tenant_salt=b"",
+    )
