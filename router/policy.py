@@ -50,7 +50,8 @@ class Candidate:
 
 @dataclass(frozen=True, slots=True)
 class Prediction:
-    """Predicted seconds of one choice, in parts. `hit_tokens` is the prefix that need not be computed."""
+    """Predicted seconds of one choice, in parts. `hit_tokens` is the prefix that need not be computed. `fetch_s` is 0 where
+    others hold more of the prefix but recomputing it is faster than fetching."""
 
     process: str
     prefill_here: bool
@@ -130,20 +131,25 @@ class Policy:
                 return Placement(
                     prefill=at_prefill.process,
                     decode=at_decode.process,
-                    prefill_sources=shape.sources(at_prefill.process),
+                    prefill_sources=shape.sources(at_prefill.process) if at_prefill.fetch_s else (),
                     decode_sources=shape.sources(at_decode.process, but=at_prefill.process),
                     chosen=at_prefill,
                     considered=tuple(considered),
                 )
-        return Placement(None, best.process, (), shape.sources(best.process), best, tuple(considered))
+        sources = shape.sources(best.process) if best.fetch_s else ()
+        return Placement(None, best.process, (), sources, best, tuple(considered))
 
     def _prefill_on(self, worker: Candidate, shape: _Shape, here: bool) -> Prediction:
         speed = worker.prefill_tokens_per_s or self._assume.prefill_tokens_per_s
         local, remote = shape.hit_blocks(worker.process)
         fetch_s = 0.0
+        hit_tokens = shape.hit_tokens(local)
         if remote > local:
             fetch_s = self._fetch_s(worker, (remote - local) * shape.slab_bytes)
-        hit_tokens = min(max(local, remote) * shape.block_size, shape.num_tokens - 1)
+            if fetch_s < (shape.hit_tokens(remote) - hit_tokens) / speed:
+                hit_tokens = shape.hit_tokens(remote)
+            else:
+                fetch_s = 0.0
         compute_s = (shape.num_tokens - hit_tokens) / speed
         stall = self._assume.idle_stall + self._assume.stall_per_sequence * worker.num_sequences if here else 0.0
         return Prediction(
@@ -166,7 +172,7 @@ class Policy:
         return Prediction(
             process=worker.process,
             prefill_here=False,
-            hit_tokens=min(local * shape.block_size, shape.num_tokens - 1),
+            hit_tokens=shape.hit_tokens(local),
             queue_s=0.0,
             fetch_s=0.0,
             compute_s=0.0,
@@ -193,6 +199,10 @@ class _Shape:
         self._local: dict[str, int] = {}
         for place, num_blocks in hits.items():
             self._local[place.process] = max(num_blocks, self._local.get(place.process, 0))
+
+    def hit_tokens(self, num_blocks: int) -> int:
+        """Tokens that `num_blocks` leading blocks spare: the last one is computed in any case, for its logits."""
+        return min(num_blocks * self.block_size, self.num_tokens - 1)
 
     def hit_blocks(self, process: str) -> tuple[int, int]:
         """Leading blocks that `process` holds, and the most that anybody else does."""

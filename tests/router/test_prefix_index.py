@@ -1,0 +1,149 @@
+"""The prefix index follows events in order, notices what is missing, and finds the longest hits."""
+
+from __future__ import annotations
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from protos.kv_events import AllBlocksCleared, BlockRemoved, BlockStored, EventBatch
+from router.prefix_index import Place, PrefixIndex
+
+E1, E2 = b"1" * 8, b"2" * 8
+
+
+def key(number: int) -> bytes:
+    return number.to_bytes(16, "big")
+
+
+def stored(*numbers: int, medium: str = "DEVICE") -> EventBatch:
+    hashes: list[bytes | int] = [key(n) for n in numbers]
+    return EventBatch(0.0, [BlockStored(hashes, None, [], 16, medium=medium)], epoch=E1)
+
+
+def removed(*numbers: int, medium: str = "DEVICE") -> EventBatch:
+    hashes: list[bytes | int] = [key(n) for n in numbers]
+    return EventBatch(0.0, [BlockRemoved(hashes, medium=medium)], epoch=E1)
+
+
+def joined(*names: str, max_entries: int = 1000) -> PrefixIndex:
+    index = PrefixIndex(max_entries)
+    for name in names:
+        index.join(name, E1, "DEVICE", 0.0)
+        index.on_replay_end(name, E1)
+    return index
+
+
+def test_longest_hits_count_leading_blocks_only() -> None:
+    index = joined("a", "b", "c")
+    index.on_batch("a", E1, 0, stored(0, 1, 2), 0.0)
+    index.on_batch("b", E1, 0, stored(0, 2, 3), 0.0)
+    index.on_batch("c", E1, 0, stored(1, 2), 0.0)
+    hits = index.longest_hits([key(n) for n in range(5)])
+    assert hits == {Place("a", "DEVICE"): 3, Place("b", "DEVICE"): 1}
+    assert index.longest_hits([]) == {}
+
+
+def test_tiers_of_one_process_are_places_of_their_own() -> None:
+    index = joined("pool")
+    index.on_batch("pool", E1, 0, stored(0, 1, medium="HOST"), 0.0)
+    index.on_batch("pool", E1, 1, stored(0, medium="DISK"), 0.0)
+    index.on_batch("pool", E1, 2, removed(1, medium="HOST"), 0.0)
+    assert index.longest_hits([key(0), key(1)]) == {Place("pool", "HOST"): 1, Place("pool", "DISK"): 1}
+
+
+def test_a_gap_asks_for_a_replay_and_nothing_is_applied_out_of_order() -> None:
+    index = joined("a")
+    assert index.on_batch("a", E1, 0, stored(0), 0.0) is None
+    assert index.on_batch("a", E1, 2, removed(1), 0.0) == 1
+    assert index.on_batch("a", E1, 3, stored(2), 0.1) is None, "a replay is under way"
+    index.on_replay("a", E1, 1, stored(1))
+    index.on_replay_end("a", E1)
+    assert index.longest_hits([key(0), key(1)]) == {Place("a", "DEVICE"): 1}
+    assert index.longest_hits([key(2)]) == {Place("a", "DEVICE"): 1}, "held batches follow"
+
+
+def test_batches_twice_change_nothing() -> None:
+    index = joined("a")
+    index.on_batch("a", E1, 0, stored(0), 0.0)
+    index.on_batch("a", E1, 1, removed(0), 0.0)
+    assert index.on_batch("a", E1, 0, stored(0), 0.0) is None
+    assert len(index) == 0
+
+
+def test_a_replay_that_has_forgotten_the_beginning_starts_afresh() -> None:
+    index = joined("a")
+    index.on_batch("a", E1, 0, stored(0), 0.0)
+    index.on_batch("a", E1, 5, stored(5), 0.0)
+    index.on_replay("a", E1, 4, stored(4))
+    index.on_replay_end("a", E1)
+    assert index.longest_hits([key(0)]) == {}, "may have been removed in what was forgotten"
+    assert index.longest_hits([key(4)]) == {Place("a", "DEVICE"): 1}
+    assert index.longest_hits([key(5)]) == {Place("a", "DEVICE"): 1}
+
+
+def test_a_lost_last_event_is_noticed_by_the_second_heartbeat_that_announces_it() -> None:
+    index = joined("a")
+    assert index.on_announced("a", E1, 0, 1.0) is None
+    assert index.on_announced("a", E1, 0, 1.25) == 0
+    index.on_replay("a", E1, 0, stored(0))
+    index.on_replay_end("a", E1)
+    assert index.on_announced("a", E1, 0, 1.5) is None
+
+
+def test_a_new_epoch_forgets_the_old_one_whose_events_are_ignored() -> None:
+    index = joined("a")
+    index.on_batch("a", E1, 0, stored(0), 0.0)
+    index.join("a", E2, "DEVICE", 1.0)
+    assert len(index) == 0
+    assert index.on_batch("a", E1, 1, stored(1), 1.0) is None
+    assert len(index) == 0
+
+
+def test_a_dead_process_leaves_nothing() -> None:
+    index = joined("a", "b")
+    index.on_batch("a", E1, 0, stored(0, 1), 0.0)
+    index.on_batch("b", E1, 0, stored(0), 0.0)
+    index.forget("a")
+    assert index.processes() == {"b"}
+    assert index.num_blocks_of("a") == 0
+    assert index.longest_hits([key(0), key(1)]) == {Place("b", "DEVICE"): 1}
+
+
+def test_memory_is_bounded_and_the_oldest_go_first() -> None:
+    index = joined("a", max_entries=3)
+    index.on_batch("a", E1, 0, stored(0, 1, 2, 3, 4), 0.0)
+    assert len(index) == 3
+    assert index.num_blocks_of("a") == 3
+    assert index.longest_hits([key(2), key(3), key(4)]) == {Place("a", "DEVICE"): 3}
+    assert index.longest_hits([key(0)]) == {}
+
+
+operations = st.lists(
+    st.tuples(st.sampled_from("abc"), st.sampled_from(["store", "remove", "clear"]), st.integers(0, 5)), max_size=60
+)
+
+
+@given(operations, st.lists(st.integers(0, 5), max_size=6, unique=True))
+def test_hits_equal_those_of_plain_sets(steps: list[tuple[str, str, int]], chain: list[int]) -> None:
+    index = joined("a", "b", "c")
+    model: dict[str, set[int]] = {"a": set(), "b": set(), "c": set()}
+    seqs = dict.fromkeys("abc", 0)
+    for name, what, number in steps:
+        if what == "store":
+            batch = stored(number)
+            model[name].add(number)
+        elif what == "remove":
+            batch = removed(number)
+            model[name].discard(number)
+        else:
+            batch = EventBatch(0.0, [AllBlocksCleared()], epoch=E1)
+            model[name].clear()
+        index.on_batch(name, E1, seqs[name], batch, 0.0)
+        seqs[name] += 1
+    expected = {}
+    for name, held in model.items():
+        num = next((i for i, number in enumerate(chain) if number not in held), len(chain))
+        if num:
+            expected[Place(name, "DEVICE")] = num
+    assert index.longest_hits([key(n) for n in chain]) == expected
+    assert len(index) == len(set.union(*model.values()))
