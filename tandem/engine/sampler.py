@@ -54,7 +54,8 @@ def sample(logits: torch.Tensor, requests: Sequence[SampleRequest]) -> list[Samp
     Total: NaN counts as -inf, +inf as the largest number; if masks leave nothing, the best raw token is taken. Among equal
     values the lowest id wins. Token ids outside the vocabulary in a request are ignored.
     """
-    assert logits.ndim == 2 and logits.dtype == torch.float32, (logits.shape, logits.dtype)
+    assert logits.ndim == 2, logits.shape
+    assert logits.dtype == torch.float32, logits.dtype
     assert len(logits) == len(requests), (len(logits), len(requests))
     best = _argmax(logits) if any(_is_plain(request) for request in requests) else []
     return [

@@ -1,4 +1,4 @@
-"""The tokenizers under test: SmolLM2's own where its file is, and a small byte-level one built here, as GGUF and as a directory."""
+"""The tokenizers under test: SmolLM2's own, and a small byte-level one built here, as GGUF and as a directory."""
 
 from __future__ import annotations
 
@@ -39,10 +39,10 @@ def write_gguf(path: Path, *, pre: str = "smollm", without: bytes = b"", drop: s
     writer.add_tokenizer_model(str(changes.get("model", "gpt2")))
     writer.add_tokenizer_pre(pre)
     if drop != "tokens":
-        writer.add_token_list(changes.get("tokens", tokens))  # type: ignore[arg-type]
+        writer.add_token_list(changes.get("tokens", tokens))
     if drop != "types":
-        writer.add_token_types(changes.get("types", types))  # type: ignore[arg-type]
-    writer.add_token_merges(changes.get("merges", MERGES))  # type: ignore[arg-type]
+        writer.add_token_types(changes.get("types", types))
+    writer.add_token_merges(changes.get("merges", MERGES))
     writer.add_bos_token_id(1)
     writer.add_eos_token_id(int(changes.get("eos", 2)))  # type: ignore[call-overload]
     if "add_bos" in changes:

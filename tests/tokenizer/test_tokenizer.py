@@ -175,7 +175,7 @@ def test_a_gguf_that_cannot_be_right_is_refused(tmp_path: Path, changes: dict[st
 def test_a_truncated_gguf_is_refused_wherever_it_ends(tmp_path: Path) -> None:
     whole = write_gguf(tmp_path / "m.gguf").read_bytes()
     path = tmp_path / "cut.gguf"
-    for size in [*range(0, 200), *range(200, len(whole), 97)]:
+    for size in [*range(200), *range(200, len(whole), 97)]:
         path.write_bytes(whole[:size])
         with pytest.raises(ModelError):
             load_tokenizer(path)
