@@ -1,14 +1,44 @@
-"""The `tandem` command: assembles its subcommands.
+"""The `tandem` command: its subcommands put together, and how an error ends it.
 
-Owns the command's name, help and the way errors end it; each subcommand is in a module of its own.
+Owns the command's name and the rule that every expected error is one sentence on stderr and exit code 1. What needs torch or
+Ray is imported by the subcommand that needs it, so that `--help` is quick.
 """
 
 from __future__ import annotations
 
+import sys
+
 import typer
 
-app = typer.Typer(name="tandem", no_args_is_help=True, help="Serve a language model on a cluster.")
+from tandem.cli import bench, demo, doctor, generate, models, serve
+from tandem.errors import TandemError
+
+app = typer.Typer(
+    name="tandem",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+    help="Serve a language model on a cluster that runs prefill and decode on different workers.",
+    epilog="Exit code 0 means that all is ok, always.",
+)
+app.command()(models.pull)
+app.command()(serve.serve)
+app.command()(serve.down)
+app.command()(serve.status)
+app.command()(serve.audit)
+app.command()(generate.generate)
+app.command()(generate.chat)
+app.command()(doctor.doctor)
+app.command()(demo.demo)
+app.add_typer(bench.app, name="bench")
 
 
 def main() -> None:
-    app()
+    """Runs the command and exits with its code."""
+    try:
+        app()
+    except TandemError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(1)
+    except BrokenPipeError:
+        sys.exit(1)  # whoever read our output went away

@@ -1,0 +1,172 @@
+"""A cluster under concurrent clients: time to first token, time per token, throughput, beside the same engine in one process.
+
+Owns the workload and the clients. It speaks the public API alone, so the target may be any cluster of the same model. An error
+of any request is a result, never dropped: the metrics of a run with errors are not ok.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from random import Random
+from typing import Literal
+
+from protos import tandem_pb2 as pb
+from protos.control import Sampling
+from tandem.bench.report import Metric, metric, percentile
+from tandem.client import Client
+from tandem.clock import now_s
+from tandem.config import WorkerConfig
+from tandem.errors import TandemError
+
+_PREFIX_TOKENS = (0, 128, 256, 384)
+"""Lengths of the prefixes that requests share; 0 shares nothing."""
+_SUFFIX_TOKENS = (16, 96)
+_ANSWER_TOKENS = 32
+_FIRST_TOKEN_ID = 1000
+_NUM_TOKEN_IDS = 8000
+"""Prompts draw from plain text tokens that every vocabulary we serve has."""
+
+
+@dataclass(slots=True)
+class Load:
+    """What the clients saw. Seconds; a request counts when it has ended."""
+
+    ttft_s: list[float] = field(default_factory=list)
+    tpot_s: list[float] = field(default_factory=list)
+    num_tokens: int = 0
+    num_requests: int = 0
+    cached_tokens: int = 0
+    prompt_tokens: int = 0
+    seconds: float = 0.0
+    errors: list[str] = field(default_factory=list)
+
+
+class Prompts:
+    """The workload: a deterministic sequence of prompts, of which most begin with one of a few shared prefixes."""
+
+    def __init__(self, seed: int) -> None:
+        self._random = Random(seed)
+        shared = Random(0)
+        self._prefixes = [[_token(shared) for _ in range(length)] for length in _PREFIX_TOKENS]
+
+    def next(self) -> list[int]:
+        """Token ids of one prompt."""
+        suffix = [_token(self._random) for _ in range(self._random.randint(*_SUFFIX_TOKENS))]
+        return [*self._random.choice(self._prefixes), *suffix]
+
+
+def _token(random: Random) -> int:
+    return _FIRST_TOKEN_ID + random.randrange(_NUM_TOKEN_IDS)
+
+
+def load(target: str, *, clients: int, seconds: float) -> Load:
+    """Runs `clients` closed loops against `target` for `seconds`; requests that have begun are waited for."""
+    result, lock = Load(), threading.Lock()
+    began_s = now_s()
+
+    def loop(number: int) -> None:
+        prompts = Prompts(seed=number + 1)
+        while now_s() - began_s < seconds:
+            try:
+                seen = _ask(client, prompts.next())
+            except TandemError as error:
+                with lock:
+                    result.errors.append(f"{type(error).__name__}: {error}")
+                return  # a cluster that refuses is not hammered
+            with lock:
+                _add(result, seen)
+
+    with Client(target) as client:
+        threads = [threading.Thread(target=loop, args=(number,), name=f"client-{number}") for number in range(clients)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    result.seconds = now_s() - began_s
+    return result
+
+
+@dataclass(frozen=True, slots=True)
+class _Seen:
+    times_s: list[float]
+    completed: pb.Completed
+
+
+def _ask(client: Client, prompt: Sequence[int]) -> _Seen:
+    sent_s = now_s()
+    times_s: list[float] = []
+    completed = None
+    sampling = pb.SamplingParams(max_tokens=_ANSWER_TOKENS, ignore_eos=True)
+    for event in client.generate(prompt, sampling, timeout_s=300.0):
+        if event.HasField("chunk"):
+            times_s.extend([now_s() - sent_s] * len(event.chunk.token_ids))
+        elif event.HasField("completed"):
+            completed = event.completed
+    if completed is None or len(times_s) != _ANSWER_TOKENS:
+        raise TandemError(
+            f"an answer has {len(times_s)} of {_ANSWER_TOKENS} tokens, terminal message: {completed is not None}"
+        )
+    return _Seen(times_s, completed)
+
+
+def _add(result: Load, seen: _Seen) -> None:
+    times_s = seen.times_s
+    result.num_requests += 1
+    result.num_tokens += len(times_s)
+    result.prompt_tokens += seen.completed.num_prompt_tokens
+    result.cached_tokens += seen.completed.num_cached_tokens
+    result.ttft_s.append(times_s[0])
+    result.tpot_s.append((times_s[-1] - times_s[0]) / (len(times_s) - 1))
+
+
+def local_load(
+    path: Path, dtype: Literal["bf16", "fp32"], worker: WorkerConfig, *, clients: int, num_requests: int
+) -> Load:
+    """The same prompts, `clients` at a time, through one engine in this process."""
+    from tandem.engine.local import LocalEngine
+
+    engine = LocalEngine(path, dtype=dtype, worker=worker)
+    sources = [Prompts(seed=number + 1) for number in range(clients)]
+    result = Load()
+    began_s = now_s()
+    while result.num_requests < num_requests:
+        prompts = [source.next() for source in sources]
+        for (output,) in engine.generate(prompts, [Sampling(max_tokens=_ANSWER_TOKENS)] * clients):
+            times_s = output.token_times_s
+            result.num_requests += 1
+            result.num_tokens += len(times_s)
+            result.ttft_s.append(times_s[0])
+            result.tpot_s.append((times_s[-1] - times_s[0]) / (len(times_s) - 1))
+    result.seconds = now_s() - began_s
+    return result
+
+
+def metrics(cluster: Load, local: Load) -> Iterator[Metric]:
+    """Both loads as metrics; nothing is ok if any request failed or none ended."""
+    ok = not cluster.errors and cluster.num_requests > 0
+    if cluster.num_requests:
+        reference = "the same engine in one process"
+        for name, ours, theirs in (("ttft", cluster.ttft_s, local.ttft_s), ("tpot", cluster.tpot_s, local.tpot_s)):
+            for percent in (50, 95, 99):
+                yield metric(
+                    f"{name}_p{percent}",
+                    [percentile(ours, percent)],
+                    "s",
+                    reference=reference,
+                    reference_values=[percentile(theirs, percent)],
+                    ok=ok,
+                )
+        yield metric(
+            "throughput",
+            [cluster.num_tokens / cluster.seconds],
+            "generated tokens/s",
+            reference=reference,
+            reference_values=[local.num_tokens / local.seconds],
+            ok=ok,
+        )
+        yield metric("requests", [cluster.num_requests / cluster.seconds], "requests/s", ok=ok)
+        yield metric("cached_share", [cluster.cached_tokens / cluster.prompt_tokens], "of prompt tokens", ok=ok)
+    yield metric("errors", [len(cluster.errors)], "requests", goal="0", ok=ok)

@@ -1,0 +1,106 @@
+"""`tandem bench engine` and `tandem bench serve`: run a benchmark, print it for people or programs.
+
+Owns the printing and the exit code; what is measured is in `tandem.bench`.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterable
+from typing import Annotated
+
+import typer
+from rich.table import Table
+
+from tandem.bench.report import Metric, as_line, header
+from tandem.bench.serve import Load
+from tandem.cli.common import ConfigOption, JsonOption, print_json, stderr, stdout
+from tandem.config import Config, load_config
+
+app = typer.Typer(no_args_is_help=True, help="Measure this machine; every number beside a reference of the same run.")
+
+
+@app.command()
+def engine(
+    config_path: ConfigOption = None,
+    repetitions: Annotated[int, typer.Option(min=1, help="How often each measurement is made.")] = 3,
+    as_json: JsonOption = False,
+) -> None:
+    """Tokens a second of the engine alone, in this process, on one thread."""
+    from tandem.bench import engine as bench
+    from tandem.model_files import resolve_model
+
+    config = load_config(config_path)
+    path = resolve_model(config.model.path)
+    if as_json:
+        print_json(header())
+    _print(bench.run(path, config.model.dtype, config.decode, repetitions), as_json)
+
+
+@app.command()
+def serve(
+    config_path: ConfigOption = None,
+    target: Annotated[
+        str, typer.Option(help="host:port of a running cluster. Default: one is started for the run.")
+    ] = "",
+    clients: Annotated[int, typer.Option(min=1, max=1024, help="Concurrent clients, each one request at a time.")] = 16,
+    seconds: Annotated[float, typer.Option(min=1, help="How long they go on sending.")] = 60.0,
+    as_json: JsonOption = False,
+) -> None:
+    """Latency and throughput of a real cluster under concurrent clients. Any error makes the exit code 1."""
+    from tandem.bench import serve as bench
+    from tandem.model_files import resolve_model
+
+    config = load_config(config_path)
+    path = resolve_model(config.model.path)
+    if as_json:
+        print_json(header())
+    measured = bench.load(target, clients=clients, seconds=seconds) if target else _load_own(config, clients, seconds)
+    local = bench.local_load(
+        path,
+        config.model.dtype,
+        config.decode,
+        clients=clients,
+        num_requests=max(clients, min(measured.num_requests, 8 * clients)),
+    )
+    for error in measured.errors:
+        stderr.print(f"error: {error}", highlight=False, markup=False, soft_wrap=True)
+    _print(bench.metrics(measured, local), as_json)
+
+
+def _load_own(config: Config, clients: int, seconds: float) -> Load:
+    from tandem.bench.serve import load
+    from tandem.cluster import Cluster
+
+    with tempfile.TemporaryDirectory(prefix="tandem-bench-") as folder:
+        ports = config.router.model_copy(update={"grpc_port": 0, "control_port": 0, "metrics_port": 0})
+        with Cluster(config.model_copy(update={"run_dir": folder, "router": ports})) as cluster:
+            cluster.start(progress=lambda line: stderr.print(line, style="dim", highlight=False, markup=False))
+            return load(cluster.target, clients=clients, seconds=seconds)
+
+
+def _print(results: Iterable[Metric], as_json: bool) -> None:
+    """Prints every metric as it comes (the table at the end). Exits 1 if any is not ok."""
+    table = Table()
+    for column in ("metric", "value", "unit", "spread", "reference", "ratio", "ok"):
+        table.add_column(column)
+    every_ok = True
+    for result in results:
+        every_ok &= result.ok
+        if as_json:
+            print_json(as_line(result))
+        reference = "" if result.reference_value is None else f"{result.reference_value:.4g} {result.reference}"
+        ratio = "" if result.ratio is None else f"{result.ratio:.2f}"
+        table.add_row(
+            result.metric,
+            f"{result.value:.4g}",
+            result.unit,
+            f"{result.spread:.0%}",
+            reference,
+            ratio,
+            "yes" if result.ok else "NO",
+        )
+    if not as_json:
+        stdout.print(table)
+    if not every_ok:
+        raise typer.Exit(1)

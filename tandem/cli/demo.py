@@ -1,0 +1,90 @@
+"""`tandem demo`, which `make demo` runs: a whole cluster on free ports answers a prompt, then shows a prefix hit.
+
+Owns the story that is shown. Everything runs in a temporary run folder and is gone at the end.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from typing import Annotated
+
+import typer
+
+from protos import tandem_pb2 as pb
+from tandem.cli.common import ConfigOption, report_lines, stdout
+from tandem.cli.generate import Answer, stream
+from tandem.cli.models import pull_with_bar
+from tandem.cli.serve import stop_on_signals
+from tandem.client import Client
+from tandem.config import load_config
+from tandem.errors import TandemError
+
+_REPORT = (
+    "On day {day} the station keeper wrote: wind from the {wind}, the water {water}, {birds} birds on the rocks, and a ship "
+    "of {masts} masts passed at noon without a greeting. "
+)
+_LONG_TOKENS = 2000
+
+
+def demo(
+    prompt: Annotated[str, typer.Argument(help="What to ask.")] = "Write one sentence about the sea.",
+    config_path: ConfigOption = None,
+    max_tokens: Annotated[int, typer.Option(min=1, help="Generate at most so many tokens.")] = 128,
+) -> None:
+    """Start a cluster on this machine, ask it, show where the answer came from, and stop it."""
+    from tandem.cluster import Cluster
+    from tandem.model_files import KNOWN_MODELS
+
+    with tempfile.TemporaryDirectory(prefix="tandem-demo-") as folder:
+        ports = {"grpc_port": 0, "control_port": 0, "metrics_port": 0}
+        config = load_config(config_path, {"run_dir": folder, "router": ports})
+        if config.model.path in KNOWN_MODELS:
+            pull_with_bar(config.model.path)
+        with stop_on_signals() as stop, Cluster(config) as cluster:
+            cluster.start(progress=_dim, stop=stop)
+            with Client(cluster.target) as client:
+                _heading(prompt)
+                sampling = pb.SamplingParams(max_tokens=max_tokens)
+                answer = stream(client, [("user", prompt)], sampling, echo=True, timeout_s=300)
+                print()
+                _report(answer)
+                if stop.is_set():
+                    return
+                _heading(f"The same prompt of some {_LONG_TOKENS} tokens twice: the second finds its KV")
+                long = _long_prompt()
+                first, second = (
+                    stream(client, [("user", long)], pb.SamplingParams(max_tokens=16), timeout_s=300) for _ in range(2)
+                )
+                _report(first)
+                _report(second)
+                print(
+                    f"time to first token: {first.ttft_s * 1000:.0f} ms, then {second.ttft_s * 1000:.0f} ms "
+                    f"({first.ttft_s / second.ttft_s:.1f} times faster)"
+                )
+                if first.token_ids != second.token_ids:
+                    raise TandemError(f"the two answers differ: {first.texts!r} and {second.texts!r}")
+            _dim("stopping everything")
+
+
+def _long_prompt() -> str:
+    """About 2,000 tokens of a diary and a question about it."""
+    winds, waters = ("north", "east", "south", "west"), ("grey", "green", "calm", "rough", "white with foam")
+    days = [
+        _REPORT.format(day=day, wind=winds[day % 4], water=waters[day % 5], birds=day * 7 % 50, masts=day % 3 + 1)
+        for day in range(1, _LONG_TOKENS // 46)
+    ]
+    return "".join(days) + "What did the keeper see most often?"
+
+
+def _dim(line: str) -> None:
+    stdout.print(line, style="dim", highlight=False, markup=False, soft_wrap=True)
+
+
+def _heading(line: str) -> None:
+    stdout.print(f"\n{line}", style="bold", highlight=False, markup=False, soft_wrap=True)
+
+
+def _report(answer: Answer) -> None:
+    if answer.completed is not None:
+        for line in report_lines(answer.completed, answer.time_per_token_s):
+            _dim(line)

@@ -1,0 +1,200 @@
+"""`tandem doctor`: what is wrong with this machine for serving, and how to mend it.
+
+Owns the checks and their limits; changes nothing. Each check runs by itself, so that one failure doesn't hide another.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+import resource
+import shutil
+import socket
+from collections.abc import Callable
+from pathlib import Path
+
+import psutil
+import typer
+
+from tandem.cli.common import ConfigOption, JsonOption, print_json
+from tandem.cli.run_file import RunFile
+from tandem.clock import now_s
+from tandem.config import Config, cache_dir, load_config
+from tandem.errors import TandemError
+
+MiB = 2**20
+Finding = tuple[bool, str]
+"""Whether all is ok, and the evidence; where it is not ok, the evidence says what to do."""
+
+_PROCESS_BYTES = 700 * MiB
+"""What a worker needs beside its arena for a small model: Python, torch, weights."""
+_SMALL_PROCESS_BYTES = 250 * MiB
+_RAY_BYTES = 700 * MiB
+_MIN_FILES = 1024
+_MIN_DISK_BYTES = 512 * MiB
+_MIN_SHM_BYTES = 128 * MiB
+
+
+def check_platform(config: Config) -> Finding:
+    found = f"{platform.system()} {platform.machine()}, Python {platform.python_version()}"
+    if (platform.system(), platform.machine()) != ("Linux", "x86_64"):
+        return False, f"{found}; Tandem runs on Linux x86_64"
+    return True, found
+
+
+def check_versions(config: Config) -> Finding:
+    names = ("torch", "ray", "grpcio", "pyzmq", "msgspec", "tokenizers")
+    return True, ", ".join(f"{name} {importlib.metadata.version(name)}" for name in names)
+
+
+def check_instruction_set(config: Config) -> Finding:
+    flags = cpu_flags()
+    present = [
+        name for name in ("avx2", "avx512f", "avx512_bf16", "avx512_vnni", "amx_bf16", "amx_int8") if name in flags
+    ]
+    if "avx2" not in flags:
+        return False, "the processor has no AVX2, which the kernels need: use another machine"
+    note = "" if {"avx512_bf16", "amx_bf16"} & flags else "; no bf16 instructions: `model.dtype: fp32` is faster here"
+    return True, " ".join(present) + note
+
+
+def cpu_flags() -> frozenset[str]:
+    """The processor's feature flags as the kernel names them."""
+    for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+        if line.startswith("flags"):
+            return frozenset(line.partition(":")[2].split())
+    return frozenset()
+
+
+def check_cores(config: Config) -> Finding:
+    cores = len(os.sched_getaffinity(0))
+    threads = sum(role.threads * role.replicas for role in (config.prefill, config.decode))
+    if threads > cores:
+        return (
+            False,
+            f"{threads} engine threads for {cores} cores: lower prefill.threads, decode.threads or the replicas",
+        )
+    return True, f"{threads} engine threads for {cores} cores"
+
+
+def check_memory(config: Config) -> Finding:
+    workers = [(role.replicas, role.arena_bytes) for role in (config.prefill, config.decode)]
+    needed = sum(count * (arena + _PROCESS_BYTES) for count, arena in workers) + _RAY_BYTES + _SMALL_PROCESS_BYTES
+    needed += config.pool.replicas * (config.pool.host_bytes + _SMALL_PROCESS_BYTES)
+    available = psutil.virtual_memory().available
+    evidence = f"{available // MiB} MiB available, about {needed // MiB} MiB needed when every arena is full"
+    if available < needed:
+        return False, f"{evidence}: lower prefill.arena_bytes, decode.arena_bytes or pool.host_bytes"
+    return True, evidence
+
+
+def check_shared_memory(config: Config) -> Finding:
+    free = shutil.disk_usage("/dev/shm").free
+    evidence = f"{free // MiB} MiB free in /dev/shm"
+    if free < _MIN_SHM_BYTES:
+        return False, f"{evidence}, Ray needs {_MIN_SHM_BYTES // MiB}: enlarge it (in a container: --shm-size)"
+    return True, evidence
+
+
+def check_disk(config: Config) -> Finding:
+    folder = cache_dir()
+    folder.mkdir(parents=True, exist_ok=True)
+    if not os.access(folder, os.W_OK):
+        return False, f"{folder} can't be written: set TANDEM_CACHE to a folder that can"
+    free = shutil.disk_usage(folder).free
+    evidence = f"{free // MiB} MiB free in {folder}"
+    if free < _MIN_DISK_BYTES:
+        return (
+            False,
+            f"{evidence}, {_MIN_DISK_BYTES // MiB} are needed for a small model: set TANDEM_CACHE to a larger disk",
+        )
+    return True, evidence
+
+
+def check_open_files(config: Config) -> Finding:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != resource.RLIM_INFINITY and soft < _MIN_FILES:
+        return (
+            False,
+            f"at most {soft} open files, {_MIN_FILES} are needed: `ulimit -n {_MIN_FILES}` (hard limit {hard})",
+        )
+    return True, f"at most {soft} open files"
+
+
+def check_ports(config: Config) -> Finding:
+    running = RunFile(config.run_path).read()
+    if running is not None:
+        return True, f"a cluster of this configuration serves at {running.target} (process {running.pid})"
+    router = config.router
+    busy = [
+        f"router.{name} {getattr(router, name)}"
+        for name in ("grpc_port", "control_port", "metrics_port")
+        if getattr(router, name) and not _is_free(router.host, getattr(router, name))
+    ]
+    if busy:
+        return False, f"{', '.join(busy)} on {router.host} in use by another process: stop it or configure other ports"
+    return True, f"{router.grpc_port}, {router.control_port} and {router.metrics_port} are free on {router.host}"
+
+
+def _is_free(host: str, port: int) -> bool:
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError:
+            return False
+    return True
+
+
+def check_model(config: Config) -> Finding:
+    from tandem.model_files import resolve_model
+
+    path = resolve_model(config.model.path)
+    return True, f"{config.model.path} is {path}"
+
+
+def check_numerics(config: Config) -> Finding:
+    import torch
+
+    from tandem.engine.numerics import numerics_class
+    from tandem.model_files import resolve_model
+    from tandem.models.loader import load_model
+
+    torch.set_num_threads(1)
+    report = numerics_class(load_model(resolve_model(config.model.path), config.model.dtype))
+    return True, f"rows don't depend on each other; class {report.digest.hex()[:16]}"
+
+
+CHECKS: dict[str, Callable[[Config], Finding]] = {
+    "platform": check_platform,
+    "versions": check_versions,
+    "instruction_set": check_instruction_set,
+    "cores": check_cores,
+    "memory": check_memory,
+    "shared_memory": check_shared_memory,
+    "disk": check_disk,
+    "open_files": check_open_files,
+    "ports": check_ports,
+    "model": check_model,
+    "numerics": check_numerics,
+}
+
+
+def doctor(config_path: ConfigOption = None, as_json: JsonOption = False) -> None:
+    """Say what is wrong with this machine for the configuration, and how to mend it."""
+    config = load_config(config_path)
+    healthy = True
+    for name, check in CHECKS.items():
+        began_s = now_s()
+        try:
+            ok, evidence = check(config)
+        except (TandemError, OSError) as error:
+            ok, evidence = False, str(error)
+        healthy &= ok
+        if as_json:
+            print_json({"check": name, "ok": ok, "evidence": evidence, "seconds": round(now_s() - began_s, 3)})
+        else:
+            print(f"{'ok  ' if ok else 'FAIL'} {name}: {evidence}", flush=True)
+    if not healthy:
+        raise typer.Exit(1)

@@ -1,0 +1,166 @@
+"""`tandem serve`, `down`, `status` and `audit`: the life of a cluster on this machine.
+
+Owns the run file's use and the signals of the serving process; what runs is `tandem.cluster`'s.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import FrameType
+from typing import Annotated
+
+import typer
+from rich.live import Live
+
+from tandem.cli.common import (
+    ConfigOption,
+    JsonOption,
+    TargetOption,
+    as_dict,
+    cluster_table,
+    configured_target,
+    print_json,
+    stdout,
+)
+from tandem.cli.run_file import RunFile
+from tandem.client import Client
+from tandem.clock import now_s
+from tandem.config import Config, load_config
+from tandem.errors import DeadlineExceeded, TandemError, Unavailable
+
+_LOOK_S = 1.0
+_DOWN_S = 45.0
+
+
+@contextmanager
+def stop_on_signals() -> Iterator[threading.Event]:
+    """An event that SIGINT and SIGTERM set; a second SIGINT interrupts at once. The old handlers come back at the end."""
+    stop = threading.Event()
+
+    def on_signal(number: int, frame: FrameType | None) -> None:
+        if stop.is_set() and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        stop.set()
+
+    old = {number: signal.signal(number, on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield stop
+    finally:
+        for number, handler in old.items():
+            signal.signal(number, handler)
+
+
+def check_model(config: Config) -> None:
+    """Raises ModelError, saying what to do, before anything is started for a model that isn't there."""
+    from tandem.model_files import resolve_model
+
+    resolve_model(config.model.path)
+
+
+def serve(
+    config_path: ConfigOption = None,
+    model: Annotated[str, typer.Option(help="A pulled model's name, a GGUF file or a Hugging Face directory.")] = "",
+    timeout_s: Annotated[float, typer.Option(min=1, help="Seconds until the whole cluster must be ready.")] = 180.0,
+) -> None:
+    """Run a whole cluster in the foreground; Ctrl-C or `tandem down` stops all of it."""
+    from tandem.cluster import Cluster, remove_stale_ray_dir
+
+    config = load_config(config_path, {"model": {"path": model}} if model else None)
+    check_model(config)
+    run_file = RunFile(config.run_path)
+    left_behind = run_file.acquire()
+    try:
+        if left_behind is not None:
+            remove_stale_ray_dir(left_behind.ray_dir)
+        with stop_on_signals() as stop, Cluster(config) as cluster:
+            run_file.write(cluster.target)
+            cluster.start(
+                progress=_say,
+                timeout_s=timeout_s,
+                stop=stop,
+                on_ray_dir=lambda path: run_file.write(cluster.target, str(path)),
+            )
+            _say(f"ready: {cluster.target} serves {config.model.path}; logs are in {cluster.log_dir}")
+            with Client(cluster.target) as client, _live_table() as show:
+                while not stop.wait(_LOOK_S):
+                    for line in cluster.supervise():
+                        _say(line)
+                    show(client)
+            _say("stopping")
+        _say("stopped")
+    finally:
+        run_file.release()
+
+
+def _say(line: str) -> None:
+    stdout.print(line, highlight=False, markup=False, soft_wrap=True)
+
+
+@contextmanager
+def _live_table() -> Iterator[Callable[[Client], None]]:
+    """What shows the cluster's state below the lines said so far; nothing where stdout is no terminal."""
+    if not stdout.is_terminal:
+        yield lambda client: None
+        return
+    with Live(console=stdout, auto_refresh=False) as live:
+
+        def show(client: Client) -> None:
+            try:
+                live.update(cluster_table(client.cluster(timeout_s=_LOOK_S)), refresh=True)
+            except TandemError:
+                return  # the router is being started again; supervise says so
+
+        yield show
+
+
+def down(config_path: ConfigOption = None) -> None:
+    """Stop the cluster that `tandem serve` runs in the configured run folder, and wait until it is gone."""
+    config = load_config(config_path)
+    run_file = RunFile(config.run_path)
+    running = run_file.read()
+    if running is None:
+        raise Unavailable(f"no cluster {config.cluster!r} runs here (looked at {run_file.path})")
+    os.kill(running.pid, signal.SIGTERM)
+    deadline_s = now_s() + _DOWN_S
+    while run_file.read() is not None:
+        if now_s() > deadline_s:
+            raise DeadlineExceeded(f"process {running.pid} did not stop within {_DOWN_S:.0f} s")
+        time.sleep(0.05)
+    print(f"stopped process {running.pid} that served at {running.target}")
+
+
+def status(config_path: ConfigOption = None, target: TargetOption = "", as_json: JsonOption = False) -> None:
+    """Show what runs where. Exit code 0 only if the cluster is ready."""
+    with Client(configured_target(target, config_path)) as client:
+        cluster = client.cluster()
+    if as_json:
+        print_json(as_dict(cluster))
+    else:
+        stdout.print(cluster_table(cluster))
+        print(
+            f"model {cluster.model}, up to {cluster.max_model_len} tokens, blocks of {cluster.block_size}; "
+            f"{cluster.num_requests_finished} requests finished, {cluster.num_requests_failed} failed, "
+            f"{cluster.num_requests_cancelled} cancelled"
+        )
+    if not cluster.ready:
+        raise typer.Exit(1)
+
+
+def audit(config_path: ConfigOption = None, target: TargetOption = "", as_json: JsonOption = False) -> None:
+    """Cross-check what the router believes against what its processes report."""
+    began_s = now_s()
+    with Client(configured_target(target, config_path)) as client:
+        answer = client.audit()
+    seconds = now_s() - began_s
+    for check in answer.checks:
+        if as_json:
+            print_json({"check": check.check, "ok": check.ok, "evidence": check.evidence, "seconds": seconds})
+        else:
+            print(f"{'ok  ' if check.ok else 'FAIL'} {check.check}: {check.evidence}")
+    if not answer.ok:
+        raise typer.Exit(1)

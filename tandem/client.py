@@ -1,0 +1,106 @@
+"""A thin synchronous client of the public gRPC API.
+
+Owns one channel and the translation of gRPC statuses back into Tandem's errors. It adds nothing to the API: no retry, no
+resume, no text processing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from types import TracebackType
+from typing import cast
+
+import grpc
+
+from protos import tandem_pb2 as pb
+from protos import tandem_pb2_grpc
+from tandem.errors import Cancelled, DeadlineExceeded, InvalidRequest, Overloaded, TandemError, Unavailable
+
+Prompt = str | Sequence[int] | Sequence[tuple[str, str]]
+"""Plain text, token ids, or a conversation of `(role, content)`."""
+
+MAX_MESSAGE_BYTES = 64 * 1024 * 1024
+
+_ERRORS: dict[grpc.StatusCode, type[TandemError]] = {
+    grpc.StatusCode.INVALID_ARGUMENT: InvalidRequest,
+    grpc.StatusCode.RESOURCE_EXHAUSTED: Overloaded,
+    grpc.StatusCode.DEADLINE_EXCEEDED: DeadlineExceeded,
+    grpc.StatusCode.CANCELLED: Cancelled,
+    grpc.StatusCode.UNAVAILABLE: Unavailable,
+}
+
+
+class Client:
+    """Speaks to one router at `target` (`host:port`). Use it as a context manager, or `close` it. Threads may share it."""
+
+    def __init__(self, target: str) -> None:
+        self.target = target
+        # The address is this machine's or the cluster's: no proxy of the environment stands between.
+        options = [("grpc.max_receive_message_length", MAX_MESSAGE_BYTES), ("grpc.enable_http_proxy", 0)]
+        self._channel = grpc.insecure_channel(target, options=options)
+        self._stub = tandem_pb2_grpc.TandemStub(self._channel)
+
+    def __enter__(self) -> Client:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Ends the channel; calls in flight are cancelled."""
+        self._channel.close()
+
+    def generate(
+        self,
+        prompt: Prompt,
+        sampling: pb.SamplingParams | None = None,
+        *,
+        model: str = "",
+        timeout_s: float | None = None,
+    ) -> Iterator[pb.GenerateResponse]:
+        """Yields the answer's events: `accepted`, `chunk`s, `completed`. Closing the iterator cancels the request.
+
+        Raises a TandemError for whatever ends the call early.
+        """
+        call = self._stub.Generate(_request(prompt, sampling, model), timeout=timeout_s)
+        try:
+            yield from call
+        except grpc.RpcError as error:
+            raise self._translated(error) from error
+        finally:
+            call.cancel()
+
+    def cluster(self, timeout_s: float = 5.0) -> pb.GetClusterResponse:
+        """What runs where. Raises Unavailable if no router answers."""
+        try:
+            return self._stub.GetCluster(pb.GetClusterRequest(), timeout=timeout_s)
+        except grpc.RpcError as error:
+            raise self._translated(error) from error
+
+    def audit(self, timeout_s: float = 30.0) -> pb.AuditResponse:
+        """The router's cross-check of what it believes against what its processes report."""
+        try:
+            return self._stub.Audit(pb.AuditRequest(), timeout=timeout_s)
+        except grpc.RpcError as error:
+            raise self._translated(error) from error
+
+    def _translated(self, error: grpc.RpcError) -> TandemError:
+        call = cast("grpc.Call", error)  # an error that a call raised is that call
+        code, details = call.code(), call.details() or str(call.code())
+        if code is grpc.StatusCode.UNAVAILABLE and "failed to connect" in details:
+            details = f"no router answers at {self.target}"
+        return _ERRORS.get(code, TandemError)(details)
+
+
+def _request(prompt: Prompt, sampling: pb.SamplingParams | None, model: str) -> pb.GenerateRequest:
+    request = pb.GenerateRequest(sampling=sampling, model=model)
+    if isinstance(prompt, str):
+        request.prompt = prompt
+    elif prompt and isinstance(prompt[0], tuple):
+        messages = [item for item in prompt if isinstance(item, tuple)]
+        request.chat.messages.extend(pb.ChatMessage(role=role, content=content) for role, content in messages)
+    else:
+        request.token_ids.ids.extend(item for item in prompt if isinstance(item, int))
+    return request

@@ -1,0 +1,383 @@
+"""The cluster on this machine: Ray places, starts, watches and restarts one process per role.
+
+Owns Ray's session and the actors in it. Never on a request's way: no message of a request passes through Ray, and Ray gets
+plain strings as arguments, because it pickles them. Each actor's process runs the role's own `run(config, name, stop)`, the
+same that `python -m ROLE` runs.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import json
+import logging
+import os
+import secrets
+import shutil
+import signal
+import socket
+import tempfile
+import threading
+import traceback
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import psutil
+
+from tandem.client import Client
+from tandem.clock import now_s
+from tandem.config import Config, dump_config, load_config
+from tandem.errors import Cancelled, DeadlineExceeded, TandemError, error_from_code
+
+log = logging.getLogger(__name__)
+
+ENTRY_POINTS: Mapping[str, str] = {
+    "router": "router.server:run",
+    "prefill": "prefill_worker.worker:run",
+    "decode": "decode_worker.worker:run",
+    "pool": "kvpool.node:run",
+}
+"""Where each role's `run` is: `run(config, stop)` for the router, `run(config, name, stop)` for the others."""
+
+OBJECT_STORE_BYTES = 80 * 2**20
+"""Ray's smallest object store is 75 MiB; nothing of ours goes through it."""
+
+_STOP_S = 10.0
+_ASK_S = 5.0
+_RAY_DIR_PREFIX = "tandem-ray-"
+
+
+@dataclass(frozen=True, slots=True)
+class Placed:
+    """A process of the cluster. `pid` is 0 while Ray restarts it."""
+
+    name: str
+    role: str
+    pid: int
+    error: TandemError | None = None
+
+
+class RoleProcess:
+    """What Ray runs in a process of its own: one role, on a thread, so that `info` and `stop` answer while it works.
+
+    When Ray restarts the process, it constructs this again, with the same arguments: the role comes back under its name.
+    """
+
+    def __init__(self, entry_point: str, role: str, name: str, config_yaml: str, log_path: str) -> None:
+        _write_output_to(log_path)
+        # The string is the whole configuration: the environment was merged into it where the cluster was started.
+        for variable in [key for key in os.environ if key.startswith("TANDEM_") and key != "TANDEM_CACHE"]:
+            del os.environ[variable]
+        self._role = role
+        self._name = name
+        self._stop = threading.Event()
+        self._error: tuple[str, str] | None = None
+        self._thread = threading.Thread(
+            target=self._run, args=(entry_point, config_yaml, log_path), name=name, daemon=True
+        )
+        self._thread.start()
+
+    def _run(self, entry_point: str, config_yaml: str, log_path: str) -> None:
+        try:
+            config = _parse_config(config_yaml)
+            threads = {"prefill": config.prefill.threads, "decode": config.decode.threads}.get(self._role, 1)
+            os.environ["OMP_NUM_THREADS"] = str(threads)  # read when torch is first imported, below
+            module, _, function = entry_point.partition(":")
+            run = getattr(importlib.import_module(module), function)
+            if self._role == "router":
+                run(config, self._stop)
+            else:
+                run(config, self._name, self._stop)
+            if not self._stop.is_set():
+                self._error = (TandemError.code, f"it ended by itself; its log is {log_path}")
+        except TandemError as error:
+            traceback.print_exc()
+            self._error = (error.code, str(error))
+        except BaseException as error:
+            traceback.print_exc()
+            self._error = (TandemError.code, f"{type(error).__name__}: {error}; its log is {log_path}")
+
+    def info(self) -> str:
+        """JSON: pid, and code and message of the error that ended the role, or null."""
+        return json.dumps({"pid": os.getpid(), "error": self._error})
+
+    def stop(self, timeout_s: str) -> bool:
+        """Asks the role to stop and waits for it. Whether it did."""
+        self._stop.set()
+        self._thread.join(float(timeout_s))
+        return not self._thread.is_alive()
+
+
+class Cluster:
+    """One cluster, in Ray, on this machine. Not thread-safe; one per process at a time. Use it as a context manager."""
+
+    def __init__(self, config: Config, *, entry_points: Mapping[str, str] = ENTRY_POINTS) -> None:
+        self.config = with_free_ports(config)
+        self._entry_points = entry_points
+        self._actors: dict[str, Any] = {}
+        self._roles: dict[str, str] = {}
+        self._pids: dict[str, int] = {}
+        self._ray_dir: Path | None = None
+        self._ray_processes: list[psutil.Process] = []
+
+    @property
+    def target(self) -> str:
+        """`host:port` of the router's gRPC API, as a client on this machine dials it."""
+        host = self.config.router.host
+        return f"{'127.0.0.1' if host in ('0.0.0.0', '::') else host}:{self.config.router.grpc_port}"
+
+    @property
+    def log_dir(self) -> Path:
+        """The folder of the roles' logs, one file a process."""
+        return self.config.run_path / "logs"
+
+    def __enter__(self) -> Cluster:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.stop()
+
+    def start(
+        self,
+        *,
+        progress: Callable[[str], None] = log.info,
+        timeout_s: float = 180.0,
+        stop: threading.Event | None = None,
+        on_ray_dir: Callable[[Path], None] | None = None,
+    ) -> None:
+        """Starts everything and returns when the router says that the whole cluster is ready. On any error all is stopped.
+
+        Raises the error of the role that failed, with its name, DeadlineExceeded naming what is missing, or Cancelled when `stop`
+        was set meanwhile. `on_ray_dir` is told Ray's temporary folder before Ray starts in it, so that somebody can remove it
+        should this process be killed.
+        """
+        deadline_s = now_s() + timeout_s
+        pause = stop or threading.Event()
+        try:
+            progress("starting Ray")
+            self._start_ray(on_ray_dir)
+            self._start_role("router", "router")
+            progress(f"starting the router at {self.target}")
+            with Client(self.target) as client:
+                self._wait(client, deadline_s, progress, pause, set())
+                names = {}
+                for role in ("pool", "prefill", "decode"):
+                    for number in range(getattr(self.config, role).replicas):
+                        names[f"{role}-{number}"] = role
+                for name, role in names.items():
+                    self._start_role(name, role)
+                progress(f"starting {', '.join(names)}: loading {self.config.model.path}")
+                self._wait(client, deadline_s, progress, pause, set(names))
+        except BaseException:
+            self.stop()
+            raise
+
+    def processes(self) -> list[Placed]:
+        """Every process and whether it failed, as Ray and the process itself say now."""
+        ray = _ray()
+        pending = {name: actor.info.remote() for name, actor in self._actors.items()}
+        ray.wait(list(pending.values()), num_returns=len(pending), timeout=_ASK_S)
+        found = []
+        for name, answer in pending.items():
+            role = self._roles[name]
+            try:
+                info = json.loads(ray.get(answer, timeout=0.01))
+                error = error_from_code(info["error"][0], f"{name}: {info['error'][1]}") if info["error"] else None
+                found.append(Placed(name, role, info["pid"], error))
+            except (ray.exceptions.RayError, TimeoutError):
+                found.append(Placed(name, role, 0))
+        return found
+
+    def supervise(self) -> list[str]:
+        """Looks once after everything; a role that ended with an error is started again. Returns what happened, for people."""
+        ray = _ray()
+        lines = []
+        for placed in self.processes():
+            before = self._pids.get(placed.name, 0)
+            if placed.error is not None:
+                lines.append(f"{placed.error}; starting it again")
+                ray.kill(self._actors[placed.name], no_restart=False)
+            elif not placed.pid:
+                if before:
+                    lines.append(f"{placed.name} is gone; Ray is starting it again")
+                    self._pids[placed.name] = 0
+            elif placed.pid != before:
+                lines.append(f"{placed.name} is back as process {placed.pid}")
+                self._pids[placed.name] = placed.pid
+        return lines
+
+    def stop(self) -> None:
+        """Stops every role, workers first, then Ray, within a bounded time; leaves no process and no file but the logs."""
+        ray = _ray()
+        if ray.is_initialized():
+            with contextlib.suppress(ray.exceptions.RayError, TimeoutError):
+                workers = [name for name, role in self._roles.items() if role != "router"]
+                for names in (workers, [name for name, role in self._roles.items() if role == "router"]):
+                    asked = [self._actors[name].stop.remote(str(_STOP_S)) for name in names]
+                    if asked:
+                        ray.wait(asked, num_returns=len(asked), timeout=_STOP_S + 1)
+            for actor in self._actors.values():
+                with contextlib.suppress(ray.exceptions.RayError):
+                    ray.kill(actor, no_restart=True)
+            descendants = [*self._ray_processes, *_descendants(self._ray_processes)]
+            ray.shutdown()
+            _, alive = psutil.wait_procs(descendants, timeout=_ASK_S)
+            for process in alive:
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    process.kill()
+            psutil.wait_procs(alive, timeout=_ASK_S)
+        self._actors.clear()
+        self._roles.clear()
+        self._pids.clear()
+        self._ray_processes = []
+        if self._ray_dir is not None:
+            shutil.rmtree(self._ray_dir, ignore_errors=True)
+            self._ray_dir = None
+
+    def _start_ray(self, on_ray_dir: Callable[[Path], None] | None) -> None:
+        ray = _ray()
+        if ray.is_initialized():
+            raise TandemError("Ray already runs in this process; one cluster per process")
+        self.log_dir.mkdir(parents=True, exist_ok=True)
+        # In the temporary folder, because the paths of Ray's sockets must stay under 108 bytes.
+        self._ray_dir = Path(tempfile.mkdtemp(prefix=_RAY_DIR_PREFIX))
+        if on_ray_dir is not None:
+            on_ray_dir(self._ray_dir)
+        before = {process.pid for process in psutil.Process().children()}
+        # Ray takes over signals; who calls decides what they do.
+        handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            ray.init(
+                address="local",
+                include_dashboard=False,
+                num_cpus=0,
+                num_gpus=0,
+                object_store_memory=OBJECT_STORE_BYTES,
+                log_to_driver=False,
+                configure_logging=False,
+                _node_ip_address="127.0.0.1",
+                _temp_dir=str(self._ray_dir),
+            )
+        except Exception as error:
+            raise TandemError(f"Ray does not start: {error}") from error
+        finally:
+            if threading.current_thread() is threading.main_thread():
+                for number, handler in handlers.items():
+                    signal.signal(number, handler)
+        self._ray_processes = [process for process in psutil.Process().children() if process.pid not in before]
+
+    def _start_role(self, name: str, role: str) -> None:
+        actor = (
+            _ray()
+            .remote(RoleProcess)
+            .options(
+                name=name,
+                num_cpus=0,
+                max_restarts=-1,
+                max_concurrency=4,
+            )
+        )
+        self._roles[name] = role
+        self._actors[name] = actor.remote(
+            self._entry_points[role], role, name, dump_config(self.config), str(self.log_dir / f"{name}.log")
+        )
+
+    def _wait(
+        self,
+        client: Client,
+        deadline_s: float,
+        progress: Callable[[str], None],
+        stop: threading.Event,
+        names: set[str],
+    ) -> None:
+        """Until the router answers and, if there are `names`, lists them all and says that it is ready."""
+        announced: set[str] = set()
+        while True:
+            for placed in self.processes():
+                if placed.error is not None:
+                    raise placed.error
+                self._pids[placed.name] = placed.pid
+            try:
+                seen = client.cluster(timeout_s=2.0)
+            except TandemError:
+                missing = "no answer from the router"
+            else:
+                present = {process.name for process in seen.processes}
+                for name in sorted((present & names) - announced):
+                    progress(f"{name} is up")
+                    announced.add(name)
+                absent = sorted(names - present)
+                missing = f"waiting for {', '.join(absent)}" if absent else "the router is not ready"
+                if not names or (not absent and seen.ready):
+                    return
+            if now_s() > deadline_s:
+                raise DeadlineExceeded(f"the cluster did not start in time: {missing}; the logs are in {self.log_dir}")
+            if stop.wait(0.1):
+                raise Cancelled("stopped while the cluster was starting")
+
+
+def with_free_ports(config: Config) -> Config:
+    """`config` with each of the router's gRPC and control ports that is 0 replaced by one that is free now."""
+    router = config.router
+    with contextlib.ExitStack() as held:
+        updates = {}
+        for field in ("grpc_port", "control_port"):
+            if getattr(router, field) == 0:
+                probe = held.enter_context(socket.socket())
+                probe.bind((router.host, 0))
+                updates[field] = probe.getsockname()[1]
+    return config.model_copy(update={"router": router.model_copy(update=updates)})
+
+
+def remove_stale_ray_dir(path: str) -> None:
+    """Removes the temporary folder of a cluster that was killed; only one that this module made."""
+    folder = Path(path)
+    if folder.name.startswith(_RAY_DIR_PREFIX) and folder.parent == Path(tempfile.gettempdir()):
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _parse_config(text: str) -> Config:
+    with tempfile.NamedTemporaryFile("w", suffix=".yaml", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        return load_config(file.name)
+
+
+def _write_output_to(path: str) -> None:
+    """Sends this process's stdout and stderr to the end of `path`, those of native code too."""
+    file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+    os.dup2(file, 1)
+    os.dup2(file, 2)
+    os.close(file)
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s", force=True)
+
+
+def _descendants(processes: list[psutil.Process]) -> list[psutil.Process]:
+    found: list[psutil.Process] = []
+    for process in processes:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            found.extend(process.children(recursive=True))
+    return found
+
+
+def _ray() -> Any:
+    """The `ray` module. Ray reads its environment when it is first imported, so that must not happen elsewhere: no usage
+    statistics leave this machine, and a secret of this process keeps others out of its ports."""
+    os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+    os.environ["RAY_AUTH_MODE"] = "token"
+    os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
+    import ray
+    import ray._private.worker
+
+    # What Ray tells its driver of killed processes would land in the middle of what a command writes to stdout.
+    ray._private.worker.print_to_stdstream = _log_ray_message
+    return ray
+
+
+def _log_ray_message(data: Mapping[str, Any], **_: object) -> None:
+    log.info("Ray: %s", " ".join(str(line) for line in data["lines"]))

@@ -1,0 +1,52 @@
+"""Roles without a model, for tests of what starts and restarts them: a worker is a file in the run folder, and the router
+lists those files."""
+
+from __future__ import annotations
+
+import os
+import threading
+from concurrent import futures
+from typing import Any
+
+import grpc
+
+from protos import tandem_pb2 as pb
+from protos import tandem_pb2_grpc
+from tandem.config import Config
+from tandem.errors import ModelError
+
+
+class _Router(tandem_pb2_grpc.TandemServicer):
+    def __init__(self, config: Config) -> None:
+        self._config = config
+
+    def GetCluster(self, request: pb.GetClusterRequest, context: Any) -> pb.GetClusterResponse:
+        answer = pb.GetClusterResponse(router="router", ready=True, model="fake")
+        for file in sorted(self._config.run_path.glob("*.worker")):
+            answer.processes.add(name=file.stem, role=file.stem.split("-")[0], pid=int(file.read_text()))
+        return answer
+
+
+def run_router(config: Config, stop: threading.Event) -> None:
+    server = grpc.server(futures.ThreadPoolExecutor(2))
+    tandem_pb2_grpc.add_TandemServicer_to_server(_Router(config), server)
+    server.add_insecure_port(f"{config.router.host}:{config.router.grpc_port}")
+    server.start()
+    stop.wait()
+    server.stop(0).wait()
+
+
+def run_worker(config: Config, name: str, stop: threading.Event) -> None:
+    file = config.run_path / f"{name}.worker"
+    file.write_text(str(os.getpid()))
+    stop.wait()
+    file.unlink()
+
+
+def run_broken_worker(config: Config, name: str, stop: threading.Event) -> None:
+    raise ModelError("weights.gguf: no tensor 'token_embd.weight'")
+
+
+def run_stubborn_worker(config: Config, name: str, stop: threading.Event) -> None:
+    (config.run_path / f"{name}.worker").write_text(str(os.getpid()))
+    threading.Event().wait()
