@@ -22,8 +22,8 @@ from torch import Tensor
 
 TILE = 256
 MIN_ROWS = 8
-MAX_PAIRS = 64
-"""(sequence, tile) pairs in one product: bounds the fp32 copy of the KV to what the cache holds."""
+MAX_PAIRS = 8
+"""(sequence, tile) pairs in one product: bounds the fp32 copy of the KV to what a core's cache holds."""
 FLOOR = -1e30
 """Stands for the maximum of a tile that a row doesn't see: exp(-inf - FLOOR) is 0, where -inf - -inf would be NaN."""
 
@@ -59,18 +59,25 @@ class ChunkPlan:
 
 
 @dataclass(frozen=True, slots=True)
-class DecodePlan:
-    """One-row chunks, those with the most tiles first, and their (sequence, tile) pairs, tile by tile: the pairs of tile t
-    are those of the first `counts[t]` sequences, so nothing is padded to the longest."""
+class DecodeWindow:
+    """Consecutive tiles of a batch of one-row chunks. Its (sequence, tile) pairs are ordered by tile; those of its t-th tile are
+    of the batch's first `counts[t]` sequences, so that nothing is padded to the longest."""
 
-    rows: Tensor
     counts: tuple[int, ...]
     pair_sequence: Tensor
     block_ids: Tensor
     mask: Tensor
-    """[num_pairs, 1, 1, TILE]: 0 or -inf."""
+    """[num_pairs, 1, 1, TILE]: 0 where seen, -inf elsewhere."""
     unwritten: Tensor
     """Rows of the gathered KV seen as [-1, head_dim] that no token has written."""
+
+
+@dataclass(frozen=True, slots=True)
+class DecodePlan:
+    """A batch of one-row chunks, those with the most tiles first: their rows of the step, and windows from position 0 on."""
+
+    rows: Tensor
+    windows: tuple[DecodeWindow, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,24 +115,35 @@ def _plan_chunk(span: Span, group: int, block_size: int) -> ChunkPlan:
     return ChunkPlan(span.first_row, span.rows, product_rows, tuple(tiles))
 
 
-def _plan_decodes(spans: Sequence[Span], num_kv_heads: int, block_size: int) -> DecodePlan:
-    """`spans` in order of falling tile counts."""
-    tiles = [span.start // TILE + 1 for span in spans]
-    counts = tuple(sum(1 for count in tiles if count > tile) for tile in range(tiles[0]))
-    pairs = [(sequence, tile) for tile, count in enumerate(counts) for sequence in range(count)]
-    blocks = torch.cat([_tile_blocks(spans[s].block_ids, tile, TILE // block_size) for s, tile in pairs])
-    valid = torch.tensor([min(TILE, spans[s].start + 1 - tile * TILE) for s, tile in pairs])
+def _plan_window(spans: Sequence[Span], tiles: range, num_kv_heads: int, block_size: int) -> DecodeWindow:
+    pairs = [(sequence, tile) for tile in tiles for sequence, span in enumerate(spans) if span.start // TILE >= tile]
+    valid = torch.tensor([min(TILE, spans[sequence].start + 1 - tile * TILE) for sequence, tile in pairs])
     hidden = torch.arange(TILE)[None, :] >= valid[:, None]
-    mask = torch.zeros(hidden.shape).masked_fill_(hidden, -torch.inf)
     gathered = hidden[None, :, None, :].expand(2, len(pairs), num_kv_heads, TILE)
-    return DecodePlan(
-        rows=torch.tensor([span.first_row for span in spans]),
-        counts=counts,
+    return DecodeWindow(
+        counts=tuple(sum(1 for _, other in pairs if other == tile) for tile in tiles),
         pair_sequence=torch.tensor([sequence for sequence, _ in pairs]),
-        block_ids=blocks,
-        mask=mask[:, None, None, :],
+        block_ids=torch.cat(
+            [_tile_blocks(spans[sequence].block_ids, tile, TILE // block_size) for sequence, tile in pairs]
+        ),
+        mask=torch.zeros(hidden.shape).masked_fill_(hidden, -torch.inf)[:, None, None, :],
         unwritten=gathered.reshape(-1).nonzero().view(-1),
     )
+
+
+def _plan_decodes(spans: Sequence[Span], num_kv_heads: int, block_size: int) -> DecodePlan:
+    """`spans`: at most `MAX_PAIRS`, in order of falling tile counts."""
+    windows: list[DecodeWindow] = []
+    low, pairs = 0, 0
+    num_tiles = spans[0].start // TILE + 1
+    for tile in range(num_tiles):
+        count = sum(1 for span in spans if span.start // TILE >= tile)
+        if pairs + count > MAX_PAIRS:
+            windows.append(_plan_window(spans, range(low, tile), num_kv_heads, block_size))
+            low, pairs = tile, 0
+        pairs += count
+    windows.append(_plan_window(spans, range(low, num_tiles), num_kv_heads, block_size))
+    return DecodePlan(torch.tensor([span.first_row for span in spans]), tuple(windows))
 
 
 def plan_attention(spans: Sequence[Span], num_heads: int, num_kv_heads: int, block_size: int) -> AttentionPlan:
@@ -133,19 +151,11 @@ def plan_attention(spans: Sequence[Span], num_heads: int, num_kv_heads: int, blo
     group = num_heads // num_kv_heads
     chunks = tuple(_plan_chunk(span, group, block_size) for span in spans if span.rows > 1)
     singles = sorted((span for span in spans if span.rows == 1), key=lambda span: -(span.start // TILE))
-    decodes: list[DecodePlan] = []
-    batch: list[Span] = []
-    pairs = 0
-    for span in singles:
-        count = span.start // TILE + 1
-        if batch and pairs + count > MAX_PAIRS:
-            decodes.append(_plan_decodes(batch, num_kv_heads, block_size))
-            batch, pairs = [], 0
-        batch.append(span)
-        pairs += count
-    if batch:
-        decodes.append(_plan_decodes(batch, num_kv_heads, block_size))
-    return AttentionPlan(sum(span.rows for span in spans), group, chunks, tuple(decodes))
+    decodes = tuple(
+        _plan_decodes(singles[first : first + MAX_PAIRS], num_kv_heads, block_size)
+        for first in range(0, len(singles), MAX_PAIRS)
+    )
+    return AttentionPlan(sum(span.rows for span in spans), group, chunks, decodes)
 
 
 def _gather(arena: Tensor, layer: int, block_ids: Tensor) -> Tensor:
@@ -206,31 +216,42 @@ def _attend_chunk(q: Tensor, arena: Tensor, layer: int, plan: ChunkPlan, out: Te
     out[rows].view(plan.rows, num_kv_heads, group, head_dim).copy_(value.transpose(0, 1))
 
 
+def _attend_window(queries: Tensor, group: int, arena: Tensor, layer: int, window: DecodeWindow) -> list[Tensor]:
+    """→ maximum, sum and weighted V of every pair: [num_pairs, num_kv_heads, group, 1 or head_dim]."""
+    num_kv_heads, head_dim = arena.shape[3], arena.shape[5]
+    pairs = window.pair_sequence.numel()
+    product_rows = queries.shape[2]
+    kv = _gather(arena, layer, window.block_ids)
+    kv.view(-1, head_dim).index_fill_(0, window.unwritten, 0)
+    keys, values = kv.view(2, pairs * num_kv_heads, TILE, head_dim).unbind(0)
+    picked = queries.index_select(0, window.pair_sequence).view(-1, product_rows, head_dim)
+    scores = torch.bmm(picked, keys.transpose(1, 2)).view(pairs, num_kv_heads, product_rows, TILE)
+    # The product's padding rows stay as they are: finite, and nobody reads what comes of them.
+    seen = scores[:, :, :group]
+    peak, total = _tile_softmax(seen.add_(window.mask))
+    value = torch.bmm(scores.view(-1, product_rows, TILE), values)
+    return [peak, total, value.view(pairs, num_kv_heads, product_rows, head_dim)[:, :, :group]]
+
+
 def _attend_decodes(q: Tensor, arena: Tensor, layer: int, plan: DecodePlan, out: Tensor) -> None:
     num_kv_heads, head_dim = arena.shape[3], arena.shape[5]
     group = q.shape[1] // num_kv_heads
-    product_rows = max(MIN_ROWS, group)
-    sequences, pairs = plan.rows.numel(), plan.pair_sequence.numel()
-    queries = torch.zeros((sequences, num_kv_heads, product_rows, head_dim))
+    sequences = plan.rows.numel()
+    queries = torch.zeros((sequences, num_kv_heads, max(MIN_ROWS, group), head_dim))
     queries[:, :, :group] = q.index_select(0, plan.rows).view(sequences, num_kv_heads, group, head_dim)
-    if pairs > sequences:
-        queries = queries.index_select(0, plan.pair_sequence)
-    kv = _gather(arena, layer, plan.block_ids)
-    kv.view(-1, head_dim).index_fill_(0, plan.unwritten, 0)
-    keys, values = kv.view(2, pairs * num_kv_heads, TILE, head_dim).unbind(0)
-    scores = torch.bmm(queries.view(-1, product_rows, head_dim), keys.transpose(1, 2))
-    scores.view(pairs, num_kv_heads, product_rows, TILE).add_(plan.mask)
-    peak, total = _tile_softmax(scores)
-    value = torch.bmm(scores, values)
-    parts = [part.view(pairs, num_kv_heads, product_rows, -1)[:, :, :group] for part in (peak, total, value)]
-    first = plan.counts[0]
-    for count in plan.counts[1:]:
-        _merge(
-            (parts[0][:count], parts[1][:count], parts[2][:count]),
-            (parts[0][first : first + count], parts[1][first : first + count], parts[2][first : first + count]),
-        )
-        first += count
-    result = parts[2][:sequences].div_(parts[1][:sequences])
+    running: tuple[Tensor, Tensor, Tensor] | None = None
+    for window in plan.windows:
+        parts = _attend_window(queries, group, arena, layer, window)
+        first = 0
+        for count in window.counts:
+            peak, total, value = (part[first : first + count] for part in parts)
+            first += count
+            if running is None:
+                running = peak, total, value
+            else:
+                _merge((running[0][:count], running[1][:count], running[2][:count]), (peak, total, value))
+    assert running is not None
+    result = running[2].div_(running[1])
     out.index_copy_(0, plan.rows, result.reshape(sequences, -1).to(out.dtype))
 
 

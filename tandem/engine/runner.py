@@ -132,7 +132,9 @@ class Runner:
             raise IndexError(f"token ids {low} to {high}, must be within 0 to {self._config.vocab_size - 1}")
         plan = step.plan
         num_blocks = self._arena.shape[0]
-        for part in (*(tile for chunk in plan.chunks for tile in chunk.tiles), *plan.decodes):
+        tiles = (tile for chunk in plan.chunks for tile in chunk.tiles)
+        windows = (window for decode in plan.decodes for window in decode.windows)
+        for part in (*tiles, *windows):
             low, high = (int(value) for value in part.block_ids.aminmax())
             if low < 0 or high >= num_blocks:
                 raise IndexError(f"block ids {low} to {high}, must be within 0 to {num_blocks - 1}")
