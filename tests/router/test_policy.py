@@ -76,7 +76,7 @@ def test_the_worker_that_holds_the_prefix_is_preferred_while_its_queue_is_short(
     slow = [Candidate("p0", 0, 0, fetch_bytes_per_s=2e8), Candidate("p1", 0, 0, fetch_bytes_per_s=2e8)]
     assert place(2_000, hits=hits, prefills=slow, decodes=decodes).prefill == "p1"
     slow[1] = Candidate("p1", 100_000, 4)
-    placement = place(2_000, hits=hits, prefills=slow, decodes=[Candidate("d0", 0, 0, fetch_bytes_per_s=1e8)])
+    placement = place(2_000, hits=hits, prefills=slow, decodes=[Candidate("d0", 9_000, 0)])
     assert placement.prefill == "p0"
     assert placement.prefill_sources == (Place("p1", "DEVICE"),)
 
