@@ -1,0 +1,9 @@
+"""`python -m kvpool --config FILE --name pool-0`: one pool node in the foreground."""
+
+from __future__ import annotations
+
+from kvpool.node import run
+from tandem.role_main import role_main
+
+if __name__ == "__main__":
+    role_main("kvpool", "pool-0", run)

@@ -1,0 +1,146 @@
+"""A KV source and a pool node's router, for tests that need real processes: run as `python -m tests.kvpool.processes`."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import zmq
+
+from kvpool.arena import Arena
+from kvpool.block_pool import BlockPool
+from kvpool.service import KVService
+from protos.control import Endpoints, Source
+from tandem.clock import now_s
+from tandem.machine import machine_id
+
+SIZE = 16
+ROOT = b"r" * 16
+REPOSITORY = Path(__file__).parents[2]
+
+
+def key_of(name: object) -> bytes:
+    return f"{name!s:>16}".encode()[-16:]
+
+
+def bytes_of(name: str, slab_bytes: int) -> bytes:
+    """The bytes of the block of that name: different at every offset."""
+    return (name.encode() * (slab_bytes // len(name) + 1))[:slab_bytes]
+
+
+def wait_for(condition: Callable[[], Any], seconds: float = 15.0, step: Callable[[], object] = lambda: None) -> Any:
+    """Calls `step` until `condition` is true; what it returned."""
+    deadline = now_s() + seconds
+    poller = zmq.Poller()
+    while not (value := condition()):
+        assert now_s() < deadline, "the condition did not come true in time"
+        step()
+        poller.poll(1)
+    return value
+
+
+class SourceProcess:
+    """A process that serves the chain `names` and then, on SIGTERM or with its standard input's end, stops. With `corrupt`
+    the bytes of those blocks don't fit their checksums; with `lease_s` it grants such leases."""
+
+    def __init__(
+        self, process: str, names: list[str], *, slab_bytes: int, num_blocks: int = 64, **options: Any
+    ) -> None:
+        arguments = {"process": process, "names": names, "slab_bytes": slab_bytes, "num_blocks": num_blocks, **options}
+        self.popen = subprocess.Popen(
+            [sys.executable, "-m", "tests.kvpool.processes", json.dumps(arguments)],
+            cwd=REPOSITORY,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        assert self.popen.stdout is not None
+        hello = json.loads(self.popen.stdout.readline())
+        self.source = Source(process, bytes.fromhex(hello["epoch"]), "DEVICE", Endpoints(**hello["endpoints"]))
+
+    @property
+    def pid(self) -> int:
+        return self.popen.pid
+
+    def command(self, **what: Any) -> dict[str, Any]:
+        """Does something inside the process and returns its answer."""
+        assert self.popen.stdin is not None
+        assert self.popen.stdout is not None
+        self.popen.stdin.write(json.dumps(what) + "\n")
+        self.popen.stdin.flush()
+        answer: dict[str, Any] = json.loads(self.popen.stdout.readline())
+        return answer
+
+    def kill(self) -> None:
+        self.popen.kill()
+        self.popen.wait(10)
+
+    def __enter__(self) -> SourceProcess:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.kill()
+        for stream in (self.popen.stdin, self.popen.stdout):
+            if stream is not None:
+                stream.close()
+
+
+def _serve(arguments: dict[str, Any]) -> None:
+    slab_bytes, num_blocks = arguments["slab_bytes"], arguments["num_blocks"]
+    pool, arena, epoch = BlockPool(num_blocks, SIZE, "DEVICE"), Arena(num_blocks, slab_bytes), os.urandom(8)
+    service = KVService(
+        context=zmq.Context(), pool=pool, arena=arena, process=arguments["process"], epoch=epoch, tier="DEVICE",
+        bind_host="127.0.0.1", transports=["shm"], machine_id=machine_id(), lease_s=arguments.get("lease_s", 5.0),
+        grace_s=arguments.get("grace_s", 1.0), on_blocks=lambda *_: None, on_ended=lambda _: None,
+    )  # fmt: skip
+
+    def put(names: list[str], parent: bytes) -> None:
+        blocks = pool.allocate(len(names))
+        assert blocks is not None
+        for block_id, name in zip(blocks, names, strict=True):
+            arena.slab(block_id)[:] = bytes_of(name, slab_bytes)
+            checksum = arena.checksum(block_id)
+            if name in arguments.get("corrupt", []):
+                arena.slab(block_id)[slab_bytes // 2] ^= 0x40
+            pool.publish(block_id, key_of(name), parent, SIZE, checksum)
+            parent = key_of(name)
+        pool.release(blocks)
+
+    put(arguments["names"], ROOT)
+    service.publish_pool_events(now_s())
+    endpoints = service.endpoints
+    fields = {name: getattr(endpoints, name) for name in endpoints.__struct_fields__}
+    print(json.dumps({"epoch": epoch.hex(), "endpoints": fields}), flush=True)
+    poller = zmq.Poller()
+    poller.register(sys.stdin.fileno(), zmq.POLLIN)
+    service.register(poller)
+    due_s = 0.0
+    while True:
+        ready = dict(poller.poll(max(0, min(20, int((due_s - now_s()) * 1000)))))
+        if ready.pop(sys.stdin.fileno(), 0):
+            line = sys.stdin.readline()
+            if not line:
+                return
+            command = json.loads(line)
+            if "put" in command:
+                put(command["put"], bytes.fromhex(command["parent"]))
+            if command.get("evict"):
+                pool.clear_cached()
+            stats = pool.stats()
+            print(json.dumps({"leases": stats.num_leases, "expired": stats.expired_leases_total, "free": stats.free,
+                              "cached": stats.cached, "readers": service.num_readers}), flush=True)  # fmt: skip
+        service.handle(ready, now_s())
+        service.publish_pool_events(now_s())
+        due_s = service.tick(now_s())
+
+
+if __name__ == "__main__":
+    _serve(json.loads(sys.argv[1]))
