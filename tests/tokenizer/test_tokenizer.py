@@ -181,6 +181,26 @@ def test_a_truncated_gguf_is_refused_wherever_it_ends(tmp_path: Path) -> None:
             load_tokenizer(path)
 
 
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        (4, 9, "version 9 is not supported"),
+        (16, 2**60, "keys, the limit is"),
+        (24, 2**60, "a key's name has 1152921504606846976 bytes, the limit is"),
+        (24, 60_000, r"a key's name needs 60000 bytes, the file has \d+ left"),
+    ],
+)
+def test_a_gguf_whose_lengths_lie_is_refused_before_they_are_believed(
+    tmp_path: Path, field: int, value: int, message: str
+) -> None:
+    path = write_gguf(tmp_path / "m.gguf")
+    data = bytearray(path.read_bytes())
+    data[field : field + 8] = value.to_bytes(8, "little")
+    path.write_bytes(data)
+    with pytest.raises(ModelError, match=message):
+        load_tokenizer(path)
+
+
 @given(data=st.data())
 def test_a_corrupted_gguf_loads_or_is_refused_and_never_hangs(
     tmp_path_factory: pytest.TempPathFactory, data: st.DataObject
