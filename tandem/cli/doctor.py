@@ -163,7 +163,7 @@ def check_numerics(config: Config) -> Finding:
 
     torch.set_num_threads(1)
     report = numerics_class(load_model(resolve_model(config.model.path), config.model.dtype))
-    return True, f"rows don't depend on each other; class {report.digest.hex()[:16]}"
+    return report.deterministic, f"{report.evidence}; class {report.digest.hex()[:16]}"
 
 
 CHECKS: dict[str, Callable[[Config], Finding]] = {

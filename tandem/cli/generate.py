@@ -147,9 +147,8 @@ def generate(
                 print(f"--- {index}\n{answer.texts[index]}")
         else:
             print()
-    if report and answer.completed is not None:
-        for line in report_lines(answer.completed, answer.time_per_token_s):
-            print(line, file=sys.stderr)
+    if report:
+        print_report(answer)
 
 
 def chat(
@@ -171,21 +170,32 @@ def chat(
     prompt = "> " if sys.stdin.isatty() else ""
     with Client(configured_target(target, config_path)) as client:
         client.cluster()  # a wrong address is said before the first question
-        while True:
-            try:
+        try:
+            while True:
                 question = input(prompt)
-            except (EOFError, KeyboardInterrupt):
-                print()
-                return
-            if not question.strip():
-                continue
-            try:
-                answer = stream(client, [*messages, ("user", question)], sampling, echo=True)
-            except KeyboardInterrupt:
-                print("\n(interrupted)")
-                continue
+                if question.strip():
+                    _turn(client, messages, question, sampling, report)
+        except (EOFError, KeyboardInterrupt):
             print()
-            messages += [("user", question), ("assistant", answer.texts.get(0, ""))]
-            if report and answer.completed is not None:
-                for line in report_lines(answer.completed, answer.time_per_token_s):
-                    print(line, file=sys.stderr)
+
+
+def _turn(
+    client: Client, messages: list[tuple[str, str]], question: str, sampling: pb.SamplingParams, report: bool
+) -> None:
+    """Asks and appends question and answer to `messages`; Ctrl-C ends the answer and leaves `messages` as they were."""
+    try:
+        answer = stream(client, [*messages, ("user", question)], sampling, echo=True)
+    except KeyboardInterrupt:
+        print("\n(interrupted)")
+        return
+    print()
+    messages += [("user", question), ("assistant", answer.texts.get(0, ""))]
+    if report:
+        print_report(answer)
+
+
+def print_report(answer: Answer) -> None:
+    """Says on stderr where an answer came from."""
+    if answer.completed is not None:
+        for line in report_lines(answer.completed, answer.time_per_token_s):
+            print(line, file=sys.stderr)

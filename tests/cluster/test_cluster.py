@@ -1,0 +1,182 @@
+"""The promises of `tandem.cluster`, with real Ray and real processes; roles without a model stand in for the real ones."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+
+from tandem.client import Client
+from tandem.cluster import Cluster, _ray, remove_stale_ray_dir, with_free_ports
+from tandem.config import Config, dump_config, load_config
+from tandem.errors import Cancelled, DeadlineExceeded, ModelError, TandemError
+
+HERE = Path(__file__).parent
+FAKES = {
+    "router": "fake_roles:run_router",
+    "prefill": "fake_roles:run_worker",
+    "decode": "fake_roles:run_worker",
+    "pool": "fake_roles:run_worker",
+}
+
+
+def wait_for(condition: Callable[[], object], what: str, timeout_s: float = 30.0) -> None:
+    deadline = time.monotonic() + timeout_s
+    pause = threading.Event()
+    while not condition():
+        assert time.monotonic() < deadline, f"{what}: not within {timeout_s} s"
+        pause.wait(0.05)
+
+
+def ray_dirs() -> set[Path]:
+    return set(Path(tempfile.gettempdir()).glob("tandem-ray-*"))
+
+
+def living(pid: int) -> bool:
+    with contextlib.suppress(psutil.NoSuchProcess):
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    return False
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> Config:
+    return load_config(
+        None, {"run_dir": str(tmp_path), "router": {"grpc_port": 0, "control_port": 0, "metrics_port": 0}}
+    )
+
+
+@pytest.fixture
+def nothing_left_behind() -> Iterator[None]:
+    before, shared, folders = set(psutil.pids()), set(Path("/dev/shm").iterdir()), ray_dirs()
+    yield
+    mine = {p.pid for p in psutil.Process().children(recursive=True) if p.status() != psutil.STATUS_ZOMBIE} - before
+    assert not mine
+    assert set(Path("/dev/shm").iterdir()) <= shared
+    assert ray_dirs() <= folders
+
+
+@pytest.fixture(autouse=True)
+def workers_find_the_fakes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(HERE), str(HERE.parent.parent)]))
+
+
+def test_a_killed_role_comes_back_under_its_name_and_a_stopped_cluster_leaves_nothing(
+    config: Config, tmp_path: Path, nothing_left_behind: None, capfd: pytest.CaptureFixture[str]
+) -> None:
+    said: list[str] = []
+    with Cluster(config, entry_points=FAKES) as cluster:
+        cluster.start(progress=said.append, timeout_s=60)
+        placed = {process.name: process for process in cluster.processes()}
+        assert set(placed) == {"router", "prefill-0", "decode-0", "pool-0"}
+        assert len({process.pid for process in placed.values()}) == 4
+        assert {"prefill-0 is up", "decode-0 is up", "pool-0 is up"} <= set(said)
+        assert cluster.supervise() == []
+
+        os.kill(placed["decode-0"].pid, signal.SIGKILL)
+        happened: list[str] = []
+
+        def is_back() -> bool:
+            happened.extend(cluster.supervise())
+            return any(line.startswith("decode-0 is back as process") for line in happened)
+
+        wait_for(is_back, "decode-0 comes back")
+        after = {process.name: process.pid for process in cluster.processes()}
+        assert after["decode-0"] not in (0, placed["decode-0"].pid)
+        assert {name: pid for name, pid in after.items() if name != "decode-0"} == {
+            name: process.pid for name, process in placed.items() if name != "decode-0"
+        }
+        wait_for(lambda: (tmp_path / "decode-0.worker").read_text() == str(after["decode-0"]), "the role runs again")
+        with Client(cluster.target) as client:
+            assert client.cluster().ready
+    assert not list(tmp_path.glob("*.worker"))  # each role was asked to stop and did
+    assert not any(living(pid) for pid in after.values())
+    assert {path.name for path in (tmp_path / "logs").iterdir()} == {f"{name}.log" for name in placed}
+    assert capfd.readouterr().out == ""  # what Ray has to say of it is not mixed into a command's output
+
+
+def test_a_role_that_can_not_start_says_its_own_sentence_and_everything_stops(
+    config: Config, nothing_left_behind: None
+) -> None:
+    cluster = Cluster(config, entry_points=FAKES | {"decode": "fake_roles:run_broken_worker"})
+    with pytest.raises(ModelError) as caught:
+        cluster.start(timeout_s=60)
+    assert str(caught.value) == "decode-0: weights.gguf: no tensor 'token_embd.weight'"
+
+
+@pytest.mark.slow
+def test_a_role_that_never_appears_is_named_at_the_deadline_and_one_that_will_not_stop_is_killed(
+    config: Config, nothing_left_behind: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tandem.cluster._STOP_S", 1.0)
+    with Cluster(config, entry_points=FAKES | {"decode": "fake_roles:run_stubborn_worker"}) as cluster:
+        cluster.start(timeout_s=60)
+        pids = [process.pid for process in cluster.processes()]
+        with Client(cluster.target) as client, pytest.raises(DeadlineExceeded, match="waiting for nobody-0"):
+            cluster._wait(client, 0.0, print, threading.Event(), {"nobody-0"})
+    assert not any(living(pid) for pid in pids)
+
+
+@pytest.mark.slow
+def test_a_stop_while_starting_is_obeyed(config: Config, nothing_left_behind: None) -> None:
+    stop = threading.Event()
+
+    def stop_when_ray_runs(line: str) -> None:
+        if "router" in line:
+            stop.set()
+
+    with pytest.raises(Cancelled, match="while the cluster was starting"):
+        Cluster(config, entry_points=FAKES).start(progress=stop_when_ray_runs, stop=stop, timeout_s=60)
+
+
+def test_a_killed_driver_takes_its_processes_along(config: Config, tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text(dump_config(with_free_ports(config)))
+    code = (
+        "import sys, threading; from tandem.cluster import Cluster; from tandem.config import load_config\n"
+        f"cluster = Cluster(load_config(sys.argv[1]), entry_points={FAKES!r})\n"
+        "cluster.start(timeout_s=60, on_ray_dir=lambda path: print(path, flush=True))\n"
+        "print(*(process.pid for process in cluster.processes()), flush=True); threading.Event().wait()"
+    )
+    command = [sys.executable, "-c", code, str(tmp_path / "config.yaml")]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as driver:
+        assert driver.stdout is not None
+        ray_dir = driver.stdout.readline().strip()
+        pids = [int(pid) for pid in driver.stdout.readline().split()]
+        assert len(pids) == 4
+        assert all(living(pid) for pid in pids)
+        driver.kill()
+    wait_for(lambda: not any(living(pid) for pid in pids), "the roles die with their driver")
+    assert Path(ray_dir).is_dir()
+    remove_stale_ray_dir(ray_dir)
+    assert not Path(ray_dir).exists()
+
+
+def test_only_a_folder_of_our_own_making_is_removed(tmp_path: Path) -> None:
+    for name in ("tandem-ray-x", "other"):
+        (tmp_path / name).mkdir()
+        remove_stale_ray_dir(str(tmp_path / name))
+        assert (tmp_path / name).is_dir()
+
+
+def test_free_ports_are_chosen_only_where_none_is_given(config: Config) -> None:
+    chosen = with_free_ports(config).router
+    assert chosen.grpc_port
+    assert chosen.control_port
+    assert chosen.grpc_port != chosen.control_port
+    fixed = load_config(None, {"router": {"grpc_port": 1234, "control_port": 1235}})
+    assert with_free_ports(fixed) == fixed
+
+
+def test_a_second_cluster_in_one_process_is_refused(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_ray(), "is_initialized", lambda: True)
+    with pytest.raises(TandemError, match="one cluster per process"):
+        Cluster(config)._start_ray(None)
