@@ -168,8 +168,8 @@ class ShmChannel:
             self._queue.append(_Read(read_id, blocks, []))
 
     def poll(self) -> list[ReadResult]:
-        if not self.closed:
-            self._hear()
+        while not self.closed and self._hear():
+            pass
         results, self._failed = self._failed, []
         if self._map is None:
             return results
@@ -206,15 +206,15 @@ class ShmChannel:
             copied += self._slab_bytes
         return copied
 
-    def _hear(self) -> None:
-        """Takes in the header, or learns that the peer is gone."""
+    def _hear(self) -> bool:
+        """Takes in the header, or learns that the peer is gone. False if it said nothing new."""
         try:
             data, fds, flags, _ = socket.recv_fds(self._socket, _HEADER.size + 1, 1, socket.MSG_CMSG_CLOEXEC)
         except BlockingIOError:
-            return
+            return False
         except OSError as error:
             self._close(f"the connection broke: {errno.errorcode.get(error.errno or 0, error)}")
-            return
+            return True
         try:
             if not data:
                 self._close("the peer is gone")
@@ -227,6 +227,7 @@ class ShmChannel:
         finally:
             for fd in fds:
                 os.close(fd)
+        return True
 
     def _take(self, data: bytes, fds: list[int], flags: int) -> None:
         if len(data) != _HEADER.size or len(fds) != 1 or flags & (socket.MSG_TRUNC | socket.MSG_CTRUNC):
