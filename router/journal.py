@@ -172,6 +172,8 @@ class Summary:
     error: str
     num_prompt_tokens: int
     num_generated_tokens: int
+    longest: int
+    """Tokens of the longest sample."""
     ttft_s: float | None
     total_s: float
     failures: tuple[int, int]
@@ -252,6 +254,7 @@ class Journal:
             error=error,
             num_prompt_tokens=len(record.request.prompt),
             num_generated_tokens=sum(len(sample.tokens) for sample in record.samples),
+            longest=max(len(sample.tokens) for sample in record.samples),
             ttft_s=None if first_s is None else first_s - record.accepted_at_s,
             total_s=now_s - record.accepted_at_s,
             failures=(record.failures["prefill"], record.failures["decode"]),

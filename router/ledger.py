@@ -1,16 +1,13 @@
 """Load per worker as this router sees it: the worker's last report and our own dispatches that it doesn't include yet.
 
-Owns the count of dispatches per worker's epoch. Pure; it never decides where anything goes.
+Owns the count of dispatches per worker. Pure; it never decides where anything goes.
 """
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from dataclasses import dataclass, field
 
 from protos.control import Fence, Load
-
-MAX_REMEMBERED_EPOCHS = 1024
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,30 +27,24 @@ class _Own:
 
 @dataclass(slots=True)
 class _Account:
-    epoch: bytes
     serial: int = 0
     report: Load = field(default_factory=Load)
     own: dict[Fence, _Own] = field(default_factory=dict)
 
 
 class Ledger:
-    """Accounts by worker name. `serial` numbers our dispatches to one epoch, as the worker counts them in
-    `Load.num_dispatches`; it survives a loss, since the same epoch may come back and goes on counting."""
+    """Accounts by worker name. Our dispatches are numbered as the worker counts them in `Load.num_dispatches`; both begin at
+    0 when it joins, also when the same epoch comes back (a worker that lost its router forgets what that had sent)."""
 
     def __init__(self) -> None:
         self._accounts: dict[str, _Account] = {}
-        self._serials: OrderedDict[tuple[str, bytes], int] = OrderedDict()
 
-    def join(self, process: str, epoch: bytes) -> None:
-        self._accounts[process] = _Account(epoch, serial=self._serials.pop((process, epoch), 0))
+    def join(self, process: str) -> None:
+        self._accounts[process] = _Account()
 
     def forget(self, process: str) -> None:
         """A worker is lost: its account closes."""
-        account = self._accounts.pop(process, None)
-        if account is not None:
-            self._serials[(process, account.epoch)] = account.serial
-            if len(self._serials) > MAX_REMEMBERED_EPOCHS:
-                self._serials.popitem(last=False)
+        self._accounts.pop(process, None)
 
     def dispatched(self, process: str, fence: Fence, num_tokens: int, num_sequences: int) -> None:
         account = self._accounts[process]

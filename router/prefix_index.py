@@ -37,6 +37,8 @@ class _Feed:
     replay_since_s: float | None = None
     held: dict[int, EventBatch] = field(default_factory=dict)
     announced_seq: int = -1
+    replayed_seq: int | None = None
+    """The last batch of the running replay. Those of a snapshot all carry one number, and all count."""
 
 
 class PrefixIndex:
@@ -87,22 +89,26 @@ class PrefixIndex:
         return self._ask(feed, now_s)
 
     def on_replay(self, process: str, epoch: bytes, seq: int, batch: EventBatch) -> None:
-        """Takes a replayed batch. One past the next means that the process forgot those between: what we knew of it is
-        stale then, and starts again from here."""
+        """Takes a replayed batch. One past the next means that the process has forgotten those between: what we knew of it
+        is stale then, and starts again from here (a snapshot, as `protos/kv_events.py` says)."""
         feed = self._feeds.get(process)
-        if feed is None or feed.epoch != epoch or seq < feed.next_seq:
+        if feed is None or feed.epoch != epoch or (seq < feed.next_seq and seq != feed.replayed_seq):
             return
         if seq > feed.next_seq:
             self._clear(process)
         self._apply(process, feed, batch)
         feed.next_seq = seq + 1
+        feed.replayed_seq = seq
 
-    def on_replay_end(self, process: str, epoch: bytes) -> None:
-        """The replay is over (or failed: the next heartbeat asks again)."""
+    def on_replay_end(self, process: str, epoch: bytes, complete: bool = True) -> None:
+        """The replay is over. If it broke off (not `complete`), the next heartbeats ask again, from its last batch on: there may
+        have been more of that number."""
         feed = self._feeds.get(process)
         if feed is None or feed.epoch != epoch:
             return
-        feed.replay_since_s = None
+        if not complete and feed.replayed_seq is not None:
+            feed.next_seq = feed.replayed_seq
+        feed.replay_since_s = feed.replayed_seq = None
         self._apply_held(process, feed)
 
     def on_announced(self, process: str, epoch: bytes, events_seq: int, now_s: float) -> int | None:
@@ -137,6 +143,7 @@ class PrefixIndex:
         if feed.replay_since_s is not None and now_s - feed.replay_since_s < REPLAY_RETRY_S:
             return None
         feed.replay_since_s = now_s
+        feed.replayed_seq = None
         return feed.next_seq
 
     def _apply_held(self, process: str, feed: _Feed) -> None:

@@ -247,9 +247,9 @@ class RouterCore:
         """Takes a replayed batch."""
         self.index.on_replay(process, epoch, seq, batch)
 
-    def on_replay_end(self, process: str, epoch: bytes) -> None:
-        """The replay is over, or failed."""
-        self.index.on_replay_end(process, epoch)
+    def on_replay_end(self, process: str, epoch: bytes, complete: bool) -> None:
+        """The replay is over, or broke off."""
+        self.index.on_replay_end(process, epoch, complete)
 
     def tick(self, now_s: float) -> list[Action]:
         """Everything that time does: call it every 50 ms or so."""
@@ -299,7 +299,7 @@ class RouterCore:
 
     def _on_joined(self, member: Member, now_s: float) -> list[Action]:
         if member.role != "pool":
-            self.ledger.join(member.name, member.epoch)
+            self.ledger.join(member.name)
         from_seq = self.index.join(member.name, member.epoch, own_tier(member.role), now_s)
         endpoints = member.hello.endpoints
         actions: list[Action] = [
@@ -354,6 +354,8 @@ class RouterCore:
     def _on_tokens(self, process: str, epoch: bytes, message: Tokens, now_s: float) -> list[Action]:
         found = self.journal.find(message.fence, process, epoch)
         if found is None:
+            if message.fence in self._closing:
+                return []  # its Abort is under way, this frame has crossed it
             return [Send(process, epoch, Abort(fence=message.fence, reason="this dispatch is over"))]
         record, dispatch = found
         verdict = self.journal.accept(record, dispatch, message)

@@ -81,6 +81,27 @@ def test_a_replay_that_has_forgotten_the_beginning_starts_afresh() -> None:
     assert index.longest_hits([key(5)]) == {Place("a", "DEVICE"): 1}
 
 
+def test_a_snapshot_of_several_batches_of_one_number_is_applied_whole() -> None:
+    index = joined("a")
+    index.on_batch("a", E1, 0, stored(0), 0.0)
+    index.on_batch("a", E1, 8, stored(8), 0.0)
+    cleared = EventBatch(0.0, [AllBlocksCleared(), *stored(1, 2).events], epoch=E1)
+    for batch in (cleared, stored(3), stored(4)):
+        index.on_replay("a", E1, 7, batch)
+    index.on_replay_end("a", E1)
+    assert index.longest_hits([key(n) for n in (1, 2, 3, 4, 8)]) == {Place("a", "DEVICE"): 5}
+    assert index.longest_hits([key(0)]) == {}
+
+
+def test_a_snapshot_that_breaks_off_is_asked_for_again() -> None:
+    index = joined("a")
+    index.on_announced("a", E1, 7, 0.0)
+    assert index.on_announced("a", E1, 7, 3.0) == 0
+    index.on_replay("a", E1, 7, EventBatch(0.0, [AllBlocksCleared(), *stored(1).events], epoch=E1))
+    index.on_replay_end("a", E1, complete=False)
+    assert index.on_announced("a", E1, 7, 3.1) == 7
+
+
 def test_a_lost_last_event_is_noticed_by_the_second_heartbeat_that_announces_it() -> None:
     index = joined("a")
     assert index.on_announced("a", E1, 0, 1.0) is None

@@ -134,7 +134,7 @@ def test_hits_elsewhere_are_sources_before_the_prefill_worker() -> None:
     bench = Bench(("p0", "prefill"), ("d0", "decode"), ("d1", "decode"))
     bench.join("pool-0", "pool")
     keys = prompt_keys(ROOT, LONG, 4).full
-    bench.core.on_replay_end("pool-0", EPOCH)
+    bench.core.on_replay_end("pool-0", EPOCH, True)
     bench.core.on_events("pool-0", EPOCH, 0, EventBatch(0.0, [BlockStored(list(keys[:10]), None, [], 4)]), bench.now_s)
     dispatches = dict(sent(bench.submit(), Dispatch))
     assert [(s.process, s.tier) for s in dispatches.pop("p0").sources] == [("pool-0", "HOST")]

@@ -1,0 +1,201 @@
+"""The router's ZeroMQ sockets: messages of workers and pool nodes, their KV events and replays.
+
+Owns the sockets and their tasks. It decodes, checks who is speaking, and hands on; it decides nothing. A send never waits: a
+process that can't be reached, or doesn't read what it is sent, is reported closed.
+
+    ROUTER  <host>:<control_port>        one frame a message; the identity is `name@epoch` (tandem/zmq_io.py)
+    SUB     a process' `events`          [topic, seq, batch]
+    DEALER  a process' `replay`          [b"", from_seq] → [b"", seq, batch] … [b"", -1, b""]
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import msgspec
+import zmq
+import zmq.asyncio
+
+from protos import control, kv_events
+from protos.control import FromRouter, ToRouter
+from protos.kv_events import EventBatch
+from router.actions import Replay, Subscribe
+from tandem.errors import ConfigError
+from tandem.zmq_io import identity
+
+log = logging.getLogger(__name__)
+
+REPLAY_TIMEOUT_S = 5.0
+MAX_REPLAY_BATCHES = 1_000_000
+SEND_HIGH_WATER_MARK = 100_000
+RECEIVE_BURST = 256
+
+
+@dataclass(frozen=True, slots=True)
+class Handlers:
+    """Who is told what. All are called on the event loop and must not raise."""
+
+    on_message: Callable[[str, bytes, ToRouter], None]
+    on_closed: Callable[[str, bytes], None]
+    on_events: Callable[[str, bytes, int, EventBatch], None]
+    on_replayed: Callable[[str, bytes, int, EventBatch], None]
+    on_replay_end: Callable[[str, bytes, bool], None]
+
+
+def parse_identity(frame: bytes) -> tuple[str, bytes] | None:
+    """Name and epoch of a ZeroMQ identity; None if it is not of that form."""
+    try:
+        name, _, epoch = frame.decode().rpartition("@")
+        return (name, bytes.fromhex(epoch)) if name else None
+    except ValueError:
+        return None
+
+
+class ControlPlane:
+    """Sockets of one router. `bind`, then `run` until cancelled, then `close`."""
+
+    def __init__(self, host: str, port: int, handlers: Handlers) -> None:
+        self._host = host
+        self._port = port
+        self._handlers = handlers
+        self._context = zmq.asyncio.Context()
+        self._socket = self._bounded(zmq.ROUTER)
+        self._socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
+        self._subscriptions: dict[tuple[str, bytes], tuple[asyncio.Task[None], zmq.asyncio.Socket]] = {}
+        self._replays: dict[tuple[str, bytes], asyncio.Task[None]] = {}
+        self.num_undecodable = 0
+
+    def _bounded(self, kind: int) -> zmq.asyncio.Socket:
+        socket = self._context.socket(kind)
+        socket.setsockopt(zmq.LINGER, 0)
+        socket.setsockopt(zmq.MAXMSGSIZE, control.MAX_MESSAGE_BYTES)
+        socket.setsockopt(zmq.SNDHWM, SEND_HIGH_WATER_MARK)
+        socket.setsockopt(zmq.RCVHWM, SEND_HIGH_WATER_MARK)
+        return socket
+
+    def bind(self) -> int:
+        """Listens; returns the port (of use when the configured one is 0). Raises ConfigError if it is taken."""
+        host = f"[{self._host}]" if ":" in self._host else self._host
+        if ":" in self._host:
+            self._socket.setsockopt(zmq.IPV6, 1)
+        try:
+            self._socket.bind(f"tcp://{host}:{self._port}")
+        except zmq.ZMQError as error:
+            raise ConfigError(
+                f"router.control_port: can't listen on {self._host}:{self._port}: {error.strerror}"
+            ) from error
+        endpoint = self._socket.getsockopt(zmq.LAST_ENDPOINT)
+        assert isinstance(endpoint, bytes)
+        return int(endpoint.rpartition(b":")[2])
+
+    async def run(self) -> None:
+        """Takes in messages for ever; other tasks get their turn after each burst."""
+        while True:
+            self._take(await self._socket.recv_multipart())
+            for _ in range(RECEIVE_BURST):
+                pending = self._socket.recv_multipart(zmq.NOBLOCK)
+                try:
+                    self._take(await pending)
+                except zmq.Again:
+                    break
+            await asyncio.sleep(0)
+
+    def _take(self, frames: list[bytes]) -> None:
+        who = parse_identity(frames[0])
+        if who is None or len(frames) != 2:
+            self.num_undecodable += 1
+            log.warning("dropped %d frames of an unknown peer %r", len(frames), frames[0][:64])
+            return
+        try:
+            message = control.decode_to_router(frames[1])
+        except msgspec.DecodeError as error:
+            self.num_undecodable += 1
+            log.warning("dropped a message of %d bytes from %s: %s", len(frames[1]), who[0], error)
+            return
+        self._handlers.on_message(*who, message)
+
+    def send(self, process: str, epoch: bytes, message: FromRouter) -> None:
+        """Sends without waiting; if that is impossible the process is reported closed."""
+        frames = [identity(process, epoch), control.encode(message)]
+        sent: Any = self._socket.send_multipart(frames, zmq.NOBLOCK)
+        error = sent.exception() if sent.done() else None
+        if error is not None:
+            log.info("can't send to %s: %s", process, error)
+            asyncio.get_running_loop().call_soon(self._handlers.on_closed, process, epoch)
+
+    def subscribe(self, action: Subscribe) -> None:
+        """Follows a process' KV events until `unsubscribe`."""
+        self.unsubscribe(action.process, action.epoch)
+        socket = self._bounded(zmq.SUB)
+        try:
+            socket.setsockopt(zmq.SUBSCRIBE, b"")
+            socket.connect(action.endpoints.events)
+        except zmq.ZMQError as error:
+            log.warning("can't follow the events of %s at %r: %s", action.process, action.endpoints.events, error)
+            socket.close()
+            return
+        task = asyncio.create_task(self._follow(action.process, action.epoch, socket))
+        self._subscriptions[(action.process, action.epoch)] = (task, socket)
+
+    def unsubscribe(self, process: str, epoch: bytes) -> None:
+        """Stops following; unknown ones are ignored."""
+        if (found := self._subscriptions.pop((process, epoch), None)) is not None:
+            found[0].cancel()
+            found[1].close()
+        if (replay := self._replays.pop((process, epoch), None)) is not None:
+            replay.cancel()
+
+    async def _follow(self, process: str, epoch: bytes, socket: zmq.asyncio.Socket) -> None:
+        while True:
+            frames = await socket.recv_multipart()
+            try:
+                _, seq, payload = frames
+                batch = kv_events.decode_batch(payload)
+                self._handlers.on_events(process, epoch, kv_events.decode_seq(seq), batch)
+            except (ValueError, msgspec.DecodeError) as error:
+                self.num_undecodable += 1
+                log.warning("dropped an event batch of %s: %s", process, error)
+
+    def replay(self, action: Replay) -> None:
+        """Asks for the events from a sequence number on; a running replay of that process is given up."""
+        who = (action.process, action.epoch)
+        if (running := self._replays.pop(who, None)) is not None:
+            running.cancel()
+        task = asyncio.create_task(self._replay(action))
+        self._replays[who] = task
+        task.add_done_callback(lambda done: self._replays.pop(who) if self._replays.get(who) is done else None)
+
+    async def _replay(self, action: Replay) -> None:
+        process, epoch = action.process, action.epoch
+        socket = self._bounded(zmq.DEALER)
+        complete = False
+        try:
+            socket.connect(action.endpoints.replay)
+            await socket.send_multipart([b"", kv_events.encode_seq(action.from_seq)])
+            for _ in range(MAX_REPLAY_BATCHES):
+                frames = await asyncio.wait_for(socket.recv_multipart(), REPLAY_TIMEOUT_S)
+                if frames[1] == kv_events.END_OF_REPLAY:
+                    complete = True
+                    break
+                batch = kv_events.decode_batch(frames[2])
+                self._handlers.on_replayed(process, epoch, kv_events.decode_seq(frames[1]), batch)
+        except (zmq.ZMQError, TimeoutError, IndexError, ValueError, msgspec.DecodeError) as error:
+            log.warning("the event replay of %s from %d failed: %r", process, action.from_seq, error)
+        finally:
+            socket.close()
+            self._handlers.on_replay_end(process, epoch, complete)
+
+    async def close(self) -> None:
+        """Ends every task and socket."""
+        tasks = [*(task for task, _ in self._subscriptions.values()), *self._replays.values()]
+        for process, epoch in list(self._subscriptions):
+            self.unsubscribe(process, epoch)
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        self._socket.close()
+        self._context.term()

@@ -1,0 +1,99 @@
+"""The router's Prometheus page.
+
+Owns its registry and its HTTP thread; reads nothing by itself, the server tells it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from threading import Thread
+from wsgiref.simple_server import WSGIServer
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, start_http_server
+
+from router.journal import Summary
+from router.membership import Member
+from router.reports import num_cached_tokens
+from tandem.errors import ConfigError
+
+_TTFT_BUCKETS = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0, 60.0)
+_TPOT_BUCKETS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
+_GAUGES = {
+    "free_blocks": "blocks that can be allocated now",
+    "cached_blocks": "blocks cached without a reference",
+    "leased_blocks": "blocks under a lease",
+    "num_running": "sequences running",
+    "num_waiting": "sequences waiting",
+    "prefill_tokens_per_s": "measured prefill speed",
+    "decode_step_s": "measured seconds of a decode step",
+}
+
+
+class Metrics:
+    """What the router counts. `serve` shows it."""
+
+    def __init__(self) -> None:
+        self.registry = CollectorRegistry()
+        self._requests = Counter("tandem_requests", "finished requests", ["outcome"], registry=self.registry)
+        self._ttft = Histogram(
+            "tandem_ttft_seconds", "time to first token", buckets=_TTFT_BUCKETS, registry=self.registry
+        )
+        self._tpot = Histogram(
+            "tandem_tpot_seconds", "time per token after the first", buckets=_TPOT_BUCKETS, registry=self.registry
+        )
+        self._hits = Counter(
+            "tandem_prefix_hit_tokens", "prompt tokens whose KV existed before", registry=self.registry
+        )
+        self._prompt = Counter("tandem_prompt_tokens", "prompt tokens", registry=self.registry)
+        self._generated = Counter("tandem_generated_tokens", "tokens shown to clients", registry=self.registry)
+        self._active = Gauge("tandem_active_requests", "accepted and not finished", registry=self.registry)
+        self._processes = {
+            name: Gauge(f"tandem_process_{name}", text, ["process", "role"], registry=self.registry)
+            for name, text in _GAUGES.items()
+        }
+        self._shown: set[tuple[str, str]] = set()
+        self._server: tuple[WSGIServer, Thread] | None = None
+
+    def serve(self, host: str, port: int) -> None:
+        """Starts the page's thread. Raises ConfigError if the port is taken."""
+        try:
+            self._server = start_http_server(port, addr=host, registry=self.registry)
+        except OSError as error:
+            raise ConfigError(f"router.metrics_port: can't listen on {host}:{port}: {error.strerror}") from error
+
+    def close(self) -> None:
+        """Ends the page's thread."""
+        if self._server is not None:
+            server, thread = self._server
+            server.shutdown()
+            server.server_close()
+            thread.join()
+            self._server = None
+
+    def ended(self, summary: Summary, num_generated_tokens: int) -> None:
+        """Counts a request that has ended, of which the client was shown `num_generated_tokens`."""
+        self._requests.labels(summary.outcome).inc()
+        self._prompt.inc(summary.num_prompt_tokens)
+        self._generated.inc(num_generated_tokens)
+        self._hits.inc(num_cached_tokens(summary))
+        if summary.ttft_s is None:
+            return
+        self._ttft.observe(summary.ttft_s)
+        if summary.outcome == "completed" and summary.longest > 1:
+            self._tpot.observe((summary.total_s - summary.ttft_s) / (summary.longest - 1))
+
+    def refresh(self, members: Iterable[Member], num_active: int) -> None:
+        """Shows the last reports of the live processes; dead ones disappear."""
+        self._active.set(num_active)
+        shown: set[tuple[str, str]] = set()
+        for member in members:
+            if member.heartbeat is None:
+                continue
+            labels: tuple[str, str] = (member.name, member.role)
+            shown.add(labels)
+            for name, gauge in self._processes.items():
+                gauge.labels(*labels).set(getattr(member.heartbeat.load, name))
+        for gone in self._shown - shown:
+            for gauge in self._processes.values():
+                gauge.remove(*gone)
+        self._shown = shown

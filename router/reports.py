@@ -1,0 +1,152 @@
+"""What the router says about itself: the end of a request, the cluster, the audit.
+
+Owns the translation from the core's state to the public messages. Reads, never changes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Set
+
+from protos import tandem_pb2
+from protos.control import Load
+from router.journal import Run, Summary
+from router.membership import Member
+from router.router import RouterCore
+
+
+def num_cached_tokens(summary: Summary) -> int:
+    """Prompt tokens whose KV existed before the request: what the role that computed the prompt found, or fetched."""
+    runs = [run.report for run in summary.runs]
+    first = next((r for r in runs if r.fence.role == "prefill"), next(iter(runs), None))
+    return 0 if first is None else min(first.local_hit_tokens + first.fetched_tokens, summary.num_prompt_tokens)
+
+
+def completed(summary: Summary, num_generated_tokens: int) -> tandem_pb2.Completed:
+    """The last message of an answer; `num_generated_tokens` is what the client was shown."""
+    return tandem_pb2.Completed(
+        request_id=summary.request_id,
+        num_prompt_tokens=summary.num_prompt_tokens,
+        num_generated_tokens=num_generated_tokens,
+        num_cached_tokens=num_cached_tokens(summary),
+        ttft_s=summary.ttft_s or 0.0,
+        total_s=summary.total_s,
+        runs=[_run(run) for run in summary.runs],
+    )
+
+
+def _run(run: Run) -> tandem_pb2.RoleRun:
+    report = run.report
+    return tandem_pb2.RoleRun(
+        role=report.fence.role,
+        process=run.process,
+        attempt=report.fence.attempt,
+        local_hit_tokens=report.local_hit_tokens,
+        fetched_tokens=report.fetched_tokens,
+        computed_tokens=report.computed_tokens,
+        fetched=[
+            tandem_pb2.FetchedFrom(
+                process=item.process,
+                tier=item.tier,
+                transport=item.transport,
+                num_blocks=item.num_blocks,
+                num_bytes=item.num_bytes,
+            )
+            for item in report.fetched
+        ],
+        queue_s=report.queue_s,
+        fetch_s=report.fetch_s,
+        compute_s=report.compute_s,
+        predicted_ttft_s=run.predicted_ttft_s,
+    )
+
+
+def cluster(core: RouterCore, model: str, now_s: float) -> tandem_pb2.GetClusterResponse:
+    """What runs where."""
+    group = core.membership.served_group
+    outcomes = core.journal.num_outcomes
+    return tandem_pb2.GetClusterResponse(
+        router=core.settings.router,
+        model=model,
+        max_model_len=core.max_model_len(),
+        block_size=group.block_size if group else 0,
+        model_fingerprint=group.model_fingerprint.hex() if group else "",
+        numerics_class=group.numerics_class.hex() if group else "",
+        kv_format=group.kv_format if group else "",
+        processes=[_process(core, member, now_s) for member in core.membership],
+        num_active_requests=len(core.journal),
+        num_requests_finished=outcomes["completed"],
+        num_requests_failed=outcomes["failed"],
+        num_requests_cancelled=outcomes["cancelled"],
+        ready=core.ready,
+    )
+
+
+def _process(core: RouterCore, member: Member, now_s: float) -> tandem_pb2.ProcessStatus:
+    status = tandem_pb2.ProcessStatus(
+        name=member.name,
+        role=member.role,
+        epoch=member.epoch.hex(),
+        pid=member.hello.pid,
+        heartbeat_age_s=now_s - member.heard_at_s,
+        num_blocks=member.hello.capacity.num_blocks,
+        slab_bytes=member.hello.capacity.slab_bytes,
+        indexed_blocks=core.index.num_blocks_of(member.name),
+    )
+    if member.heartbeat is not None:
+        load, counters = member.heartbeat.load, member.heartbeat.counters
+        status.free_blocks = load.free_blocks
+        status.cached_blocks = load.cached_blocks
+        status.leased_blocks = load.leased_blocks
+        status.num_running = load.num_running
+        status.num_waiting = load.num_waiting
+        status.prefill_tokens_per_s = load.prefill_tokens_per_s
+        status.decode_step_s = load.decode_step_s
+        status.prefill_tokens = counters.prefill_tokens
+        status.decode_tokens = counters.decode_tokens
+        status.prefix_hit_tokens = counters.prefix_hit_tokens
+        status.fetched_blocks = counters.fetched_blocks
+        status.fetched_bytes = counters.fetched_bytes
+        status.preemptions = counters.preemptions
+        status.recomputed_tokens = counters.recomputed_tokens
+        status.served_blocks = counters.served_blocks
+    return status
+
+
+def audit(core: RouterCore, answering: Set[str], now_s: float) -> tandem_pb2.AuditResponse:
+    """Cross-checks. `answering` are the requests whose clients are being served. Checks that only hold when the cluster is
+    idle say so while requests are active."""
+    checks: list[tandem_pb2.AuditCheck] = []
+
+    def check(name: str, ok: bool, evidence: str) -> None:
+        checks.append(tandem_pb2.AuditCheck(check=name, ok=ok, evidence=evidence))
+
+    active = {record.request_id for record in core.journal}
+    orphans = active - answering
+    check("every active request has a client", not orphans, f"{len(active)} active, {len(orphans)} without a client")
+    stale = [m.name for m in core.membership if now_s - m.heard_at_s > core.settings.liveness_s]
+    check("every process' heartbeat is fresh", not stale, f"{len(core.membership)} processes, silent: {stale}")
+    members = {member.name for member in core.membership}
+    dead = sorted(core.index.processes() - members)
+    check("the index holds nothing of dead processes", not dead, f"{len(core.index)} keys, dead holders: {dead}")
+    dead = sorted(core.ledger.processes() - members)
+    check("the ledger has no account of a dead process", not dead, f"dead accounts: {dead}")
+    misplaced = [
+        dispatch.process
+        for record in core.journal
+        for dispatch in record.dispatches.values()
+        if not core.membership.is_member(dispatch.process, dispatch.epoch)
+    ]
+    check("every dispatch is held by a live process", not misplaced, f"dispatches at dead processes: {misplaced}")
+    if active:
+        check("an idle cluster holds nothing", True, f"not idle: {len(active)} requests are active")
+        return tandem_pb2.AuditResponse(ok=all(item.ok for item in checks), checks=checks)
+    unreported, closing = core.ledger.num_unreported(), core.num_closing
+    check("an idle ledger is empty", unreported == 0, f"{unreported} dispatches without a report")
+    check("every abort is confirmed", closing == 0, f"{closing} aborts are not confirmed yet")
+    loads = {m.name: m.heartbeat.load if m.heartbeat is not None else Load() for m in core.membership}
+    busy = {name: load.num_running + load.num_waiting for name, load in loads.items()}
+    busy = {name: num for name, num in busy.items() if num}
+    check("idle workers run nothing", not busy, f"sequences: {busy}")
+    leased = {name: load.leased_blocks for name, load in loads.items() if load.leased_blocks}
+    check("an idle cluster leases nothing", not leased, f"leased blocks: {leased}")
+    return tandem_pb2.AuditResponse(ok=all(item.ok for item in checks), checks=checks)

@@ -1,0 +1,321 @@
+"""The router process: asyncio, gRPC, ZeroMQ and timers around RouterCore.
+
+Owns the event loop, the front door's life (listen, serve, drain, stop) and the way of each request between a client and the
+core. Decides nothing about requests: the core's actions are carried out in order. One thread, but for tokenisation of long
+prompts.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import random
+import secrets
+import threading
+from collections.abc import AsyncIterator
+from concurrent.futures import ThreadPoolExecutor
+
+import grpc
+import grpc.aio
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
+
+from protos import tandem_pb2, tandem_pb2_grpc
+from protos.control import ToRouter
+from protos.kv_events import EventBatch
+from router.actions import Action, Emit, Replay, Send, Subscribe, TokensEvent, Unsubscribe
+from router.answer import Answer
+from router.control_plane import ControlPlane, Handlers
+from router.journal import Request, Summary
+from router.metrics import Metrics
+from router.reports import audit, cluster, completed
+from router.router import RouterCore, Settings
+from router.validation import Validator, prompt_bytes
+from tandem.clock import now_s
+from tandem.config import Config
+from tandem.errors import ConfigError, Overloaded, TandemError, Unavailable
+from tandem.model_files import default_model_name, resolve_model
+from tandem.tokenizer.tokenizer import Tokenizer, load_tokenizer
+
+log = logging.getLogger(__name__)
+
+TICK_S = 0.05
+REFRESH_S = 1.0
+DRAIN_S = 5.0
+LONG_PROMPT_BYTES = 4096
+SERVICE = "tandem.v1.Tandem"
+
+
+def run(config: Config, stop: threading.Event) -> None:
+    """Serves as router until `stop` is set, then drains. Raises TandemError if it can't start (a port in use, no model)."""
+    tokenizer = load_tokenizer(resolve_model(config.model.path))
+    asyncio.run(RouterServer(config, tokenizer).serve(stop))
+
+
+class RouterServer:
+    """One router. `serve` runs it; the ports it listens on are known once `started` is set."""
+
+    def __init__(self, config: Config, tokenizer: Tokenizer, drain_s: float = DRAIN_S) -> None:
+        self._config = config
+        self._drain_s = drain_s
+        self._tokenizer = tokenizer
+        self.model = config.model.name or default_model_name(config.model.path)
+        self._validator = Validator(config.limits, tokenizer, self.model)
+        settings = config.router
+        self.core = RouterCore(
+            Settings(
+                router=f"router-{config.cluster}",
+                epoch=secrets.token_bytes(8),
+                heartbeat_s=settings.heartbeat_s,
+                liveness_s=settings.liveness_s,
+                progress_s=settings.progress_s,
+                max_attempts=settings.max_attempts,
+                max_active_requests=config.limits.max_active_requests,
+                max_model_len=config.model.max_len,
+                hold_s=config.transfer.hold_s,
+            ),
+            random.Random(secrets.randbits(64)),
+        )
+        self.metrics = Metrics()
+        self.answers: dict[str, Answer] = {}
+        self.started = threading.Event()
+        self.grpc_port = settings.grpc_port
+        self.control_port = settings.control_port
+        self._num_opening = 0
+        self._stopping = False
+        self._serving = False
+        self._executor = ThreadPoolExecutor(1, thread_name_prefix="tokenize")
+        self._health = health.aio.HealthServicer()
+        self._control: ControlPlane | None = None
+
+    # --- life ----------------------------------------------------------------------------------------------------------
+
+    async def serve(self, stop: threading.Event) -> None:
+        """Listens and serves until `stop` is set; active requests then get a bounded time to end."""
+        handlers = Handlers(
+            on_message=self._on_message,
+            on_closed=self._on_closed,
+            on_events=self._on_events,
+            on_replayed=self.core.on_replayed,
+            on_replay_end=self.core.on_replay_end,
+        )
+        host = self._config.router.host
+        control = self._control = ControlPlane(host, self._config.router.control_port, handlers)
+        server = self._grpc_server()
+        receiver: asyncio.Task[None] | None = None
+        try:
+            self.control_port = control.bind()
+            self.grpc_port = self._listen(server)
+            if self._config.router.metrics_port:
+                self.metrics.serve(host, self._config.router.metrics_port)
+            await self._show_health(force=True)
+            await server.start()
+            receiver = asyncio.create_task(control.run())
+            log.info(
+                "model %s: gRPC on %s:%d, control on %s:%d", self.model, host, self.grpc_port, host, self.control_port
+            )
+            self.started.set()
+            await self._tick_until(stop, receiver)
+            await self._drain()
+        finally:
+            await server.stop(grace=1.0)
+            if receiver is not None:
+                receiver.cancel()
+                await asyncio.gather(receiver, return_exceptions=True)
+            await control.close()
+            self.metrics.close()
+            self._executor.shutdown(cancel_futures=True)
+
+    def _grpc_server(self) -> grpc.aio.Server:
+        # Token ids take up to five bytes each on the wire where the limit counts four: leave the verdict to the validation.
+        max_bytes = 2 * self._config.limits.max_prompt_bytes + 2**20
+        # Without SO_REUSEPORT a second router on the port is an error, not a silent share of the requests.
+        options = [("grpc.so_reuseport", 0), ("grpc.max_receive_message_length", max_bytes)]
+        server = grpc.aio.server(options=options)
+        tandem_pb2_grpc.add_TandemServicer_to_server(_Servicer(self), server)
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
+        reflection.enable_server_reflection((SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME), server)
+        return server
+
+    def _listen(self, server: grpc.aio.Server) -> int:
+        host, port = self._config.router.host, self._config.router.grpc_port
+        shown = f"[{host}]" if ":" in host else host
+        message = f"router.grpc_port: can't listen on {host}:{port}: it is in use, or the address is not this machine's"
+        try:
+            bound = server.add_insecure_port(f"{shown}:{port}")
+        except RuntimeError as error:
+            raise ConfigError(message) from error
+        if bound == 0:
+            raise ConfigError(message)
+        return bound
+
+    async def _tick_until(self, stop: threading.Event, receiver: asyncio.Task[None]) -> None:
+        refresh_at_s = 0.0
+        while not stop.is_set():
+            if receiver.done():
+                receiver.result()
+            time_s = now_s()
+            self._do(self.core.tick(time_s))
+            await self._show_health()
+            if time_s >= refresh_at_s:
+                refresh_at_s = time_s + REFRESH_S
+                self.metrics.refresh(self.core.membership, len(self.core.journal))
+            await asyncio.sleep(TICK_S)
+
+    async def _drain(self) -> None:
+        self._stopping = True
+        await self._show_health()
+        end_s = now_s() + self._drain_s
+        while self.answers and now_s() < end_s:
+            self._do(self.core.tick(now_s()))
+            await asyncio.sleep(TICK_S)
+        for request_id in list(self.answers):
+            self._do(self.core.cancel(request_id, now_s(), Unavailable("the router is stopping")))
+        end_s = now_s() + 1.0
+        while self.answers and now_s() < end_s:
+            await asyncio.sleep(TICK_S)
+
+    async def _show_health(self, force: bool = False) -> None:
+        serving = self.core.ready and not self._stopping
+        if serving == self._serving and not force:
+            return
+        self._serving = serving
+        status = health_pb2.HealthCheckResponse.SERVING if serving else health_pb2.HealthCheckResponse.NOT_SERVING
+        for service in (health.OVERALL_HEALTH, SERVICE):
+            await self._health.set(service, status)
+
+    # --- between the sockets and the core ------------------------------------------------------------------------------
+
+    def _on_message(self, process: str, epoch: bytes, message: ToRouter) -> None:
+        try:
+            self._do(self.core.on_message(process, epoch, message, now_s()))
+        except Exception:
+            # One bad message must not end the router; what it was is in the trace.
+            log.exception("a %s of %s was not handled", type(message).__name__, process)
+
+    def _on_closed(self, process: str, epoch: bytes) -> None:
+        self._do(self.core.on_closed(process, epoch, now_s()))
+
+    def _on_events(self, process: str, epoch: bytes, seq: int, batch: EventBatch) -> None:
+        self._do(self.core.on_events(process, epoch, seq, batch, now_s()))
+
+    def _do(self, actions: list[Action]) -> None:
+        control = self._control
+        assert control is not None, "the core acted before the router listened"
+        for action in actions:
+            match action:
+                case Send(process=process, epoch=epoch, message=message):
+                    control.send(process, epoch, message)
+                case Emit():
+                    self._emit(action)
+                case Subscribe():
+                    control.subscribe(action)
+                case Unsubscribe(process=process, epoch=epoch):
+                    log.warning("%s is gone", process)
+                    control.unsubscribe(process, epoch)
+                case Replay():
+                    control.replay(action)
+
+    def _emit(self, emit: Emit) -> None:
+        answer = self.answers.get(emit.request_id)
+        if answer is None:
+            return
+        num_tokens = answer.take(emit.event)
+        if num_tokens is not None and isinstance(emit.event, TokensEvent):
+            self._do(self.core.stop_sample(emit.request_id, emit.event.index, num_tokens, now_s()))
+
+    # --- requests ------------------------------------------------------------------------------------------------------
+
+    async def generate(
+        self, request: tandem_pb2.GenerateRequest, budget_s: float | None
+    ) -> AsyncIterator[tandem_pb2.GenerateResponse]:
+        """Serves one request. Raises the TandemError with which it ends, if it does not complete. Closing the iterator early
+        cancels the request."""
+        arrived_s = now_s()
+        limits = self._config.limits
+        if self._stopping:
+            raise Unavailable("the router is stopping")
+        if len(self.answers) + self._num_opening >= limits.max_active_requests:
+            raise Overloaded(
+                f"{len(self.answers) + self._num_opening} requests are active, the limit is {limits.max_active_requests}"
+            )
+        self._num_opening += 1
+        try:
+            asked = self._validator.check(request)
+            prompt = await self._tokenize(request)
+        finally:
+            self._num_opening -= 1
+        budget_s = min(limits.default_deadline_s, budget_s) if budget_s is not None else limits.default_deadline_s
+        request_id = secrets.token_hex(12)
+        answer = Answer(request_id, self._tokenizer, asked.stop, asked.n)
+        self.answers[request_id] = answer
+        ended = False
+        try:
+            core_request = Request(request_id, prompt, asked.sampling, asked.n, arrived_s + budget_s)
+            self._do(self.core.submit(core_request, now_s()))
+            accepted = tandem_pb2.Accepted(
+                request_id=request_id, seed=asked.sampling.seed, num_prompt_tokens=len(prompt)
+            )
+            yield tandem_pb2.GenerateResponse(accepted=accepted)
+            async for chunk in answer.chunks():
+                yield tandem_pb2.GenerateResponse(chunk=chunk)
+            assert answer.summary is not None
+            ended = True
+            message = completed(answer.summary, answer.num_generated_tokens)
+            yield tandem_pb2.GenerateResponse(completed=message)
+        finally:
+            if not ended:
+                self._do(self.core.cancel(request_id, now_s()))
+            del self.answers[request_id]
+            self._count(request_id, answer)
+
+    async def _tokenize(self, request: tandem_pb2.GenerateRequest) -> tuple[int, ...]:
+        max_model_len = self.core.max_model_len()
+        if prompt_bytes(request) < LONG_PROMPT_BYTES:
+            return self._validator.tokenize(request, max_model_len)
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(self._executor, self._validator.tokenize, request, max_model_len)
+
+    def _count(self, request_id: str, answer: Answer) -> None:
+        summary: Summary | None = answer.summary or next(
+            (s for s in reversed(self.core.journal.recent) if s.request_id == request_id), None
+        )
+        if summary is not None:
+            self.metrics.ended(summary, answer.num_generated_tokens)
+
+    def cluster(self) -> tandem_pb2.GetClusterResponse:
+        """What runs where."""
+        return cluster(self.core, self.model, now_s())
+
+    def audit(self) -> tandem_pb2.AuditResponse:
+        """What the router believes against what its processes report."""
+        return audit(self.core, set(self.answers), now_s())
+
+
+class _Servicer(tandem_pb2_grpc.TandemServicer):
+    """The gRPC face: maps errors to statuses, nothing else."""
+
+    def __init__(self, server: RouterServer) -> None:
+        self._server = server
+
+    async def Generate(
+        self,
+        request: tandem_pb2.GenerateRequest,
+        context: grpc.aio.ServicerContext[tandem_pb2.GenerateRequest, tandem_pb2.GenerateResponse],
+    ) -> AsyncIterator[tandem_pb2.GenerateResponse]:
+        responses = self._server.generate(request, context.time_remaining())
+        try:
+            async for response in responses:
+                yield response
+        except TandemError as error:
+            if isinstance(error, Overloaded):
+                context.set_trailing_metadata((("retry-after-s", f"{error.retry_after_s:g}"),))
+            await context.abort(grpc.StatusCode[error.grpc_status], str(error))
+        finally:
+            await responses.aclose()  # type: ignore[attr-defined]
+
+    async def GetCluster(self, request: tandem_pb2.GetClusterRequest, context: object) -> tandem_pb2.GetClusterResponse:
+        return self._server.cluster()
+
+    async def Audit(self, request: tandem_pb2.AuditRequest, context: object) -> tandem_pb2.AuditResponse:
+        return self._server.audit()

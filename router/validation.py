@@ -1,0 +1,154 @@
+"""What a client may ask for: a GenerateRequest becomes sampling parameters and tokens, or an InvalidRequest.
+
+Owns the limits' messages: each names the value and the limit. Runs no model and touches no socket; the caller decides on which
+thread `tokenize` runs.
+"""
+
+from __future__ import annotations
+
+import math
+import secrets
+from dataclasses import dataclass
+
+from protos import tandem_pb2
+from protos.control import Sampling
+from tandem.config import LimitsConfig
+from tandem.errors import InvalidRequest
+from tandem.tokenizer.tokenizer import Tokenizer
+
+MAX_LISTED_IDS = 1024
+MAX_PENALTY = 2.0
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """A validated request, but for its tokens."""
+
+    sampling: Sampling
+    n: int
+    stop: tuple[str, ...]
+
+
+def _bounded(name: str, value: float, low: float, high: float, *, open_low: bool = False) -> float:
+    inside = low < value <= high if open_low else low <= value <= high
+    if not math.isfinite(value) or not inside:
+        bracket = "(" if open_low else "["
+        raise InvalidRequest(f"{name} is {value:g}, must be in {bracket}{low:g}, {high:g}]")
+    return value
+
+
+class Validator:
+    """Checks requests against `limits` and the vocabulary of the served model."""
+
+    def __init__(self, limits: LimitsConfig, tokenizer: Tokenizer, model: str) -> None:
+        self._limits = limits
+        self._tokenizer = tokenizer
+        self._model = model
+
+    def check(self, request: tandem_pb2.GenerateRequest) -> Asked:
+        """Everything that can be said before the prompt is tokenised. Raises InvalidRequest."""
+        if request.model and request.model != self._model:
+            raise InvalidRequest(f"model {request.model!r} is not served here, {self._model!r} is")
+        given = request.sampling
+        limits = self._limits
+        max_tokens = given.max_tokens if given.HasField("max_tokens") else limits.default_max_tokens
+        if not 1 <= max_tokens <= limits.max_tokens:
+            raise InvalidRequest(f"max_tokens is {max_tokens}, must be in [1, {limits.max_tokens}]")
+        n = given.n if given.HasField("n") else 1
+        if not 1 <= n <= limits.max_samples:
+            raise InvalidRequest(f"n is {n}, must be in [1, {limits.max_samples}]")
+        if given.min_tokens > max_tokens:
+            raise InvalidRequest(f"min_tokens is {given.min_tokens}, must be at most max_tokens, {max_tokens}")
+        if given.HasField("num_logprobs") and given.num_logprobs > limits.max_logprobs:
+            raise InvalidRequest(f"num_logprobs is {given.num_logprobs}, the limit is {limits.max_logprobs}")
+        if given.HasField("seed") and given.seed >= 2**63:
+            raise InvalidRequest(f"seed is {given.seed}, must be below 2**63")
+        self._check_stop(given)
+        stop_token_ids = set(self._ids("stop_token_ids", list(given.stop_token_ids)))
+        if not given.ignore_eos:
+            stop_token_ids |= self._tokenizer.eos_token_ids
+        bias = given.logit_bias
+        self._ids("logit_bias", list(bias))
+        for token_id, value in bias.items():
+            _bounded(f"logit_bias of token {token_id}", value, -100.0, 100.0)
+        sampling = Sampling(
+            max_tokens=max_tokens,
+            temperature=_bounded("temperature", given.temperature, 0.0, 100.0),
+            top_k=given.top_k,
+            top_p=_bounded("top_p", given.top_p, 0.0, 1.0, open_low=True) if given.HasField("top_p") else 1.0,
+            min_p=_bounded("min_p", given.min_p, 0.0, 1.0),
+            repetition_penalty=_bounded("repetition_penalty", given.repetition_penalty, 0.0, 100.0, open_low=True)
+            if given.HasField("repetition_penalty")
+            else 1.0,
+            presence_penalty=_bounded("presence_penalty", given.presence_penalty, -MAX_PENALTY, MAX_PENALTY),
+            frequency_penalty=_bounded("frequency_penalty", given.frequency_penalty, -MAX_PENALTY, MAX_PENALTY),
+            logit_bias=sorted(bias.items()),
+            num_logprobs=given.num_logprobs if given.HasField("num_logprobs") else -1,
+            seed=given.seed if given.HasField("seed") else secrets.randbits(63),
+            stop_token_ids=sorted(stop_token_ids),
+            min_tokens=given.min_tokens,
+        )
+        self._check_prompt_size(request)
+        return Asked(sampling, n, tuple(given.stop))
+
+    def _check_stop(self, given: tandem_pb2.SamplingParams) -> None:
+        limits = self._limits
+        if len(given.stop) > limits.max_stop_strings:
+            raise InvalidRequest(f"there are {len(given.stop)} stop strings, the limit is {limits.max_stop_strings}")
+        for number, stop in enumerate(given.stop):
+            size = len(stop.encode())
+            if not 1 <= size <= limits.max_stop_bytes:
+                raise InvalidRequest(f"stop string {number} has {size} bytes, must be in [1, {limits.max_stop_bytes}]")
+
+    def _ids(self, name: str, token_ids: list[int]) -> list[int]:
+        if len(token_ids) > MAX_LISTED_IDS:
+            raise InvalidRequest(f"{name} has {len(token_ids)} entries, the limit is {MAX_LISTED_IDS}")
+        self._check_vocabulary(name, token_ids)
+        return token_ids
+
+    def _check_vocabulary(self, name: str, token_ids: list[int]) -> None:
+        size = self._tokenizer.vocab_size
+        if token_ids and max(token_ids) >= size:
+            raise InvalidRequest(f"{name} has token id {max(token_ids)}, the vocabulary has {size} tokens")
+
+    def _check_prompt_size(self, request: tandem_pb2.GenerateRequest) -> None:
+        size = prompt_bytes(request)
+        if size == 0:
+            raise InvalidRequest("the prompt is empty: give a prompt, a chat with messages or token ids")
+        if size > self._limits.max_prompt_bytes:
+            raise InvalidRequest(f"the prompt has {size} bytes, the limit is {self._limits.max_prompt_bytes}")
+
+    def tokenize(self, request: tandem_pb2.GenerateRequest, max_model_len: int) -> tuple[int, ...]:
+        """The prompt's tokens. `max_model_len` 0 is unknown. Raises InvalidRequest if it is empty, outside the vocabulary,
+        inexpressible, or so long that no tokenisation of it could fit."""
+        size = prompt_bytes(request)
+        at_least = -(-size // self._tokenizer.max_token_bytes)
+        match request.WhichOneof("input"):
+            case "token_ids":
+                token_ids = list(request.token_ids.ids)
+                self._check_vocabulary("the prompt", token_ids)
+            case _ if max_model_len and at_least > max_model_len:
+                raise InvalidRequest(
+                    f"the prompt has {size} bytes, at least {at_least} tokens; the model's context is {max_model_len}"
+                )
+            case "chat":
+                messages = [(message.role, message.content) for message in request.chat.messages]
+                token_ids = self._tokenizer.encode(self._tokenizer.render_chat(messages))
+            case _:
+                token_ids = self._tokenizer.encode_prompt(request.prompt)
+        if not token_ids:
+            raise InvalidRequest("the prompt has no tokens")
+        return tuple(token_ids)
+
+
+def prompt_bytes(request: tandem_pb2.GenerateRequest) -> int:
+    """The size of a prompt: UTF-8 bytes of text, four bytes a token id; a chat's message counts at least one byte."""
+    match request.WhichOneof("input"):
+        case "prompt":
+            return len(request.prompt.encode())
+        case "chat":
+            return sum(max(1, len(m.role.encode()) + len(m.content.encode())) for m in request.chat.messages)
+        case "token_ids":
+            return 4 * len(request.token_ids.ids)
+        case _:
+            return 0
