@@ -13,7 +13,7 @@ BIN := $(VENV)/bin
 # The first prompt of the demo; quotes in it are passed on untouched through the environment.
 export PROMPT ?= Write one sentence about the sea.
 
-.PHONY: help setup platform demo test test-full check proto clean
+.PHONY: help setup platform model demo test test-full check proto clean
 
 help:
 	@sed -n 's/^# \{0,1\}//; 1,5p' Makefile
@@ -38,13 +38,17 @@ $(STAMP): pyproject.toml constraints.txt | platform
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'; \
 	touch $(STAMP)
 
+# Tests and demo run a real, small model; it is fetched once and verified.
+model: setup
+	@$(BIN)/tandem pull smollm2-135m >/dev/null
+
 demo: setup
 	@$(BIN)/tandem demo "$$PROMPT"
 
-test: setup
+test: model
 	@$(BIN)/python -m pytest -q -m "not slow"
 
-test-full: setup
+test-full: model
 	@$(BIN)/python -m pytest -q
 
 check: setup

@@ -148,7 +148,7 @@ def metrics(cluster: Load, local: Load) -> Iterator[Metric]:
     """Both loads as metrics; nothing is ok if any request failed or none ended."""
     ok = not cluster.errors and cluster.num_requests > 0
     if cluster.num_requests:
-        reference = "the same engine in one process"
+        reference = "the same prompts, a wave of all clients at a time, through one engine on one thread"
         for name, ours, theirs in (("ttft", cluster.ttft_s, local.ttft_s), ("tpot", cluster.tpot_s, local.tpot_s)):
             for percent in (50, 95, 99):
                 yield metric(

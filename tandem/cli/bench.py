@@ -10,6 +10,7 @@ from collections.abc import Iterable
 from typing import Annotated
 
 import typer
+from rich.box import SIMPLE
 from rich.table import Table
 
 from tandem.bench.report import Metric, as_line, header
@@ -81,9 +82,9 @@ def _load_own(config: Config, clients: int, seconds: float) -> Load:
 
 def _print(results: Iterable[Metric], as_json: bool) -> None:
     """Prints every metric as it comes (the table at the end). Exits 1 if any is not ok."""
-    table = Table()
-    for column in ("metric", "value", "unit", "spread", "reference", "ratio", "ok"):
-        table.add_column(column)
+    table = Table(box=SIMPLE, pad_edge=False)
+    for column in ("metric", "value", "unit", "spread", "ratio", "ok", "reference"):
+        table.add_column(column, no_wrap=column != "reference")
     every_ok = True
     for result in results:
         every_ok &= result.ok
@@ -96,9 +97,9 @@ def _print(results: Iterable[Metric], as_json: bool) -> None:
             f"{result.value:.4g}",
             result.unit,
             f"{result.spread:.0%}",
-            reference,
             ratio,
             "yes" if result.ok else "NO",
+            reference,
         )
     if not as_json:
         stdout.print(table)

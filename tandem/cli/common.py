@@ -12,6 +12,7 @@ from typing import Annotated, Any
 import typer
 from google.protobuf.json_format import MessageToDict
 from google.protobuf.message import Message
+from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
 
@@ -62,31 +63,19 @@ def as_dict(message: Message) -> dict[str, Any]:
 
 def cluster_table(cluster: pb.GetClusterResponse) -> Table:
     """What runs where, a process a row."""
-    table = Table(title=f"{cluster.model or '(no model yet)'}: {'ready' if cluster.ready else 'not ready'}")
-    for column in (
-        "process",
-        "role",
-        "pid",
-        "heartbeat",
-        "running",
-        "waiting",
-        "KV blocks",
-        "tokens",
-        "hits",
-        "fetched",
-    ):
-        table.add_column(column, justify="left" if column in ("process", "role") else "right")
-    table.add_row(cluster.router or "router", "router", "", "", str(cluster.num_active_requests), *[""] * 5)
+    title = f"{cluster.model or '(no model yet)'}: {'ready' if cluster.ready else 'not ready'}"
+    table = Table(title=title, title_justify="left", box=SIMPLE, pad_edge=False)
+    for column in ("process", "pid", "beat", "run", "wait", "KV blocks", "tokens", "hits", "fetched"):
+        table.add_column(column, justify="left" if column == "process" else "right", no_wrap=True)
+    table.add_row(cluster.router or "router", "", "", str(cluster.num_active_requests))
     for process in cluster.processes:
-        used = process.num_blocks - process.free_blocks + process.cached_blocks
         table.add_row(
             process.name,
-            process.role,
             str(process.pid),
-            f"{process.heartbeat_age_s:.1f} s",
+            f"{process.heartbeat_age_s:.1f}s",
             str(process.num_running),
             str(process.num_waiting),
-            f"{max(0, used)} / {process.num_blocks}",
+            f"{process.num_blocks - process.free_blocks + process.cached_blocks}/{process.num_blocks}",
             str(process.prefill_tokens + process.decode_tokens),
             str(process.prefix_hit_tokens),
             str(process.fetched_blocks),
@@ -109,8 +98,9 @@ def report_lines(done: pb.Completed, time_per_token_s: float | None = None) -> l
             f"compute {run.compute_s * 1000:.0f} ms)" + (f", attempt {run.attempt}" if run.attempt else "")
         )
         for source in run.fetched:
+            blocks = "1 block" if source.num_blocks == 1 else f"{source.num_blocks} blocks"
             lines.append(
-                f"  {source.num_blocks} blocks ({source.num_bytes / 2**20:.1f} MiB) from {source.process}'s "
-                f"{source.tier} tier over {source.transport}"
+                f"  {blocks} ({source.num_bytes / 2**20:.1f} MiB) from {source.process}'s {source.tier} tier "
+                f"over {source.transport}"
             )
     return lines

@@ -23,6 +23,7 @@ _REPORT = (
     "On day {day} the station keeper wrote: wind from the {wind}, the water {water}, {birds} birds on the rocks, and a ship "
     "of {masts} masts passed at noon without a greeting. "
 )
+_REPORT_TOKENS = 42
 _LONG_TOKENS = 2000
 
 
@@ -71,7 +72,7 @@ def _long_prompt() -> str:
     winds, waters = ("north", "east", "south", "west"), ("grey", "green", "calm", "rough", "white with foam")
     days = [
         _REPORT.format(day=day, wind=winds[day % 4], water=waters[day % 5], birds=day * 7 % 50, masts=day % 3 + 1)
-        for day in range(1, _LONG_TOKENS // 46)
+        for day in range(1, _LONG_TOKENS // _REPORT_TOKENS)
     ]
     return "".join(days) + "What did the keeper see most often?"
 
