@@ -17,6 +17,7 @@ from protos import control, kv_events
 from protos.control import Source
 from protos.kv_events import AllBlocksCleared, BlockRemoved, BlockStored
 from tandem.clock import now_s
+from tests.kvpool.faulty_transport import FaultyTransport
 
 SIZE = 16
 SLAB = 8192
@@ -420,3 +421,54 @@ def test_large_batches_are_cut(make: Make) -> None:
     assert len(payloads) == 3
     assert all(len(payload) < control.MAX_MESSAGE_BYTES // 8 for payload in payloads)
     assert [e for p in payloads for e in kv_events.decode_batch(p).events] == events
+
+
+# --- a transport that fails ------------------------------------------------------------------------------------------
+
+
+def faulty(sink: Node, *sources: Node) -> FaultyTransport:
+    transport = FaultyTransport({node.process: (node.epoch, node.arena) for node in sources})
+    sink.service._transports[:] = [transport]
+    return transport
+
+
+def test_memory_under_an_abort_that_is_not_quiet_is_reported_as_tainted(make: Make) -> None:
+    source, sink = make("source"), make("sink")
+    source.put("ab")
+    transport = faulty(sink, source)
+    transport.faults.stall = transport.faults.noisy_abort = True
+    plan = sink.fetch("ab", [source.source], seconds=30.0)
+    run_until([source, sink], lambda: transport.channels and transport.channels[0]._queue)
+    sink.service.cancel_fetch(plan.fetch_id, now_s())
+    ended = sink.ended[plan.fetch_id]
+    assert ended.tainted == tuple(sorted(w.block_id for w in plan.wanted))
+    assert ended.missing == (key_of("a"), key_of("b"))
+    assert not sink.service._read_owner
+    assert not sink.service._channel_read_id
+    assert source.pool.stats().num_leases == 1, "a lease under a read that may still run ends by itself alone"
+
+
+def test_a_transport_that_corrupts_everything_commits_nothing(make: Make) -> None:
+    source, sink = make("source"), make("sink")
+    source.put("ab")
+    faulty(sink, source).faults.corrupt = True
+    plan = sink.fetch("ab", [source.source])
+    run_until([source, sink], lambda: plan.fetch_id in sink.ended)
+    assert sink.ended[plan.fetch_id].missing == (key_of("a"), key_of("b"))
+    assert plan.fetch_id not in sink.blocks
+    assert sink.service.counters.fetch_corrupt == 2
+
+
+def test_a_channel_that_dies_under_its_reads_moves_the_fetch_to_the_next_source(make: Make) -> None:
+    first, second, sink = make("first"), make("second"), make("sink")
+    first.put("ab")
+    second.put("ab")
+    transport = faulty(sink, first, second)
+    transport.faults.stall = True
+    plan = sink.fetch("ab", [first.source, second.source])
+    run_until([first, second, sink], lambda: transport.channels and transport.channels[0]._queue)
+    transport.faults.stall = False
+    transport.channels[0].lose("cable pulled")
+    run_until([first, second, sink], lambda: plan.fetch_id in sink.ended)
+    assert {block.process for block in sink.blocks[plan.fetch_id]} == {"second"}
+    assert sink.service.counters.sources_lost == 1

@@ -1,0 +1,216 @@
+"""Fetches from real processes that die, freeze and lie; what they leave in ours."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import msgspec
+import pytest
+import zmq
+
+from kvpool.arena import MEMFD_NAME, Arena
+from kvpool.block_pool import BlockPool
+from kvpool.service import KVService
+from kvpool.sink import FetchedBlock, FetchEnded, FetchPlan, WantedBlock
+from kvpool.transport.base import BlockRead
+from kvpool.transport.shm import ShmChannel
+from protos.control import Source
+from tandem.clock import now_s
+from tandem.machine import machine_id
+from tests.kvpool.processes import REPOSITORY, ROOT, SIZE, SourceProcess, bytes_of, key_of, wait_for
+
+SLAB = 1 << 20
+NUM_BLOCKS = 64
+
+
+class Sink:
+    """A worker's side, in this process."""
+
+    def __init__(self) -> None:
+        self.context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+        self.pool = BlockPool(NUM_BLOCKS, SIZE, "DEVICE")
+        self.arena = Arena(NUM_BLOCKS, SLAB)
+        self.came: dict[bytes, FetchedBlock] = {}
+        self.ended: FetchEnded | None = None
+        self.service = KVService(
+            context=self.context, pool=self.pool, arena=self.arena, process="sink", epoch=os.urandom(8), tier="DEVICE",
+            bind_host="127.0.0.1", transports=["shm"], machine_id=machine_id(), lease_s=5.0, grace_s=1.0,
+            on_blocks=self._on_blocks, on_ended=self._on_ended,
+        )  # fmt: skip
+        self.poller = zmq.Poller()
+        self.service.register(self.poller)
+
+    def _on_blocks(self, fetch_id: bytes, blocks: list[FetchedBlock]) -> None:
+        self.came |= {block.key: block for block in blocks}
+
+    def _on_ended(self, ended: FetchEnded) -> None:
+        assert self.ended is None
+        self.ended = ended
+
+    def start(self, names: Sequence[str], sources: Sequence[Source], *, wait: str = "") -> None:
+        blocks = self.pool.allocate(len(names))
+        assert blocks is not None
+        parents = [ROOT, *map(key_of, names)]
+        wanted = tuple(WantedBlock(key_of(n), p, SIZE, b) for n, p, b in zip(names, parents, blocks, strict=False))
+        plan = FetchPlan(os.urandom(16), "request", wanted, tuple(sources), wait, now_s() + 15.0)
+        self.service.start_fetch(plan, now_s())
+
+    def step(self) -> None:
+        self.service.handle(dict(self.poller.poll(1)), now_s())
+        self.service.tick(now_s())
+
+    def finish(self) -> FetchEnded:
+        wait_for(lambda: self.ended, step=self.step)
+        assert self.ended is not None
+        for block in self.came.values():
+            name = block.key.decode().strip()
+            assert self.arena.slab(block.block_id).tobytes() == bytes_of(name, SLAB), f"wrong bytes for {name}"
+        return self.ended
+
+    def mapped_arenas(self) -> int:
+        maps = Path("/proc/self/maps").read_text(encoding="ascii")
+        return sum(f"memfd:{MEMFD_NAME}" in line for line in maps.splitlines()) - 1
+
+    def open_memfds(self) -> int:
+        """Descriptors of others' arenas. Python keeps one per mapping, our own arena's included."""
+        links = []
+        for fd in Path("/proc/self/fd").iterdir():
+            try:
+                links.append(str(fd.readlink()))
+            except FileNotFoundError:
+                pass  # the directory's own descriptor
+        return sum(f"memfd:{MEMFD_NAME}" in link for link in links) - 2
+
+    def close(self) -> None:
+        self.service.close()
+        self.context.term()
+        self.arena.close()
+
+
+@pytest.fixture
+def sink() -> Iterator[Sink]:
+    sink = Sink()
+    yield sink
+    sink.close()
+
+
+def test_bytes_are_equal_across_processes_and_no_lease_stays(sink: Sink) -> None:
+    names = [f"block{i}" for i in range(20)]
+    with SourceProcess("p", names, slab_bytes=SLAB) as source:
+        sink.start(names, [source.source])
+        assert sink.finish().missing == ()
+        assert len(sink.came) == 20
+        assert (sink.mapped_arenas(), sink.open_memfds()) == (1, 1)
+        wait_for(lambda: source.command()["leases"] == 0, step=sink.step)
+
+
+def test_a_source_killed_in_the_middle_of_a_read_is_replaced_by_the_next_and_leaves_nothing(sink: Sink) -> None:
+    names = [f"block{i}" for i in range(48)]  # three polls' worth of bytes
+    with (
+        SourceProcess("first", names, slab_bytes=SLAB) as first,
+        SourceProcess("second", names, slab_bytes=SLAB) as second,
+    ):
+        sink.start(names, [first.source, second.source])
+        wait_for(lambda: sink.arena.array[:, 0].any(), step=sink.step)
+        assert sink.ended is None, "the read was over before the source could die"
+        first.kill()
+        assert sink.finish().missing == ()
+        assert {block.process for block in sink.came.values()} == {"second"}
+        assert sink.mapped_arenas() == 1
+        second.kill()
+        wait_for(lambda: sink.mapped_arenas() == 0, step=sink.step)
+        assert sink.open_memfds() == 0
+        assert not sink.service._peers
+
+
+def test_a_source_killed_while_we_wait_ends_the_fetch_at_once(sink: Sink) -> None:
+    with SourceProcess("p", ["a"], slab_bytes=SLAB, grace_s=60.0) as source:
+        sink.start(["a", "b"], [source.source], wait="p")
+        wait_for(lambda: len(sink.came) == 1, step=sink.step)
+        killed_s = now_s()
+        source.kill()
+        assert sink.finish().missing == (key_of("b"),)
+        assert now_s() - killed_s < 2.0
+
+
+def test_a_frozen_source_is_given_up_and_its_late_answer_harmless(sink: Sink) -> None:
+    with SourceProcess("p", ["a"], slab_bytes=SLAB) as frozen, SourceProcess("q", ["a"], slab_bytes=SLAB) as other:
+        os.kill(frozen.pid, signal.SIGSTOP)
+        sink.start(["a"], [frozen.source, other.source])
+        assert sink.finish().missing == ()
+        assert sink.came[key_of("a")].process == "q"
+        os.kill(frozen.pid, signal.SIGCONT)
+        wait_for(lambda: frozen.command()["leases"] == 0, step=sink.step)
+        assert sink.service.num_fetches == 0
+
+
+def test_corrupt_bytes_never_become_visible(sink: Sink) -> None:
+    with (
+        SourceProcess("liar", ["a", "b"], slab_bytes=SLAB, corrupt=["b"]) as liar,
+        SourceProcess("honest", ["a", "b"], slab_bytes=SLAB) as honest,
+    ):
+        sink.start(["a", "b"], [liar.source, honest.source])
+        assert sink.finish().missing == ()
+        assert {key.decode().strip(): block.process for key, block in sink.came.items()} == {"a": "liar", "b": "honest"}
+        assert sink.service.counters.fetch_corrupt == 1
+
+
+def test_a_process_with_another_epoch_than_named_is_not_read(sink: Sink) -> None:
+    with SourceProcess("p", ["a"], slab_bytes=SLAB) as source:
+        sink.start(["a"], [msgspec.structs.replace(source.source, epoch=b"previous")])
+        assert sink.finish().missing == (key_of("a"),)
+        assert sink.mapped_arenas() == 0
+
+
+def test_a_process_with_other_slabs_is_not_read(sink: Sink) -> None:
+    with SourceProcess("p", ["a"], slab_bytes=SLAB // 2) as source:
+        sink.start(["a"], [source.source])
+        assert sink.finish().missing == (key_of("a"),)
+        assert sink.mapped_arenas() == 0
+
+
+def test_what_was_mapped_stays_readable_until_we_hear_of_the_peers_death(sink: Sink) -> None:
+    with SourceProcess("p", ["a"], slab_bytes=SLAB) as source:
+        channel = ShmChannel(source.source, SLAB)
+        wait_for(lambda: channel.poll() or channel._map is not None)
+        source.kill()
+        assert channel._map is not None
+        assert channel._map[:SLAB] == bytes_of("a", SLAB), "a copy in progress must not fault"
+        channel.start_read(1, [BlockRead(0, sink.arena.slab(0))])
+        (result,) = wait_for(channel.poll)
+        assert result.error
+        assert channel.closed
+        assert sink.mapped_arenas() == 0
+
+
+DYING_SINK = """
+import json, sys, zmq
+from protos.control import Fetch, encode
+names = json.loads(sys.argv[2])
+socket = zmq.Context().socket(zmq.DEALER)
+socket.connect(sys.argv[1])
+socket.send(encode(Fetch(b"f" * 16, "request", [n.rjust(16).encode() for n in names], True, 60.0)))
+print(len(socket.recv()), flush=True)
+sys.stdin.read()
+"""
+
+
+def test_a_killed_sinks_leases_expire_and_its_blocks_can_go() -> None:
+    with SourceProcess("p", ["a", "b"], slab_bytes=SLAB, lease_s=0.5, grace_s=0.5) as source:
+        dying = subprocess.Popen(
+            [sys.executable, "-c", DYING_SINK, source.source.endpoints.fetch, '["a", "b", "unknown"]'],
+            cwd=REPOSITORY, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+        )  # fmt: skip
+        with dying:
+            assert dying.stdout is not None
+            assert dying.stdout.readline(), "it holds a lease now"
+            dying.kill()
+            assert source.command(evict=True)["cached"] == 2, "leased blocks stay"
+            after = wait_for(lambda: (state := source.command())["leases"] == 0 and state)
+            assert after["expired"] == 1
+            assert source.command(evict=True)["free"] == NUM_BLOCKS
