@@ -7,7 +7,8 @@ broken by the random generator that the caller passes in.
     prefill here:    queue(decode)  + fetch(hits) + compute(suffix) + stall, then decode's slowdown
 
 `stall` is the price of computing a prompt where others decode: their steps wait for it, and so do those of streams that arrive
-meanwhile. It is what sends a long uncached prompt to a prefill worker and keeps a short suffix where its stream will run.
+meanwhile; on an idle worker the first tokens are free of it. It is what sends a long uncached prompt to a prefill worker and
+keeps a short suffix where its stream will run. A worker that has not measured its speed yet is taken to be like the others.
 """
 
 from __future__ import annotations
@@ -31,9 +32,12 @@ class Assumptions:
     fetch_setup_s: float = 0.001
     handover_s: float = 0.005
     """Two more hops, and the last blocks' transfer that no compute overlaps."""
-    idle_stall: float = 0.25
-    """Stall per second of prefill on a decode worker that runs nothing."""
+    short_suffix_tokens: int = 64
+    """So many tokens ride along in one step, as a stream's own first step would."""
+    idle_stall: float = 1.0
+    """Stall per second of prefill past the short suffix, whatever runs."""
     stall_per_sequence: float = 0.125
+    """Stall per second of prefill for each sequence that is there."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,7 +121,9 @@ class Policy:
         None when there is no decode worker."""
         if not decodes:
             return None
-        shape = _Shape(num_tokens, block_size, slab_bytes, hits)
+        measured = [w.prefill_tokens_per_s for w in (*prefills, *decodes) if w.prefill_tokens_per_s]
+        typical = sum(measured) / len(measured) if measured else self._assume.prefill_tokens_per_s
+        shape = _Shape(num_tokens, block_size, slab_bytes, hits, typical)
         here = [self._prefill_on(worker, shape, here=True) for worker in decodes]
         best = _cheapest(here, rng)
         considered = list(here)
@@ -140,7 +146,7 @@ class Policy:
         return Placement(None, best.process, (), sources, best, tuple(considered))
 
     def _prefill_on(self, worker: Candidate, shape: _Shape, here: bool) -> Prediction:
-        speed = worker.prefill_tokens_per_s or self._assume.prefill_tokens_per_s
+        speed = worker.prefill_tokens_per_s or shape.typical_tokens_per_s
         local, remote = shape.hit_blocks(worker.process)
         fetch_s = 0.0
         hit_tokens = shape.hit_tokens(local)
@@ -150,8 +156,12 @@ class Policy:
                 hit_tokens = shape.hit_tokens(remote)
             else:
                 fetch_s = 0.0
-        compute_s = (shape.num_tokens - hit_tokens) / speed
-        stall = self._assume.idle_stall + self._assume.stall_per_sequence * worker.num_sequences if here else 0.0
+        suffix_tokens = shape.num_tokens - hit_tokens
+        compute_s = suffix_tokens / speed
+        stall_s = 0.0
+        if here:
+            stall_s = self._assume.idle_stall * max(0, suffix_tokens - self._assume.short_suffix_tokens) / speed
+            stall_s += self._assume.stall_per_sequence * worker.num_sequences * compute_s
         return Prediction(
             process=worker.process,
             prefill_here=here,
@@ -160,7 +170,7 @@ class Policy:
             fetch_s=fetch_s,
             compute_s=compute_s,
             handover_s=0.0,
-            stall_s=stall * compute_s,
+            stall_s=stall_s,
             slowdown_s=self._slowdown_s(worker) if here else 0.0,
         )
 
@@ -191,10 +201,18 @@ class Policy:
 class _Shape:
     """The request's side of a prediction."""
 
-    def __init__(self, num_tokens: int, block_size: int, slab_bytes: int, hits: Mapping[Place, int]) -> None:
+    def __init__(
+        self,
+        num_tokens: int,
+        block_size: int,
+        slab_bytes: int,
+        hits: Mapping[Place, int],
+        typical_tokens_per_s: float,
+    ) -> None:
         self.num_tokens = num_tokens
         self.block_size = block_size
         self.slab_bytes = slab_bytes
+        self.typical_tokens_per_s = typical_tokens_per_s
         self._hits = hits
         self._local: dict[str, int] = {}
         for place, num_blocks in hits.items():

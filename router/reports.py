@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Set
 
+import msgspec
+
 from protos import tandem_pb2
 from protos.control import Load
 from router.journal import Run, Summary
@@ -91,6 +93,8 @@ def _process(core: RouterCore, member: Member, now_s: float) -> tandem_pb2.Proce
         num_blocks=member.hello.capacity.num_blocks,
         slab_bytes=member.hello.capacity.slab_bytes,
         indexed_blocks=core.index.num_blocks_of(member.name),
+        fetch_endpoint=member.hello.endpoints.fetch,
+        shm_endpoint=member.hello.endpoints.shm,
     )
     if member.heartbeat is not None:
         load, counters = member.heartbeat.load, member.heartbeat.counters
@@ -109,6 +113,8 @@ def _process(core: RouterCore, member: Member, now_s: float) -> tandem_pb2.Proce
         status.preemptions = counters.preemptions
         status.recomputed_tokens = counters.recomputed_tokens
         status.served_blocks = counters.served_blocks
+        for name, total in msgspec.structs.asdict(counters).items():
+            status.counters[name] = total
     return status
 
 

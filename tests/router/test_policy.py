@@ -33,6 +33,12 @@ def test_a_long_uncached_prompt_goes_to_the_prefill_worker() -> None:
         assert placement.decode == "d0"
 
 
+def test_a_worker_that_has_not_measured_its_speed_is_taken_to_be_like_the_others() -> None:
+    slow = [Candidate("p0", 0, 0, prefill_tokens_per_s=300.0)]
+    assert place(500, prefills=slow).prefill == "p0"
+    assert place(500, prefills=[], decodes=[Candidate("d0", 0, 0)]).chosen.compute_s == 0.25
+
+
 def test_a_short_suffix_is_prefilled_where_it_is_decoded() -> None:
     assert place(8).prefill is None
     hit = {Place("d0", "DEVICE"): 125}
