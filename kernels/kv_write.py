@@ -8,7 +8,8 @@ from torch import Tensor
 
 def head_rows(slots: Tensor, layer: int, num_layers: int, num_kv_heads: int, block_size: int) -> Tensor:
     """slots: [num_tokens] int64 (`block_id * block_size + offset`) → [num_tokens, 2, num_kv_heads] int64: where each
-    token's K and V of `layer` lie in the arena seen as `[-1, head_dim]`. A layer further is `2 * num_kv_heads * block_size` rows on.
+    token's K and V of `layer` lie in the arena seen as `[-1, head_dim]`. The next layer is `2 * num_kv_heads * block_size`
+    rows further.
     """
     heads = torch.arange(2 * num_kv_heads).view(1, 2, num_kv_heads) * block_size
     block, offset = slots // block_size, slots % block_size

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,17 @@ import gguf
 import numpy as np
 import torch
 import transformers
+from transformers.initialization import no_init_weights
+
+from kernels.linear import WeightFormat
+from tandem.model_files import resolve_model
+from tandem.models.loader import Dtype, LoadedModel, load_model
+
+
+@cache
+def smollm2(dtype: Dtype, form: WeightFormat | None = None) -> LoadedModel:
+    """Tandem's own SmolLM2, loaded once for all tests of a run. Raises ModelError unless `tandem pull` fetched it."""
+    return load_model(resolve_model("smollm2-135m"), dtype, form)
 
 
 def hf_reference(path: Path, dtype: str) -> Any:
@@ -64,7 +76,13 @@ def hf_reference(path: Path, dtype: str) -> Any:
         if count:
             value = value.reshape(count, value.shape[0] // count // 2, 2, -1).swapaxes(1, 2).reshape(value.shape)
         state[f"{name}.{parts[-1]}"] = torch.from_numpy(np.ascontiguousarray(value))
-    model = transformers.LlamaForCausalLM(config)
+    with no_init_weights():
+        model = transformers.LlamaForCausalLM(config)
     missing, unexpected = model.load_state_dict(state, strict=False)
-    assert not unexpected and set(missing) <= {"lm_head.weight"}, (missing, unexpected)
-    return model.to(torch_dtype).eval()
+    assert not unexpected
+    assert set(missing) <= {"lm_head.weight"}
+    model.tie_weights()
+    # As from_pretrained does it: parameters are cast, the rotary frequencies stay fp32.
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(torch_dtype)
+    return model.eval()

@@ -1,8 +1,8 @@
 """The numerics class: a digest of what decides a model's bits on this machine, confirmed by a start-up probe (design §1).
 
-Owns the probe. Two processes of one class may exchange KV and continue each other's streams bit for bit. The digest holds what is
-known to decide the bits (versions, instruction sets, threads, splits, weight format) and the bits of a fixed input, so that what is not
-known decides too.
+Owns the probe. Two processes of one class may exchange KV and continue each other's streams bit for bit. The digest holds
+what is known to decide the bits (versions, instruction sets, threads, splits, weight format) and the bits of a fixed input,
+so that what is not known decides too.
 """
 
 from __future__ import annotations
@@ -109,7 +109,9 @@ def numerics_class(model: LoadedModel) -> NumericsReport:
     kv = [arena[blocks].permute(0, 4, 1, 2, 3, 5).flatten(0, 1)[written] for blocks in (first, second)]
     found += _first_difference("KV in one chunk and in pieces", kv[0], kv[1])
     singles = _decode_again(runner, tokens, second, [position for position, _ in pieces])
-    found += _first_difference("logits in chunks and in one-row chunks", torch.cat([part for _, part in pieces]), singles)
+    found += _first_difference(
+        "logits in chunks and in one-row chunks", torch.cat([part for _, part in pieces]), singles
+    )
     again = arena[second].permute(0, 4, 1, 2, 3, 5).flatten(0, 1)[written]
     found += _first_difference("KV in chunks and in one-row chunks", kv[1], again)
 

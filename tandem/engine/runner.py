@@ -1,7 +1,7 @@
 """Runner: chunks of tokens and block tables in, KV into the arena, logits out.
 
-Owns a step's metadata and the rope tables. Never allocates blocks, never schedules, never samples. A token's logits and KV depend on
-nothing but the tokens before it: not on the batch, the chunking, the prefix hit or the block ids.
+Owns a step's metadata and the rope tables. Never allocates blocks, never schedules, never samples. A token's logits and KV
+depend on nothing but the tokens up to it: not on the batch, the chunking, the prefix hit or the block ids.
 """
 
 from __future__ import annotations
@@ -52,7 +52,11 @@ class Runner:
         expected = layout_for(model.config, model.dtype, layout.block_size)
         if layout != expected:
             raise ValueError(f"layout {layout} is not this model's {expected}")
-        if arena.shape[1:] != layout.slab_shape or arena.dtype != TORCH_DTYPES[model.dtype] or not arena.is_contiguous():
+        if (
+            arena.shape[1:] != layout.slab_shape
+            or arena.dtype != TORCH_DTYPES[model.dtype]
+            or not arena.is_contiguous()
+        ):
             raise ValueError(
                 f"arena {tuple(arena.shape)} {arena.dtype} must be contiguous [num_blocks, {layout.slab_shape}] {model.dtype}"
             )
@@ -127,14 +131,14 @@ class Runner:
             return self._model.forward(step, self._arena)
 
     def _check_ids(self, step: StepInputs) -> None:
-        low, high = (int(value) for value in step.token_ids.aminmax())
+        low, high = (int(value) for value in step.token_ids[: step.plan.num_rows].aminmax())
         if low < 0 or high >= self._config.vocab_size:
             raise IndexError(f"token ids {low} to {high}, must be within 0 to {self._config.vocab_size - 1}")
         plan = step.plan
         num_blocks = self._arena.shape[0]
-        tiles = (tile for chunk in plan.chunks for tile in chunk.tiles)
-        windows = (window for decode in plan.decodes for window in decode.windows)
-        for part in (*tiles, *windows):
-            low, high = (int(value) for value in part.block_ids.aminmax())
+        tiles = [tile.block_ids for chunk in plan.chunks for tile in chunk.tiles]
+        windows = [window.block_ids for decode in plan.decodes for window in decode.windows]
+        for block_ids in (*tiles, *windows):
+            low, high = (int(value) for value in block_ids.aminmax())
             if low < 0 or high >= num_blocks:
                 raise IndexError(f"block ids {low} to {high}, must be within 0 to {num_blocks - 1}")

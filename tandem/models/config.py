@@ -101,7 +101,9 @@ class ModelConfig:
         self._check_rope(where)
         for token in self.eos_token_ids:
             if not 0 <= token < self.vocab_size:
-                raise ModelError(f"{where}: end-of-sequence token {token} is outside the vocabulary of {self.vocab_size}")
+                raise ModelError(
+                    f"{where}: end-of-sequence token {token} is outside the vocabulary of {self.vocab_size}"
+                )
 
     def _check_rope(self, where: str) -> None:
         rope = self.rope
@@ -118,6 +120,8 @@ class ModelConfig:
             )
         if rope.scaling == "factors":
             if len(rope.factors) != self.head_dim // 2:
-                raise ModelError(f"{where}: {len(rope.factors)} rope factors for head_dim {self.head_dim}, needs half of it")
+                raise ModelError(
+                    f"{where}: {len(rope.factors)} rope factors for head_dim {self.head_dim}, needs half of it"
+                )
             if not all(math.isfinite(factor) and factor > 0 for factor in rope.factors):
                 raise ModelError(f"{where}: rope factors must be positive and finite")

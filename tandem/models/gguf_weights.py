@@ -102,7 +102,7 @@ class GGUFFile:
             self._map: npt.NDArray[np.uint8] = np.memmap(path, dtype=np.uint8, mode="r")
         except (OSError, ValueError) as error:
             raise ModelError(f"{path}: can't be read: {error}") from error
-        reader = _Reader(memoryview(self._map), path)
+        reader = _Reader(self._map.data, path)
         if bytes(reader.take(4)) != b"GGUF":
             raise ModelError(f"{path}: not a GGUF file: it doesn't begin with 'GGUF'")
         version = reader.number("I")
@@ -240,7 +240,9 @@ class GGUFWeights:
         context = self._get(f"{arch}.context_length", int)
         window = self._get(f"{arch}.attention.sliding_window", int, 0)
         if 0 < window < context:
-            raise ModelError(f"{path}: a sliding window of {window} tokens, less than the context of {context}, is not supported")
+            raise ModelError(
+                f"{path}: a sliding window of {window} tokens, less than the context of {context}, is not supported"
+            )
         embedding = tensors.get("token_embd.weight")
         if embedding is None:
             raise ModelError(f"{path}: tensor 'token_embd.weight' is missing")

@@ -66,7 +66,10 @@ class _Keys:
             return default
         if isinstance(value, bool) or not isinstance(value, int | float):
             raise self._fail(key, "a number")
-        return float(value)
+        try:
+            return float(value)
+        except OverflowError as error:
+            raise self._fail(key, "a number") from error
 
     def flag(self, key: str, default: bool) -> bool:
         value = self.values.get(key)
@@ -129,7 +132,9 @@ def _read_eos(keys: _Keys, directory: Path) -> tuple[int, ...]:
             continue
         ids = found if isinstance(found, list) else [found]
         if not all(isinstance(token, int) and not isinstance(token, bool) for token in ids):
-            raise ModelError(f"{directory}: eos_token_id is {str(found)[:80]!r}, must be an integer or a list of integers")
+            raise ModelError(
+                f"{directory}: eos_token_id is {str(found)[:80]!r}, must be an integer or a list of integers"
+            )
         return tuple(dict.fromkeys(ids))
     return ()
 
@@ -188,7 +193,7 @@ class HFWeights:
         index = directory / "model.safetensors.index.json"
         single = directory / "model.safetensors"
         if single.is_file():
-            return {name: single for name in self._open(single).keys()}
+            return dict.fromkeys(self._open(single).keys(), single)
         if not index.is_file():
             raise ModelError(f"{directory}: neither model.safetensors nor its index is there (safetensors only)")
         weight_map = _read_json(index, MAX_INDEX_BYTES).get("weight_map")

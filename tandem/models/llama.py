@@ -105,7 +105,10 @@ class LlamaModel:
         width = config.intermediate
         attention_norm = self._take(f"{name}.input_layernorm.weight", (config.hidden,), torch.float32)
         qkv = self._joined(
-            f"{name}.self_attn", [("q_proj", queries), ("k_proj", keys), ("v_proj", keys)], config.hidden, config.qkv_bias
+            f"{name}.self_attn",
+            [("q_proj", queries), ("k_proj", keys), ("v_proj", keys)],
+            config.hidden,
+            config.qkv_bias,
         )
         o = self._joined(f"{name}.self_attn", [("o_proj", config.hidden)], queries, config.o_bias)
         mlp_norm = self._take(f"{name}.post_attention_layernorm.weight", (config.hidden,), torch.float32)

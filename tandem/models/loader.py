@@ -1,6 +1,7 @@
 """From a path to a model that runs: a GGUF file or a Hugging Face directory.
 
-Owns the choice of reader and the model's fingerprint. Never unpickles, never runs code from a model's files, never asks the network.
+Owns the choice of reader and the model's fingerprint. Never unpickles, never runs code that comes with a model, never asks
+the network.
 """
 
 from __future__ import annotations
