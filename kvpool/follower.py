@@ -33,6 +33,7 @@ class EventFollower:
         self.announced: dict[Key, Key] = {}
         self._stored: dict[Key, None] = {}
         self._next_seq = 0
+        self._replayed_seq = 0
         self._live: deque[tuple[int, EventBatch | None]] = deque(maxlen=MAX_BUFFERED_BATCHES)
         self._replaying = False
         self._asked_s = float("-inf")
@@ -55,12 +56,15 @@ class EventFollower:
             return
         self._heard_s = now_s
         self._apply(batch)
-        self._next_seq = max(self._next_seq, seq + 1)
+        # Counts only when the answer is complete: half a snapshot is not the state after its number.
+        self._replayed_seq = max(self._replayed_seq, seq + 1)
 
     def on_replay_end(self, now_s: float) -> None:
         """The answer is complete: live batches go on from there."""
         self._heard_s = now_s
-        self._replaying = False
+        if self._replaying:
+            self._replaying = False
+            self._next_seq = max(self._next_seq, self._replayed_seq)
         self._drain()
 
     def ask(self, now_s: float) -> int | None:
@@ -70,6 +74,7 @@ class EventFollower:
         self._asked_s = now_s
         self._heard_s = now_s
         self._replaying = True
+        self._replayed_seq = 0
         self.num_replays += 1
         return self._next_seq
 

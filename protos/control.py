@@ -7,7 +7,7 @@ that can't be made so raises `PROTOCOL_VERSION`, and a hello of another version 
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, TypeVar
 
 import msgspec
 from msgspec import Meta, Struct
@@ -397,6 +397,8 @@ class Cancel(Struct, tag="cancel", tag_field="t"):
 ToSource = Fetch | Done | Cancel
 ToSink = Ready | Miss
 
+T = TypeVar("T")
+
 _encoder = msgspec.msgpack.Encoder()
 _to_router: msgspec.msgpack.Decoder[ToRouter] = msgspec.msgpack.Decoder(ToRouter)
 _from_router: msgspec.msgpack.Decoder[FromRouter] = msgspec.msgpack.Decoder(FromRouter)
@@ -409,21 +411,28 @@ def encode(message: ToRouter | FromRouter | ToSource | ToSink) -> bytes:
     return _encoder.encode(message)
 
 
+def _decode(decoder: msgspec.msgpack.Decoder[T], data: bytes) -> T:
+    try:
+        return decoder.decode(data)
+    except (UnicodeDecodeError, RecursionError) as error:  # msgspec lets these two through
+        raise msgspec.DecodeError(f"not a message: {error}") from error
+
+
 def decode_to_router(data: bytes) -> ToRouter:
     """Raises msgspec.DecodeError (ValidationError included) on anything that is not such a message."""
-    return _to_router.decode(data)
+    return _decode(_to_router, data)
 
 
 def decode_from_router(data: bytes) -> FromRouter:
     """As `decode_to_router`, for what routers send."""
-    return _from_router.decode(data)
+    return _decode(_from_router, data)
 
 
 def decode_to_source(data: bytes) -> ToSource:
     """As `decode_to_router`, for what sinks send to sources."""
-    return _to_source.decode(data)
+    return _decode(_to_source, data)
 
 
 def decode_to_sink(data: bytes) -> ToSink:
     """As `decode_to_router`, for what sources send to sinks."""
-    return _to_sink.decode(data)
+    return _decode(_to_sink, data)

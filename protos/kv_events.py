@@ -80,7 +80,10 @@ def decode_batch(payload: bytes) -> EventBatch:
     """Raises msgspec.DecodeError on anything that is not a batch, ValueError on one past `MAX_BATCH_BYTES`."""
     if len(payload) > MAX_BATCH_BYTES:
         raise ValueError(f"event batch has {len(payload)} bytes, the limit is {MAX_BATCH_BYTES}")
-    return _decoder.decode(payload)
+    try:
+        return _decoder.decode(payload)
+    except (UnicodeDecodeError, RecursionError) as error:  # msgspec lets these two through
+        raise msgspec.DecodeError(f"not an event batch: {error}") from error
 
 
 def encode_seq(seq: int) -> bytes:

@@ -113,8 +113,8 @@ def test_the_view_converges_whatever_is_lost(data: st.DataObject) -> None:
         oldest = max(0, len(history) - remembered)
         if oldest <= start <= len(history):
             return [(i, history[i]) for i in range(start, len(history))]
-        alone = [BlockStored([key], parent, [], 16) for key, parent in truth.items()]
-        return [(len(history) - 1, batch(AllBlocksCleared(), *alone))]
+        alone = [batch(BlockStored([key], parent, [], 16)) for key, parent in truth.items()]
+        return [(len(history) - 1, part) for part in (batch(AllBlocksCleared()), *alone)]
 
     def ask(lossy: bool) -> None:
         start = follower.ask(now)
