@@ -68,10 +68,11 @@ class Subscribe:
 
 @dataclass(frozen=True, slots=True)
 class Unsubscribe:
-    """This process is gone: stop following it."""
+    """This process is gone, for `reason`: stop following it."""
 
     process: str
     epoch: bytes
+    reason: str
 
 
 @dataclass(frozen=True, slots=True)

@@ -33,6 +33,8 @@ REPLAY_TIMEOUT_S = 5.0
 MAX_REPLAY_BATCHES = 1_000_000
 SEND_HIGH_WATER_MARK = 100_000
 RECEIVE_BURST = 256
+LAST_WORDS_MS = 200
+"""What was sent last, aborts mostly, has so long to leave."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,6 +67,8 @@ class ControlPlane:
         self._context = zmq.asyncio.Context()
         self._socket = self._bounded(zmq.ROUTER)
         self._socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
+        # An identity names one incarnation of a process: its newer connection is the one that works.
+        self._socket.setsockopt(zmq.ROUTER_HANDOVER, 1)
         self._subscriptions: dict[tuple[str, bytes], tuple[asyncio.Task[None], zmq.asyncio.Socket]] = {}
         self._replays: dict[tuple[str, bytes], asyncio.Task[None]] = {}
         self.num_undecodable = 0
@@ -197,5 +201,5 @@ class ControlPlane:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
-        self._socket.close()
+        self._socket.close(linger=LAST_WORDS_MS)
         self._context.term()

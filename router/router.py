@@ -319,7 +319,7 @@ class RouterCore:
         self.ledger.forget(lost.name)
         for fence in [fence for fence, closing in self._closing.items() if closing.process == lost.name]:
             del self._closing[fence]
-        actions: list[Action] = [Unsubscribe(lost.name, lost.epoch), *self._tell_pools()]
+        actions: list[Action] = [Unsubscribe(lost.name, lost.epoch, lost.reason), *self._tell_pools()]
         for record in self.journal:
             roles: set[DispatchRole] = set()
             for dispatch in list(record.dispatches.values()):

@@ -208,10 +208,11 @@ class RouterServer:
                     control.send(process, epoch, message)
                 case Emit():
                     self._emit(action)
-                case Subscribe():
+                case Subscribe(process=process):
+                    log.info("%s has joined", process)
                     control.subscribe(action)
-                case Unsubscribe(process=process, epoch=epoch):
-                    log.warning("%s is gone", process)
+                case Unsubscribe(process=process, epoch=epoch, reason=reason):
+                    log.warning("%s is gone: %s", process, reason)
                     control.unsubscribe(process, epoch)
                 case Replay():
                     control.replay(action)

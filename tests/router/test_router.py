@@ -391,7 +391,7 @@ def test_joining_and_leaving_are_told_to_the_shell_and_to_pool_nodes() -> None:
     ((name, peers),) = sent(actions, Peers)
     assert (name, [s.process for s in peers.workers], peers.group) == ("pool-0", ["d0"], GROUP)
     actions = bench.say("d0", Goodbye("d0", EPOCH))
-    assert Unsubscribe("d0", EPOCH) in actions
+    assert Unsubscribe("d0", EPOCH, "said goodbye") in actions
     assert [p.workers for _, p in sent(actions, Peers)] == [[]]
 
 
@@ -426,3 +426,30 @@ def test_a_new_group_gets_new_keys() -> None:
 
 def replace_group(group: RoutingGroup) -> RoutingGroup:
     return RoutingGroup(b"g" * 16, group.kv_format, group.numerics_class, group.block_size)
+
+
+def test_prefill_gives_its_first_token_alone() -> None:
+    bench = cluster()
+    bench.submit()
+    assert bench.say("p0", Tokens(P, 0, 0, [7, 8])) == []
+
+
+def test_a_lost_worker_leaves_nothing_in_index_and_ledger() -> None:
+    bench = Bench(("d0", "decode"))
+    bench.core.on_replay_end("d0", EPOCH, True)
+    bench.core.on_events("d0", EPOCH, 0, EventBatch(0.0, [BlockStored([b"k" * 16], None, [], 4)]), bench.now_s)
+    bench.core.on_closed("d0", EPOCH, bench.now_s)
+    assert bench.core.index.processes() == set()
+    assert bench.core.ledger.processes() == set()
+
+
+def test_a_decode_worker_lost_during_the_hand_over_is_replaced_and_prefill_goes_on() -> None:
+    bench = Bench(("p0", "prefill"), ("d0", "decode"), ("d1", "decode"))
+    victim = sent(bench.submit(), Dispatch)[1][0]
+    survivor = {"d0": "d1", "d1": "d0"}[victim]
+    bench.say("p0", Tokens(P, 0, 0, [7]))
+    actions = bench.core.on_closed(victim, EPOCH, bench.now_s)
+    ((name, dispatch),) = sent(actions, Dispatch)
+    assert (name, dispatch.wait_source, dispatch.prefill_here) == (survivor, "p0", False)
+    assert sent(actions, FirstTokens) == [(survivor, FirstTokens(dispatch.fence, [7]))]
+    assert sent(actions, Abort) == []

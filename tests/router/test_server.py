@@ -628,7 +628,7 @@ def test_a_stopping_router_ends_what_does_not_end_in_time() -> None:
         list(call)
     assert caught.value.code() == grpc.StatusCode.UNAVAILABLE
     assert "the router is stopping" in caught.value.details()
-    assert decode.seen(Abort)
+    wait_for(lambda: bool(decode.seen(Abort)))
     router.close()
 
 
