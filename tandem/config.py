@@ -1,8 +1,8 @@
 """The configuration: one YAML file, overridden by the environment, validated once, frozen.
 
 Owns every option, its default and its limits. Environment variables are `TANDEM_` and the key with `__` between levels
-(`TANDEM_DECODE__ARENA_BYTES=1073741824`). A wrong value is a `ConfigError` that names the key. Constructors elsewhere take the few
-values they use, not this object.
+(`TANDEM_DECODE__ARENA_BYTES=1073741824`). A wrong value is a `ConfigError` that names the key. Constructors elsewhere take the
+few values they use, not this object.
 """
 
 from __future__ import annotations
@@ -34,7 +34,9 @@ class _Section(BaseModel):
 class ModelConfig(_Section):
     """What is served."""
 
-    path: str = Field("smollm2-135m", description="a name that `tandem pull` knows, a GGUF file or a Hugging Face directory")
+    path: str = Field(
+        "smollm2-135m", description="a name that `tandem pull` knows, a GGUF file or a Hugging Face directory"
+    )
     name: str = Field("", description="the name clients use; empty: taken from the path")
     dtype: Literal["bf16", "fp32"] = "bf16"
     max_len: int = Field(0, ge=0, description="tokens of prompt and answer; 0: the model's own context")
@@ -47,8 +49,12 @@ class WorkerConfig(_Section):
     arena_bytes: int = Field(1 * GiB, ge=2**20, description="KV memory of the DEVICE tier")
     block_size: int = Field(16, ge=1, le=256, description="tokens of a block; the same for all workers of a cluster")
     max_running: int = Field(64, ge=1, le=1024, description="sequences in one step")
-    max_step_tokens: int = Field(512, ge=16, le=512, description="token budget of a step; 512 rows is what the probe covers")
-    recompute_limit_tokens: int = Field(256, ge=0, description="a sink recomputes at most this many tokens without asking")
+    max_step_tokens: int = Field(
+        512, ge=16, le=512, description="token budget of a step; 512 rows is what the probe covers"
+    )
+    recompute_limit_tokens: int = Field(
+        256, ge=0, description="a sink recomputes at most this many tokens without asking"
+    )
     threads: int = Field(1, ge=1, le=256)
 
 
@@ -89,10 +95,14 @@ class RouterConfig(_Section):
 class TransferConfig(_Section):
     """How KV moves."""
 
-    transports: list[Literal["shm"]] = Field(default=["shm"], description="empty: nothing is fetched, all is recomputed")
+    transports: list[Literal["shm"]] = Field(
+        default=["shm"], description="empty: nothing is fetched, all is recomputed"
+    )
     lease_s: float = Field(5.0, gt=0, le=60)
     grace_s: float = Field(2.0, gt=0, le=60, description="how long a source parks keys that it has not heard of")
-    hold_s: float = Field(10.0, gt=0, le=120, description="how long prefill keeps a finished prompt's blocks for decode")
+    hold_s: float = Field(
+        10.0, gt=0, le=120, description="how long prefill keeps a finished prompt's blocks for decode"
+    )
     fetch_timeout_s: float = Field(20.0, gt=0, description="a fetch that takes longer ends with what it has")
 
 
@@ -101,8 +111,12 @@ class Config(BaseSettings):
 
     model_config = SettingsConfigDict(env_prefix="TANDEM_", env_nested_delimiter="__", extra="forbid", frozen=True)
 
-    cluster: str = Field("default", pattern=r"^[a-z0-9][a-z0-9-]{0,30}$", description="names run files; one cluster a name")
-    run_dir: str = Field("", description="sockets and run files; empty: a folder of the cluster's name in the cache folder")
+    cluster: str = Field(
+        "default", pattern=r"^[a-z0-9][a-z0-9-]{0,30}$", description="names run files; one cluster a name"
+    )
+    run_dir: str = Field(
+        "", description="sockets and run files; empty: a folder of the cluster's name in the cache folder"
+    )
     model: ModelConfig = ModelConfig()
     prefill: WorkerConfig = WorkerConfig()
     decode: WorkerConfig = WorkerConfig()
