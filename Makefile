@@ -10,8 +10,10 @@ SHELL := /bin/bash
 VENV := .venv
 STAMP := $(VENV)/.tandem-setup
 BIN := $(VENV)/bin
-# The first prompt of the demo; quotes in it are passed on untouched through the environment.
-export PROMPT ?= Write one sentence about the sea.
+# The demo's prompt, passed through the environment as it is: make expands no dollar sign in it, the shell no quote.
+PROMPT ?= Write one sentence about the sea.
+override PROMPT := $(value PROMPT)
+export PROMPT
 
 .PHONY: help setup platform model demo test test-full check proto clean
 
