@@ -125,7 +125,8 @@ class Runner:
         IndexError for a token or block id out of range, before anything is written.
         """
         self._check(chunks)
-        with torch.inference_mode():
+        # Not inference_mode: its tensors can't be changed in place outside it, and the logits are the caller's own.
+        with torch.no_grad():
             step = self._inputs(chunks)
             self._check_ids(step)
             return self._model.forward(step, self._arena)

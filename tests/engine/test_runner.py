@@ -193,6 +193,16 @@ def test_chunks_that_break_the_contract_are_refused_before_anything_is_written(t
     assert runner.run([Chunk([1], 0, [0], False)]).shape == (0, tiny_models.VOCAB)
 
 
+def test_the_logits_are_the_callers_own(tiny: LoadedModel) -> None:
+    runner, _, _ = fresh_runner(tiny, 8, 16)
+    first = runner.run([Chunk([1], 0, [0], True)])
+    kept = first.clone()
+    second = runner.run([Chunk([1], 0, [1], True)])
+    second[0, 5] = -torch.inf
+    assert torch.equal(first, kept)
+    assert first.dtype == torch.float32
+
+
 def test_an_arena_or_layout_of_another_model_is_refused(tiny: LoadedModel) -> None:
     layout = layout_for(tiny.config, "fp32", 16)
     with pytest.raises(ValueError, match="contiguous"):
