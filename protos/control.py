@@ -145,7 +145,13 @@ class Counters(Struct, frozen=True):
     served_blocks: Count = 0
     recomputed_tokens: Count = 0
     preemptions: Count = 0
-    aborted: Count = 0
+    aborted_waiting: Count = 0
+    """Aborted jobs, by what they were doing: waiting for room, fetching, computing the prompt, generating."""
+    aborted_fetching: Count = 0
+    aborted_prefill: Count = 0
+    aborted_decode: Count = 0
+    released_holds: Count = 0
+    """Prefill jobs that ended with their hold: handed over, or given up after it."""
     finished: Count = 0
     evicted_blocks: Count = 0
     expired_leases: Count = 0
@@ -281,7 +287,7 @@ class FetchedFrom(Struct, frozen=True):
 
 
 class RoleReport(Struct, tag="role_report", tag_field="t"):
-    """Worker → router, once per dispatch, when the role's KV is complete (prefill: with the first tokens; decode: when it starts).
+    """Worker → router, once per dispatch, when the role's KV is complete (prefill: with the first tokens; decode: at its start).
 
     Seconds are durations on the worker. `local_hit_tokens + fetched_tokens + computed_tokens == len(token_ids)`, but for
     the last prompt token, which is computed again when its whole prompt was found.
@@ -298,7 +304,7 @@ class RoleReport(Struct, tag="role_report", tag_field="t"):
 
 
 class Failed(Struct, tag="failed", tag_field="t"):
-    """Worker → router: this dispatch ended without finishing; everything it held here is released. `code` is a `TandemError.code`."""
+    """Worker → router: this dispatch ended without finishing; all it held here is released. `code` is a `TandemError.code`."""
 
     fence: Fence
     code: Name

@@ -4,70 +4,79 @@
 # source: protos/tandem.proto
 # Protobuf Python Version: 7.35.1
 """Generated protocol buffer code."""
-
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import descriptor_pool as _descriptor_pool
 from google.protobuf import runtime_version as _runtime_version
 from google.protobuf import symbol_database as _symbol_database
 from google.protobuf.internal import builder as _builder
-
-_runtime_version.ValidateProtobufRuntimeVersion(_runtime_version.Domain.PUBLIC, 7, 35, 1, "", "protos/tandem.proto")
+_runtime_version.ValidateProtobufRuntimeVersion(
+    _runtime_version.Domain.PUBLIC,
+    7,
+    35,
+    1,
+    '',
+    'protos/tandem.proto'
+)
 # @@protoc_insertion_point(imports)
 
 _sym_db = _symbol_database.Default()
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(
-    b'\n\x13protos/tandem.proto\x12\ttandem.v1",\n\x0b\x43hatMessage\x12\x0c\n\x04role\x18\x01 \x01(\t\x12\x0f\n\x07\x63ontent\x18\x02 \x01(\t"0\n\x04\x43hat\x12(\n\x08messages\x18\x01 \x03(\x0b\x32\x16.tandem.v1.ChatMessage"\x17\n\x08TokenIds\x12\x0b\n\x03ids\x18\x01 \x03(\r"\x8e\x05\n\x0eSamplingParams\x12\x17\n\nmax_tokens\x18\x01 \x01(\rH\x00\x88\x01\x01\x12\x18\n\x0btemperature\x18\x02 \x01(\x02H\x01\x88\x01\x01\x12\x12\n\x05top_k\x18\x03 \x01(\rH\x02\x88\x01\x01\x12\x12\n\x05top_p\x18\x04 \x01(\x02H\x03\x88\x01\x01\x12\x12\n\x05min_p\x18\x05 \x01(\x02H\x04\x88\x01\x01\x12\x1f\n\x12repetition_penalty\x18\x06 \x01(\x02H\x05\x88\x01\x01\x12\x1d\n\x10presence_penalty\x18\x07 \x01(\x02H\x06\x88\x01\x01\x12\x1e\n\x11\x66requency_penalty\x18\x08 \x01(\x02H\x07\x88\x01\x01\x12<\n\nlogit_bias\x18\t \x03(\x0b\x32(.tandem.v1.SamplingParams.LogitBiasEntry\x12\x19\n\x0cnum_logprobs\x18\n \x01(\rH\x08\x88\x01\x01\x12\x11\n\x04seed\x18\x0b \x01(\x04H\t\x88\x01\x01\x12\x0c\n\x04stop\x18\x0c \x03(\t\x12\x16\n\x0estop_token_ids\x18\r \x03(\r\x12\x12\n\nignore_eos\x18\x0e \x01(\x08\x12\x17\n\nmin_tokens\x18\x0f \x01(\rH\n\x88\x01\x01\x12\x0e\n\x01n\x18\x10 \x01(\rH\x0b\x88\x01\x01\x1a\x30\n\x0eLogitBiasEntry\x12\x0b\n\x03key\x18\x01 \x01(\r\x12\r\n\x05value\x18\x02 \x01(\x02:\x02\x38\x01\x42\r\n\x0b_max_tokensB\x0e\n\x0c_temperatureB\x08\n\x06_top_kB\x08\n\x06_top_pB\x08\n\x06_min_pB\x15\n\x13_repetition_penaltyB\x13\n\x11_presence_penaltyB\x14\n\x12_frequency_penaltyB\x0f\n\r_num_logprobsB\x07\n\x05_seedB\r\n\x0b_min_tokensB\x04\n\x02_n"\xb3\x01\n\x0fGenerateRequest\x12\x10\n\x06prompt\x18\x01 \x01(\tH\x00\x12\x1f\n\x04\x63hat\x18\x02 \x01(\x0b\x32\x0f.tandem.v1.ChatH\x00\x12(\n\ttoken_ids\x18\x03 \x01(\x0b\x32\x13.tandem.v1.TokenIdsH\x00\x12+\n\x08sampling\x18\x04 \x01(\x0b\x32\x19.tandem.v1.SamplingParams\x12\r\n\x05model\x18\x05 \x01(\tB\x07\n\x05input"\x92\x01\n\x10GenerateResponse\x12\'\n\x08\x61\x63\x63\x65pted\x18\x01 \x01(\x0b\x32\x13.tandem.v1.AcceptedH\x00\x12!\n\x05\x63hunk\x18\x02 \x01(\x0b\x32\x10.tandem.v1.ChunkH\x00\x12)\n\tcompleted\x18\x03 \x01(\x0b\x32\x14.tandem.v1.CompletedH\x00\x42\x07\n\x05\x65vent"G\n\x08\x41\x63\x63\x65pted\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0c\n\x04seed\x18\x02 \x01(\x04\x12\x19\n\x11num_prompt_tokens\x18\x03 \x01(\r">\n\nTopLogprob\x12\x10\n\x08token_id\x18\x01 \x01(\r\x12\x0f\n\x07logprob\x18\x02 \x01(\x02\x12\r\n\x05token\x18\x03 \x01(\t"d\n\x0cTokenLogprob\x12\x10\n\x08token_id\x18\x01 \x01(\r\x12\x0f\n\x07logprob\x18\x02 \x01(\x02\x12\r\n\x05token\x18\x03 \x01(\t\x12"\n\x03top\x18\x04 \x03(\x0b\x32\x15.tandem.v1.TopLogprob"\x8b\x01\n\x05\x43hunk\x12\r\n\x05index\x18\x01 \x01(\r\x12\x10\n\x08position\x18\x02 \x01(\r\x12\x11\n\ttoken_ids\x18\x03 \x03(\r\x12\x0c\n\x04text\x18\x04 \x01(\t\x12)\n\x08logprobs\x18\x05 \x03(\x0b\x32\x17.tandem.v1.TokenLogprob\x12\x15\n\rfinish_reason\x18\x06 \x01(\t"f\n\x0b\x46\x65tchedFrom\x12\x0f\n\x07process\x18\x01 \x01(\t\x12\x0c\n\x04tier\x18\x02 \x01(\t\x12\x11\n\ttransport\x18\x03 \x01(\t\x12\x12\n\nnum_blocks\x18\x04 \x01(\r\x12\x11\n\tnum_bytes\x18\x05 \x01(\x04"\xfc\x01\n\x07RoleRun\x12\x0c\n\x04role\x18\x01 \x01(\t\x12\x0f\n\x07process\x18\x02 \x01(\t\x12\x0f\n\x07\x61ttempt\x18\x03 \x01(\r\x12\x18\n\x10local_hit_tokens\x18\x04 \x01(\r\x12\x16\n\x0e\x66\x65tched_tokens\x18\x05 \x01(\r\x12\x17\n\x0f\x63omputed_tokens\x18\x06 \x01(\r\x12\'\n\x07\x66\x65tched\x18\x07 \x03(\x0b\x32\x16.tandem.v1.FetchedFrom\x12\x0f\n\x07queue_s\x18\x08 \x01(\x01\x12\x0f\n\x07\x66\x65tch_s\x18\t \x01(\x01\x12\x11\n\tcompute_s\x18\n \x01(\x01\x12\x18\n\x10predicted_ttft_s\x18\x0b \x01(\x01"\xb6\x01\n\tCompleted\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x19\n\x11num_prompt_tokens\x18\x02 \x01(\r\x12\x1c\n\x14num_generated_tokens\x18\x03 \x01(\r\x12\x19\n\x11num_cached_tokens\x18\x04 \x01(\r\x12\x0e\n\x06ttft_s\x18\x05 \x01(\x01\x12\x0f\n\x07total_s\x18\x06 \x01(\x01\x12 \n\x04runs\x18\x07 \x03(\x0b\x32\x12.tandem.v1.RoleRun"\x13\n\x11GetClusterRequest"\x82\x04\n\rProcessStatus\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0c\n\x04role\x18\x02 \x01(\t\x12\r\n\x05\x65poch\x18\x03 \x01(\t\x12\x0b\n\x03pid\x18\x04 \x01(\x05\x12\x17\n\x0fheartbeat_age_s\x18\x05 \x01(\x01\x12\x12\n\nnum_blocks\x18\x06 \x01(\x04\x12\x13\n\x0b\x66ree_blocks\x18\x07 \x01(\x04\x12\x15\n\rcached_blocks\x18\x08 \x01(\x04\x12\x15\n\rleased_blocks\x18\t \x01(\x04\x12\x12\n\nslab_bytes\x18\n \x01(\x04\x12\x13\n\x0bnum_running\x18\x0b \x01(\r\x12\x13\n\x0bnum_waiting\x18\x0c \x01(\r\x12\x16\n\x0eprefill_tokens\x18\r \x01(\x04\x12\x15\n\rdecode_tokens\x18\x0e \x01(\x04\x12\x19\n\x11prefix_hit_tokens\x18\x0f \x01(\x04\x12\x16\n\x0e\x66\x65tched_blocks\x18\x10 \x01(\x04\x12\x15\n\rfetched_bytes\x18\x11 \x01(\x04\x12\x1c\n\x14prefill_tokens_per_s\x18\x12 \x01(\x01\x12\x15\n\rdecode_step_s\x18\x13 \x01(\x01\x12\x16\n\x0eindexed_blocks\x18\x14 \x01(\x04\x12\x13\n\x0bpreemptions\x18\x15 \x01(\x04\x12\x19\n\x11recomputed_tokens\x18\x16 \x01(\x04\x12\x15\n\rserved_blocks\x18\x17 \x01(\x04"\xd9\x02\n\x12GetClusterResponse\x12\x0e\n\x06router\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12\x15\n\rmax_model_len\x18\x03 \x01(\r\x12\x12\n\nblock_size\x18\x04 \x01(\r\x12\x19\n\x11model_fingerprint\x18\x05 \x01(\t\x12\x16\n\x0enumerics_class\x18\x06 \x01(\t\x12\x11\n\tkv_format\x18\x07 \x01(\t\x12+\n\tprocesses\x18\x08 \x03(\x0b\x32\x18.tandem.v1.ProcessStatus\x12\x1b\n\x13num_active_requests\x18\t \x01(\r\x12\x1d\n\x15num_requests_finished\x18\n \x01(\x04\x12\x1b\n\x13num_requests_failed\x18\x0b \x01(\x04\x12\x1e\n\x16num_requests_cancelled\x18\x0c \x01(\x04\x12\r\n\x05ready\x18\r \x01(\x08"\x0e\n\x0c\x41uditRequest"9\n\nAuditCheck\x12\r\n\x05\x63heck\x18\x01 \x01(\t\x12\n\n\x02ok\x18\x02 \x01(\x08\x12\x10\n\x08\x65vidence\x18\x03 \x01(\t"B\n\rAuditResponse\x12\n\n\x02ok\x18\x01 \x01(\x08\x12%\n\x06\x63hecks\x18\x02 \x03(\x0b\x32\x15.tandem.v1.AuditCheck2\xd6\x01\n\x06Tandem\x12\x45\n\x08Generate\x12\x1a.tandem.v1.GenerateRequest\x1a\x1b.tandem.v1.GenerateResponse0\x01\x12I\n\nGetCluster\x12\x1c.tandem.v1.GetClusterRequest\x1a\x1d.tandem.v1.GetClusterResponse\x12:\n\x05\x41udit\x12\x17.tandem.v1.AuditRequest\x1a\x18.tandem.v1.AuditResponseb\x06proto3'
-)
+
+
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x13protos/tandem.proto\x12\ttandem.v1\",\n\x0b\x43hatMessage\x12\x0c\n\x04role\x18\x01 \x01(\t\x12\x0f\n\x07\x63ontent\x18\x02 \x01(\t\"0\n\x04\x43hat\x12(\n\x08messages\x18\x01 \x03(\x0b\x32\x16.tandem.v1.ChatMessage\"\x17\n\x08TokenIds\x12\x0b\n\x03ids\x18\x01 \x03(\r\"\x8e\x05\n\x0eSamplingParams\x12\x17\n\nmax_tokens\x18\x01 \x01(\rH\x00\x88\x01\x01\x12\x18\n\x0btemperature\x18\x02 \x01(\x02H\x01\x88\x01\x01\x12\x12\n\x05top_k\x18\x03 \x01(\rH\x02\x88\x01\x01\x12\x12\n\x05top_p\x18\x04 \x01(\x02H\x03\x88\x01\x01\x12\x12\n\x05min_p\x18\x05 \x01(\x02H\x04\x88\x01\x01\x12\x1f\n\x12repetition_penalty\x18\x06 \x01(\x02H\x05\x88\x01\x01\x12\x1d\n\x10presence_penalty\x18\x07 \x01(\x02H\x06\x88\x01\x01\x12\x1e\n\x11\x66requency_penalty\x18\x08 \x01(\x02H\x07\x88\x01\x01\x12<\n\nlogit_bias\x18\t \x03(\x0b\x32(.tandem.v1.SamplingParams.LogitBiasEntry\x12\x19\n\x0cnum_logprobs\x18\n \x01(\rH\x08\x88\x01\x01\x12\x11\n\x04seed\x18\x0b \x01(\x04H\t\x88\x01\x01\x12\x0c\n\x04stop\x18\x0c \x03(\t\x12\x16\n\x0estop_token_ids\x18\r \x03(\r\x12\x12\n\nignore_eos\x18\x0e \x01(\x08\x12\x17\n\nmin_tokens\x18\x0f \x01(\rH\n\x88\x01\x01\x12\x0e\n\x01n\x18\x10 \x01(\rH\x0b\x88\x01\x01\x1a\x30\n\x0eLogitBiasEntry\x12\x0b\n\x03key\x18\x01 \x01(\r\x12\r\n\x05value\x18\x02 \x01(\x02:\x02\x38\x01\x42\r\n\x0b_max_tokensB\x0e\n\x0c_temperatureB\x08\n\x06_top_kB\x08\n\x06_top_pB\x08\n\x06_min_pB\x15\n\x13_repetition_penaltyB\x13\n\x11_presence_penaltyB\x14\n\x12_frequency_penaltyB\x0f\n\r_num_logprobsB\x07\n\x05_seedB\r\n\x0b_min_tokensB\x04\n\x02_n\"\xb3\x01\n\x0fGenerateRequest\x12\x10\n\x06prompt\x18\x01 \x01(\tH\x00\x12\x1f\n\x04\x63hat\x18\x02 \x01(\x0b\x32\x0f.tandem.v1.ChatH\x00\x12(\n\ttoken_ids\x18\x03 \x01(\x0b\x32\x13.tandem.v1.TokenIdsH\x00\x12+\n\x08sampling\x18\x04 \x01(\x0b\x32\x19.tandem.v1.SamplingParams\x12\r\n\x05model\x18\x05 \x01(\tB\x07\n\x05input\"\x92\x01\n\x10GenerateResponse\x12\'\n\x08\x61\x63\x63\x65pted\x18\x01 \x01(\x0b\x32\x13.tandem.v1.AcceptedH\x00\x12!\n\x05\x63hunk\x18\x02 \x01(\x0b\x32\x10.tandem.v1.ChunkH\x00\x12)\n\tcompleted\x18\x03 \x01(\x0b\x32\x14.tandem.v1.CompletedH\x00\x42\x07\n\x05\x65vent\"G\n\x08\x41\x63\x63\x65pted\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0c\n\x04seed\x18\x02 \x01(\x04\x12\x19\n\x11num_prompt_tokens\x18\x03 \x01(\r\">\n\nTopLogprob\x12\x10\n\x08token_id\x18\x01 \x01(\r\x12\x0f\n\x07logprob\x18\x02 \x01(\x02\x12\r\n\x05token\x18\x03 \x01(\t\"d\n\x0cTokenLogprob\x12\x10\n\x08token_id\x18\x01 \x01(\r\x12\x0f\n\x07logprob\x18\x02 \x01(\x02\x12\r\n\x05token\x18\x03 \x01(\t\x12\"\n\x03top\x18\x04 \x03(\x0b\x32\x15.tandem.v1.TopLogprob\"\x8b\x01\n\x05\x43hunk\x12\r\n\x05index\x18\x01 \x01(\r\x12\x10\n\x08position\x18\x02 \x01(\r\x12\x11\n\ttoken_ids\x18\x03 \x03(\r\x12\x0c\n\x04text\x18\x04 \x01(\t\x12)\n\x08logprobs\x18\x05 \x03(\x0b\x32\x17.tandem.v1.TokenLogprob\x12\x15\n\rfinish_reason\x18\x06 \x01(\t\"f\n\x0b\x46\x65tchedFrom\x12\x0f\n\x07process\x18\x01 \x01(\t\x12\x0c\n\x04tier\x18\x02 \x01(\t\x12\x11\n\ttransport\x18\x03 \x01(\t\x12\x12\n\nnum_blocks\x18\x04 \x01(\r\x12\x11\n\tnum_bytes\x18\x05 \x01(\x04\"\xfc\x01\n\x07RoleRun\x12\x0c\n\x04role\x18\x01 \x01(\t\x12\x0f\n\x07process\x18\x02 \x01(\t\x12\x0f\n\x07\x61ttempt\x18\x03 \x01(\r\x12\x18\n\x10local_hit_tokens\x18\x04 \x01(\r\x12\x16\n\x0e\x66\x65tched_tokens\x18\x05 \x01(\r\x12\x17\n\x0f\x63omputed_tokens\x18\x06 \x01(\r\x12\'\n\x07\x66\x65tched\x18\x07 \x03(\x0b\x32\x16.tandem.v1.FetchedFrom\x12\x0f\n\x07queue_s\x18\x08 \x01(\x01\x12\x0f\n\x07\x66\x65tch_s\x18\t \x01(\x01\x12\x11\n\tcompute_s\x18\n \x01(\x01\x12\x18\n\x10predicted_ttft_s\x18\x0b \x01(\x01\"\xb6\x01\n\tCompleted\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x19\n\x11num_prompt_tokens\x18\x02 \x01(\r\x12\x1c\n\x14num_generated_tokens\x18\x03 \x01(\r\x12\x19\n\x11num_cached_tokens\x18\x04 \x01(\r\x12\x0e\n\x06ttft_s\x18\x05 \x01(\x01\x12\x0f\n\x07total_s\x18\x06 \x01(\x01\x12 \n\x04runs\x18\x07 \x03(\x0b\x32\x12.tandem.v1.RoleRun\"\x13\n\x11GetClusterRequest\"\x9b\x05\n\rProcessStatus\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0c\n\x04role\x18\x02 \x01(\t\x12\r\n\x05\x65poch\x18\x03 \x01(\t\x12\x0b\n\x03pid\x18\x04 \x01(\x05\x12\x17\n\x0fheartbeat_age_s\x18\x05 \x01(\x01\x12\x12\n\nnum_blocks\x18\x06 \x01(\x04\x12\x13\n\x0b\x66ree_blocks\x18\x07 \x01(\x04\x12\x15\n\rcached_blocks\x18\x08 \x01(\x04\x12\x15\n\rleased_blocks\x18\t \x01(\x04\x12\x12\n\nslab_bytes\x18\n \x01(\x04\x12\x13\n\x0bnum_running\x18\x0b \x01(\r\x12\x13\n\x0bnum_waiting\x18\x0c \x01(\r\x12\x16\n\x0eprefill_tokens\x18\r \x01(\x04\x12\x15\n\rdecode_tokens\x18\x0e \x01(\x04\x12\x19\n\x11prefix_hit_tokens\x18\x0f \x01(\x04\x12\x16\n\x0e\x66\x65tched_blocks\x18\x10 \x01(\x04\x12\x15\n\rfetched_bytes\x18\x11 \x01(\x04\x12\x1c\n\x14prefill_tokens_per_s\x18\x12 \x01(\x01\x12\x15\n\rdecode_step_s\x18\x13 \x01(\x01\x12\x16\n\x0eindexed_blocks\x18\x14 \x01(\x04\x12\x13\n\x0bpreemptions\x18\x15 \x01(\x04\x12\x19\n\x11recomputed_tokens\x18\x16 \x01(\x04\x12\x15\n\rserved_blocks\x18\x17 \x01(\x04\x12\x38\n\x08\x63ounters\x18\x18 \x03(\x0b\x32&.tandem.v1.ProcessStatus.CountersEntry\x12\x16\n\x0e\x66\x65tch_endpoint\x18\x19 \x01(\t\x12\x14\n\x0cshm_endpoint\x18\x1a \x01(\t\x1a/\n\rCountersEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x04:\x02\x38\x01\"\xd9\x02\n\x12GetClusterResponse\x12\x0e\n\x06router\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12\x15\n\rmax_model_len\x18\x03 \x01(\r\x12\x12\n\nblock_size\x18\x04 \x01(\r\x12\x19\n\x11model_fingerprint\x18\x05 \x01(\t\x12\x16\n\x0enumerics_class\x18\x06 \x01(\t\x12\x11\n\tkv_format\x18\x07 \x01(\t\x12+\n\tprocesses\x18\x08 \x03(\x0b\x32\x18.tandem.v1.ProcessStatus\x12\x1b\n\x13num_active_requests\x18\t \x01(\r\x12\x1d\n\x15num_requests_finished\x18\n \x01(\x04\x12\x1b\n\x13num_requests_failed\x18\x0b \x01(\x04\x12\x1e\n\x16num_requests_cancelled\x18\x0c \x01(\x04\x12\r\n\x05ready\x18\r \x01(\x08\"\x0e\n\x0c\x41uditRequest\"9\n\nAuditCheck\x12\r\n\x05\x63heck\x18\x01 \x01(\t\x12\n\n\x02ok\x18\x02 \x01(\x08\x12\x10\n\x08\x65vidence\x18\x03 \x01(\t\"B\n\rAuditResponse\x12\n\n\x02ok\x18\x01 \x01(\x08\x12%\n\x06\x63hecks\x18\x02 \x03(\x0b\x32\x15.tandem.v1.AuditCheck2\xd6\x01\n\x06Tandem\x12\x45\n\x08Generate\x12\x1a.tandem.v1.GenerateRequest\x1a\x1b.tandem.v1.GenerateResponse0\x01\x12I\n\nGetCluster\x12\x1c.tandem.v1.GetClusterRequest\x1a\x1d.tandem.v1.GetClusterResponse\x12:\n\x05\x41udit\x12\x17.tandem.v1.AuditRequest\x1a\x18.tandem.v1.AuditResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
-_builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, "protos.tandem_pb2", _globals)
+_builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'protos.tandem_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
-    DESCRIPTOR._loaded_options = None
-    _globals["_SAMPLINGPARAMS_LOGITBIASENTRY"]._loaded_options = None
-    _globals["_SAMPLINGPARAMS_LOGITBIASENTRY"]._serialized_options = b"8\001"
-    _globals["_CHATMESSAGE"]._serialized_start = 34
-    _globals["_CHATMESSAGE"]._serialized_end = 78
-    _globals["_CHAT"]._serialized_start = 80
-    _globals["_CHAT"]._serialized_end = 128
-    _globals["_TOKENIDS"]._serialized_start = 130
-    _globals["_TOKENIDS"]._serialized_end = 153
-    _globals["_SAMPLINGPARAMS"]._serialized_start = 156
-    _globals["_SAMPLINGPARAMS"]._serialized_end = 810
-    _globals["_SAMPLINGPARAMS_LOGITBIASENTRY"]._serialized_start = 588
-    _globals["_SAMPLINGPARAMS_LOGITBIASENTRY"]._serialized_end = 636
-    _globals["_GENERATEREQUEST"]._serialized_start = 813
-    _globals["_GENERATEREQUEST"]._serialized_end = 992
-    _globals["_GENERATERESPONSE"]._serialized_start = 995
-    _globals["_GENERATERESPONSE"]._serialized_end = 1141
-    _globals["_ACCEPTED"]._serialized_start = 1143
-    _globals["_ACCEPTED"]._serialized_end = 1214
-    _globals["_TOPLOGPROB"]._serialized_start = 1216
-    _globals["_TOPLOGPROB"]._serialized_end = 1278
-    _globals["_TOKENLOGPROB"]._serialized_start = 1280
-    _globals["_TOKENLOGPROB"]._serialized_end = 1380
-    _globals["_CHUNK"]._serialized_start = 1383
-    _globals["_CHUNK"]._serialized_end = 1522
-    _globals["_FETCHEDFROM"]._serialized_start = 1524
-    _globals["_FETCHEDFROM"]._serialized_end = 1626
-    _globals["_ROLERUN"]._serialized_start = 1629
-    _globals["_ROLERUN"]._serialized_end = 1881
-    _globals["_COMPLETED"]._serialized_start = 1884
-    _globals["_COMPLETED"]._serialized_end = 2066
-    _globals["_GETCLUSTERREQUEST"]._serialized_start = 2068
-    _globals["_GETCLUSTERREQUEST"]._serialized_end = 2087
-    _globals["_PROCESSSTATUS"]._serialized_start = 2090
-    _globals["_PROCESSSTATUS"]._serialized_end = 2604
-    _globals["_GETCLUSTERRESPONSE"]._serialized_start = 2607
-    _globals["_GETCLUSTERRESPONSE"]._serialized_end = 2952
-    _globals["_AUDITREQUEST"]._serialized_start = 2954
-    _globals["_AUDITREQUEST"]._serialized_end = 2968
-    _globals["_AUDITCHECK"]._serialized_start = 2970
-    _globals["_AUDITCHECK"]._serialized_end = 3027
-    _globals["_AUDITRESPONSE"]._serialized_start = 3029
-    _globals["_AUDITRESPONSE"]._serialized_end = 3095
-    _globals["_TANDEM"]._serialized_start = 3098
-    _globals["_TANDEM"]._serialized_end = 3312
+  DESCRIPTOR._loaded_options = None
+  _globals['_SAMPLINGPARAMS_LOGITBIASENTRY']._loaded_options = None
+  _globals['_SAMPLINGPARAMS_LOGITBIASENTRY']._serialized_options = b'8\001'
+  _globals['_PROCESSSTATUS_COUNTERSENTRY']._loaded_options = None
+  _globals['_PROCESSSTATUS_COUNTERSENTRY']._serialized_options = b'8\001'
+  _globals['_CHATMESSAGE']._serialized_start=34
+  _globals['_CHATMESSAGE']._serialized_end=78
+  _globals['_CHAT']._serialized_start=80
+  _globals['_CHAT']._serialized_end=128
+  _globals['_TOKENIDS']._serialized_start=130
+  _globals['_TOKENIDS']._serialized_end=153
+  _globals['_SAMPLINGPARAMS']._serialized_start=156
+  _globals['_SAMPLINGPARAMS']._serialized_end=810
+  _globals['_SAMPLINGPARAMS_LOGITBIASENTRY']._serialized_start=588
+  _globals['_SAMPLINGPARAMS_LOGITBIASENTRY']._serialized_end=636
+  _globals['_GENERATEREQUEST']._serialized_start=813
+  _globals['_GENERATEREQUEST']._serialized_end=992
+  _globals['_GENERATERESPONSE']._serialized_start=995
+  _globals['_GENERATERESPONSE']._serialized_end=1141
+  _globals['_ACCEPTED']._serialized_start=1143
+  _globals['_ACCEPTED']._serialized_end=1214
+  _globals['_TOPLOGPROB']._serialized_start=1216
+  _globals['_TOPLOGPROB']._serialized_end=1278
+  _globals['_TOKENLOGPROB']._serialized_start=1280
+  _globals['_TOKENLOGPROB']._serialized_end=1380
+  _globals['_CHUNK']._serialized_start=1383
+  _globals['_CHUNK']._serialized_end=1522
+  _globals['_FETCHEDFROM']._serialized_start=1524
+  _globals['_FETCHEDFROM']._serialized_end=1626
+  _globals['_ROLERUN']._serialized_start=1629
+  _globals['_ROLERUN']._serialized_end=1881
+  _globals['_COMPLETED']._serialized_start=1884
+  _globals['_COMPLETED']._serialized_end=2066
+  _globals['_GETCLUSTERREQUEST']._serialized_start=2068
+  _globals['_GETCLUSTERREQUEST']._serialized_end=2087
+  _globals['_PROCESSSTATUS']._serialized_start=2090
+  _globals['_PROCESSSTATUS']._serialized_end=2757
+  _globals['_PROCESSSTATUS_COUNTERSENTRY']._serialized_start=2710
+  _globals['_PROCESSSTATUS_COUNTERSENTRY']._serialized_end=2757
+  _globals['_GETCLUSTERRESPONSE']._serialized_start=2760
+  _globals['_GETCLUSTERRESPONSE']._serialized_end=3105
+  _globals['_AUDITREQUEST']._serialized_start=3107
+  _globals['_AUDITREQUEST']._serialized_end=3121
+  _globals['_AUDITCHECK']._serialized_start=3123
+  _globals['_AUDITCHECK']._serialized_end=3180
+  _globals['_AUDITRESPONSE']._serialized_start=3182
+  _globals['_AUDITRESPONSE']._serialized_end=3248
+  _globals['_TANDEM']._serialized_start=3251
+  _globals['_TANDEM']._serialized_end=3465
 # @@protoc_insertion_point(module_scope)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from types import TracebackType
-from typing import cast
+from typing import Any, cast
 
 import grpc
 
@@ -59,39 +59,54 @@ class Client:
         *,
         model: str = "",
         timeout_s: float | None = None,
-    ) -> Iterator[pb.GenerateResponse]:
-        """Yields the answer's events: `accepted`, `chunk`s, `completed`. Closing the iterator cancels the request.
-
-        Raises a TandemError for whatever ends the call early.
-        """
-        call = self._stub.Generate(_request(prompt, sampling, model), timeout=timeout_s)
-        try:
-            yield from call
-        except grpc.RpcError as error:
-            raise self._translated(error) from error
-        finally:
-            call.cancel()
+    ) -> Stream:
+        """Starts a request; the stream yields the answer's events."""
+        return Stream(self._stub.Generate(_request(prompt, sampling, model), timeout=timeout_s), self.target)
 
     def cluster(self, timeout_s: float = 5.0) -> pb.GetClusterResponse:
         """What runs where. Raises Unavailable if no router answers."""
         try:
             return self._stub.GetCluster(pb.GetClusterRequest(), timeout=timeout_s)
         except grpc.RpcError as error:
-            raise self._translated(error) from error
+            raise _translated(error, self.target) from error
 
     def audit(self, timeout_s: float = 30.0) -> pb.AuditResponse:
         """The router's cross-check of what it believes against what its processes report."""
         try:
             return self._stub.Audit(pb.AuditRequest(), timeout=timeout_s)
         except grpc.RpcError as error:
-            raise self._translated(error) from error
+            raise _translated(error, self.target) from error
 
-    def _translated(self, error: grpc.RpcError) -> TandemError:
-        call = cast("grpc.Call", error)  # an error that a call raised is that call
-        code, details = call.code(), call.details() or str(call.code())
-        if code is grpc.StatusCode.UNAVAILABLE and "failed to connect" in details:
-            details = f"no router answers at {self.target}"
-        return _ERRORS.get(code, TandemError)(details)
+
+class Stream:
+    """One answer: `accepted`, `chunk`s, `completed`. Iterating raises a TandemError for whatever ends the call early.
+
+    `cancel` may be called from any thread; leaving a loop over the stream cancels it too.
+    """
+
+    def __init__(self, call: Any, target: str) -> None:
+        self._call = call
+        self._target = target
+
+    def __iter__(self) -> Iterator[pb.GenerateResponse]:
+        try:
+            yield from self._call
+        except grpc.RpcError as error:
+            raise _translated(error, self._target) from error
+        finally:
+            self._call.cancel()
+
+    def cancel(self) -> None:
+        """Ends the request here and in the cluster."""
+        self._call.cancel()
+
+
+def _translated(error: grpc.RpcError, target: str) -> TandemError:
+    call = cast("grpc.Call", error)  # an error that a call raised is that call
+    code, details = call.code(), call.details() or str(call.code())
+    if code is grpc.StatusCode.UNAVAILABLE and "failed to connect" in details:
+        details = f"no router answers at {target}"
+    return _ERRORS.get(code, TandemError)(details)
 
 
 def _request(prompt: Prompt, sampling: pb.SamplingParams | None, model: str) -> pb.GenerateRequest:

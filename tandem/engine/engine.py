@@ -172,7 +172,10 @@ class Engine:
         if job is None:
             self._out.replies.append((router, Aborted(fence)))
             return
+        if job.aborting is not None:
+            return
         job.aborting = reason
+        job.aborted_in = _abort_counter(job)
         if job.fetch_id is not None:
             self._out.cancels.append(job.fetch_id)
         else:
@@ -634,8 +637,8 @@ class Engine:
         del self._jobs[job.router, job.dispatch.fence]
 
     def _abort(self, job: Job) -> None:
+        self._count[job.aborted_in] += 1
         self._drop(job)
-        self._count["aborted"] += 1
         self._out.replies.append((job.router, Aborted(job.dispatch.fence)))
 
     def _fail(self, job: Job, error: TandemError) -> None:
@@ -646,6 +649,7 @@ class Engine:
         for job in list(self._jobs.values()):
             if job.trunk.state is State.HELD and now_s >= job.hold_until_s:
                 log.warning("%s: nobody fetched the prompt's KV within %.1f s", job.dispatch.fence, job.dispatch.hold_s)
+                job.aborted_in = _abort_counter(job)
                 self._abort(job)
             elif now_s >= job.deadline_s and job.aborting is None:
                 if job.fetch_id is not None:
@@ -656,6 +660,18 @@ class Engine:
     def _keys(self, sequence: Seq) -> tuple[Key, ...]:
         partial = sequence.chain.partial_key()
         return (*sequence.chain.keys, *([partial] if partial else []))
+
+
+def _abort_counter(job: Job) -> str:
+    """Which of `Counters` the end of a job in its present state counts in."""
+    if job.fetch_id is not None:
+        return "aborted_fetching"
+    states = {sequence.state for sequence in job.samples.values()}
+    if State.HELD in states:
+        return "released_holds"
+    if states == {State.WAITING}:
+        return "aborted_waiting"
+    return "aborted_decode" if job.forked and job.dispatch.fence.role == "decode" else "aborted_prefill"
 
 
 def _smoothed(old: float, new: float) -> float:

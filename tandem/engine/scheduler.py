@@ -102,7 +102,10 @@ class Scheduler:
         num_full = (sequence.num_tokens - sequence.draws) // self._block_size
         hits = self._pool.match(sequence.chain.keys[:num_full])
         num_blocks = -(-sequence.num_tokens // self._block_size)
-        fresh = self._pool.allocate(num_blocks - len(hits))
+        num_fresh = num_blocks - len(hits)
+        # Whoever runs must be able to grow by a block, or the newcomer would be preempted at once, again and again.
+        has_room = not self._holding or self._pool.stats().allocatable >= num_fresh + self.num_running
+        fresh = self._pool.allocate(num_fresh) if has_room else None
         if fresh is None:
             self._pool.release(hits[::-1])
             return None

@@ -48,6 +48,8 @@ class Job:
     fetch_id: bytes | None = None
     aborting: str | None = None
     """Why it ends as soon as its fetch is over."""
+    aborted_in: str = ""
+    """The counter of what it was doing when the abort came."""
     first_tokens: list[int] | None = None
     forked: bool = False
     stopped: set[int] = field(default_factory=set)

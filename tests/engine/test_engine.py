@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
 import itertools
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,12 +15,7 @@ from kvpool.sink import FetchedBlock, FetchEnded
 from protos.control import Aborted, Dispatch, Failed, Fence, RoleReport, Sampling, Source, Tokens
 from protos.control import Endpoints as ControlEndpoints
 from tandem.engine.engine import Engine, EngineLimits, Output
-
-_spec = importlib.util.spec_from_file_location("fake_model", Path(__file__).with_name("fake_model.py"))
-assert _spec is not None
-assert _spec.loader is not None
-fake_model = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(fake_model)
+from tests.engine import fake_model
 
 BLOCK = 4
 ROOT = b"r" * 16

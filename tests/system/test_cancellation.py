@@ -1,0 +1,121 @@
+"""Whatever moment a client leaves at, everything that its request held is free again, and the others never notice."""
+
+from __future__ import annotations
+
+import os
+import random
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import psutil
+import pytest
+
+from protos import tandem_pb2 as pb
+from tandem.errors import Cancelled
+from tests.system.harness import RunningCluster, leftovers, wait_until
+
+NUM_REQUESTS = 200
+NUM_CLIENTS = 16
+
+
+def shmem_bytes() -> int:
+    for line in Path("/proc/meminfo").read_text().splitlines():
+        if line.startswith("Shmem:"):
+            return int(line.split()[1]) * 1024
+    raise AssertionError("no Shmem in /proc/meminfo")
+
+
+def prompt_of(rng: random.Random) -> list[int]:
+    length = rng.choice([3, 40, 120, 250, 500])
+    return [rng.randrange(1000, 40_000) for _ in range(length)]
+
+
+@pytest.mark.timeout(420)
+def test_200_requests_a_third_of_them_cancelled_leave_nothing_behind(tmp_path: Path) -> None:
+    shmem_before = shmem_bytes()
+    # Small workers, so that requests queue, compete for blocks and are preempted.
+    sizes = {
+        "prefill": {"arena_bytes": 368_640 * 100, "max_running": 4, "max_step_tokens": 64},
+        "decode": {"arena_bytes": 368_640 * 160, "max_running": 12},
+        "pool": {"host_bytes": 368_640 * 300},
+    }
+    running = RunningCluster(tmp_path, sizes)
+    try:
+        running.start()
+        running.generate([1, 2, 3] * 100, max_tokens=2)  # every connection and mapping is made once
+        wait_until(lambda: running.status("pool-0").counters["fetched_blocks"] >= 18, 10, "the pool node is at rest")
+        pids = {name: process.pid for name, process in running.processes.items()}
+        before = {name: leftovers(pid) for name, pid in pids.items()}
+        ends: list[str] = []
+        lock = threading.Lock()
+
+        def one(number: int) -> None:
+            rng = random.Random(number)
+            leaves = number % 3 == 0
+            sampling = pb.SamplingParams(max_tokens=rng.randrange(1, 40), temperature=0.7, seed=number)
+            # Some leave soon after the request, some after so many chunks.
+            patience_s = rng.uniform(0.0, 2.5) if leaves and rng.random() < 0.75 else 1e9
+            num_chunks = rng.randrange(1, 8) if leaves and patience_s > 1e6 else 10**9
+            if leaves:
+                sampling.max_tokens = 60
+                sampling.ignore_eos = True
+            end = "nothing"
+            call = running.client.generate(prompt_of(rng), sampling, timeout_s=180)
+            timer = threading.Timer(min(patience_s, 300.0), call.cancel)
+            timer.start()
+            try:
+                seen = 0
+                for event in call:
+                    assert end == "nothing", "a message after the terminal one"
+                    if event.WhichOneof("event") == "completed":
+                        end = "completed"
+                    elif event.WhichOneof("event") == "chunk":
+                        seen += 1
+                        if seen >= num_chunks:
+                            call.cancel()
+            except Cancelled:
+                end = "cancelled"
+            finally:
+                timer.cancel()
+            with lock:
+                ends.append(end)
+
+        with ThreadPoolExecutor(NUM_CLIENTS) as clients:
+            list(clients.map(one, range(NUM_REQUESTS)))
+
+        assert len(ends) == NUM_REQUESTS
+        assert ends.count("completed") + ends.count("cancelled") == NUM_REQUESTS
+        wait_until(lambda: running.client.audit().ok, 20, f"audit: {running.client.audit()}")
+        seen = running.client.cluster()
+        assert seen.num_requests_finished + seen.num_requests_cancelled == NUM_REQUESTS + 1
+        assert seen.num_requests_failed == 0
+        phases = dict.fromkeys(("waiting", "fetching", "prefill", "decode"), 0)
+        for process in seen.processes:
+            for phase in phases:
+                phases[phase] += process.counters[f"aborted_{phase}"]
+        assert min(phases.values()) >= 10, phases
+        for name in ("prefill-0", "decode-0", "pool-0"):
+            status = running.status(name)
+            assert (status.free_blocks, status.leased_blocks, status.num_running, status.num_waiting) == (
+                status.num_blocks,
+                0,
+                0,
+                0,
+            ), f"{name}: {status}"
+        after = {name: leftovers(pid) for name, pid in pids.items()}
+        for name, held in after.items():
+            assert held["arena_mappings"] == before[name]["arena_mappings"], (name, before[name], held)
+            assert held["descriptors"] <= before[name]["descriptors"] + NUM_CLIENTS, (name, before[name], held)
+    finally:
+        codes = running.stop()
+    assert set(codes.values()) == {0}, f"{codes}\n{running.logs()}"
+    assert not any(psutil.pid_exists(pid) for pid in pids.values())
+    assert not [c for c in psutil.Process(os.getpid()).children(recursive=True) if c.pid in pids.values()]
+    deadline_s = time.monotonic() + 10
+    wait_until(
+        lambda: shmem_bytes() < shmem_before + 32 * 2**20,
+        max(1.0, deadline_s - time.monotonic()),
+        "Shmem is given back",
+    )
