@@ -82,7 +82,6 @@ class PrefixIndex:
         if seq == feed.next_seq:
             self._apply(process, feed, batch)
             feed.next_seq += 1
-            self._apply_held(process, feed)
             return None
         if len(feed.held) < MAX_HELD_BATCHES:
             feed.held[seq] = batch

@@ -113,7 +113,7 @@ class FakeWorker:
             replay=f"tcp://127.0.0.1:{self._replay.bind_to_random_port('tcp://127.0.0.1')}",
         )
         self.batches: list[bytes] = []
-        self._thread = threading.Thread(target=self._run)
+        self._thread = threading.Thread(target=self._run, daemon=True)
         self._thread.start()
 
     def kill(self) -> None:
@@ -243,7 +243,7 @@ class Router:
         self.server = RouterServer(config, ByteTokenizer(), drain_s=drain_s)  # type: ignore[arg-type]
         self.stop = threading.Event()
         self.error: BaseException | None = None
-        self.thread = threading.Thread(target=self._run)
+        self.thread = threading.Thread(target=self._run, daemon=True)
         self.thread.start()
         assert self.server.started.wait(10)
         self.channel = grpc.insecure_channel(f"127.0.0.1:{self.server.grpc_port}")
@@ -284,10 +284,22 @@ def wait_for(condition: Callable[[], bool], seconds: float = 10.0) -> None:
 
 
 @pytest.fixture
-def router() -> Iterator[Router]:
-    running = Router()
-    yield running
-    running.close()
+def make_router() -> Iterator[Callable[..., Router]]:
+    """Starts routers, and stops them whatever the test did."""
+    running: list[Router] = []
+
+    def make(**options: Any) -> Router:
+        running.append(Router(**options))
+        return running[-1]
+
+    yield make
+    for router in running:
+        router.close()
+
+
+@pytest.fixture
+def router(make_router: Callable[..., Router]) -> Router:
+    return make_router()
 
 
 @dataclass
@@ -416,7 +428,8 @@ def test_a_lost_last_frame_is_asked_for_again(router: Router) -> None:
     assert [resend.position for resend in decode.seen(Resend)] == [4]
 
 
-def test_a_killed_decode_worker_changes_no_character(router: Router) -> None:
+def test_a_killed_decode_worker_is_noticed_at_once_and_changes_no_character(make_router: Callable[..., Router]) -> None:
+    router = make_router(router={"liveness_s": 30.0})
     router.add("prefill-0", "prefill")
     workers = {name: router.add(name, "decode", step_s=0.01) for name in ("decode-0", "decode-1")}
     call = router.ask(max_tokens=60)
@@ -467,14 +480,13 @@ def test_a_clients_deadline_frees_the_worker(router: Router) -> None:
     assert 0 < decode.seen(Dispatch)[0].deadline_s <= 0.3
 
 
-def test_the_servers_deadline_is_said_by_the_server() -> None:
-    router = Router(limits={"default_deadline_s": 0.3})
+def test_the_servers_deadline_is_said_by_the_server(make_router: Callable[..., Router]) -> None:
+    router = make_router(limits={"default_deadline_s": 0.3})
     router.add("decode-0", "decode", step_s=0.01)
     with pytest.raises(grpc.RpcError) as caught:
         list(router.ask(max_tokens=1000))
     assert caught.value.code() == grpc.StatusCode.DEADLINE_EXCEEDED
     assert "0.300 s" in caught.value.details()
-    router.close()
 
 
 @pytest.mark.parametrize(
@@ -544,8 +556,8 @@ def test_a_chat_is_rendered_before_it_is_tokenised(router: Router) -> None:
     assert bytes(tokens_from_bytes(decode.seen(Dispatch)[0].token_ids)) == b"user: hi\n"
 
 
-def test_too_many_requests_are_told_when_to_come_back() -> None:
-    router = Router(limits={"max_active_requests": 1})
+def test_too_many_requests_are_told_when_to_come_back(make_router: Callable[..., Router]) -> None:
+    router = make_router(limits={"max_active_requests": 1})
     router.add("decode-0", "decode", step_s=0.01)
     call = router.ask(max_tokens=1000)
     next(call)
@@ -556,7 +568,6 @@ def test_too_many_requests_are_told_when_to_come_back() -> None:
     assert "the limit is 1" in caught.value.details()
     assert ("retry-after-s", "1") in [(key, value) for key, value in refused.trailing_metadata()]
     call.cancel()
-    router.close()
 
 
 def test_a_client_that_reads_late_gets_all_in_few_frames(router: Router) -> None:
@@ -607,6 +618,7 @@ def test_events_of_before_and_after_the_hello_make_sources(router: Router) -> No
 
 def test_ports_in_use_are_named() -> None:
     with socket.socket() as taken:
+        taken.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)  # even from somebody who would share it
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         port = taken.getsockname()[1]
@@ -618,8 +630,8 @@ def test_ports_in_use_are_named() -> None:
                 asyncio.run(server.serve(threading.Event()))
 
 
-def test_a_stopping_router_ends_what_does_not_end_in_time() -> None:
-    router = Router(drain_s=0.2)
+def test_a_stopping_router_ends_what_does_not_end_in_time(make_router: Callable[..., Router]) -> None:
+    router = make_router(drain_s=0.2)
     decode = router.add("decode-0", "decode", step_s=0.01)
     call = router.ask(max_tokens=10_000)
     next(call)
@@ -629,14 +641,13 @@ def test_a_stopping_router_ends_what_does_not_end_in_time() -> None:
     assert caught.value.code() == grpc.StatusCode.UNAVAILABLE
     assert "the router is stopping" in caught.value.details()
     wait_for(lambda: bool(decode.seen(Abort)))
-    router.close()
 
 
-def test_metrics_count_requests_and_show_processes() -> None:
+def test_metrics_count_requests_and_show_processes(make_router: Callable[..., Router]) -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    router = Router(router={"metrics_port": port})
+    router = make_router(router={"metrics_port": port})
     router.add("decode-0", "decode")
     collect(router.ask(max_tokens=5))
 
@@ -648,4 +659,3 @@ def test_metrics_count_requests_and_show_processes() -> None:
     wait_for(lambda: 'tandem_requests_total{outcome="completed"} 1.0' in page())
     wait_for(lambda: 'tandem_process_num_running{process="decode-0",role="decode"}' in page())
     assert "tandem_ttft_seconds_count 1.0" in page()
-    router.close()
