@@ -327,7 +327,7 @@ class FetchMachine:
 
     def _ask(self, keys: Iterable[Key], index: int, now_s: float) -> list[Action]:
         """Asks the first source from `index` on that is any good; without one the keys are missing."""
-        keys = [key for key in keys if key not in self._missing]
+        keys = list(keys)
         while index in self._bad_sources:
             index += 1
         if not keys:

@@ -193,7 +193,9 @@ def test_interleaved_chains_merge_into_one_event_each() -> None:
 
 def test_a_store_never_moves_before_the_removal_of_the_same_key() -> None:
     pool = BlockPool(2, SIZE, "DEVICE")
-    pool.release(put_chain(pool, "ab"))
+    child = put_chain(pool, "b", key_of("a"))
+    put_chain(pool, "a")
+    pool.release(child)
     taken = pool.allocate(1)  # evicts b
     assert taken is not None
     assert pool.publish(taken[0], key_of("b"), key_of("a"), SIZE, sum_of("b"))

@@ -63,7 +63,7 @@ class Router:
             match message:
                 case Hello():
                     self.hello = message
-                    self.send(Welcome(control.PROTOCOL_VERSION, "router", b"router-1", 0.05, 3.0))
+                    self.send(Welcome(control.PROTOCOL_VERSION, "router", b"router-1", 0.05, 60.0))
                 case Heartbeat():
                     self.heartbeat = message
                 case Goodbye():
@@ -193,6 +193,22 @@ def test_what_workers_announce_outlives_them(router: Router, node: NodeProcess) 
     assert router.heartbeat.counters.fetched_bytes == 6 * SLAB
     assert router.heartbeat.counters.served_blocks == 6
     assert router.heartbeat.events_seq >= 0
+
+
+def test_a_worker_that_left_the_cluster_is_let_go(router: Router, node: NodeProcess) -> None:
+    wait_for(lambda: router.hello and router.hello.group, step=router.step)
+    with SourceProcess("decode-0", ["a"], slab_bytes=SLAB) as worker:
+        node.send_peers([worker.source])
+        node.wait_until_cached(1)
+        assert worker.command()["readers"] == 1
+        node.send_peers([])
+        wait_for(lambda: worker.command()["readers"] == 0, step=router.step)
+        assert node.mapped_arenas() == 1
+        worker.command(put=["later"], parent=ROOT.hex())
+        router.heartbeat = None
+        wait_for(lambda: router.heartbeat, step=router.step)
+        assert router.heartbeat is not None
+        assert router.heartbeat.load.cached_blocks == 1
 
 
 def test_a_new_incarnation_of_a_worker_is_followed_from_its_beginning(router: Router, node: NodeProcess) -> None:

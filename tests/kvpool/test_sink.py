@@ -202,6 +202,13 @@ def test_a_lost_source_hands_its_keys_on_once_its_reads_are_quiet() -> None:
     assert run.result() == ("abc", "")
 
 
+def test_a_source_that_was_lost_before_its_turn_is_skipped() -> None:
+    run = Run("a", [P, Q, W])
+    run.do(run.machine.on_source_lost("q", Q.epoch, 0.1))
+    run.miss(0, "a")
+    assert run.asked()[1:] == [("w", "a", False)]
+
+
 def test_memory_that_a_transport_may_still_write_is_tainted_and_not_read_into_again() -> None:
     run = Run("ab", [P, Q])
     run.ready(0, "a")
