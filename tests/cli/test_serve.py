@@ -82,6 +82,7 @@ def test_a_cluster_serves_survives_a_killed_worker_and_goes_without_a_trace(conf
     assert sorted(path.name for path in (configuration.parent / "run").iterdir()) == ["logs", "serve.json"]
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(240)
 def test_a_port_in_use_is_one_sentence_and_nothing_keeps_running(configuration: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as busy:
