@@ -178,6 +178,16 @@ def test_retired_blocks_are_out_of_reach_until_they_come_back() -> None:
     assert pool.allocate(2) is not None
 
 
+def test_a_block_is_shared_while_it_has_a_second_holder() -> None:
+    pool = BlockPool(3, SIZE, "DEVICE")
+    blocks = pool.allocate(2)
+    assert blocks is not None
+    pool.retain(blocks[:1])
+    assert [pool.is_shared(block_id) for block_id in blocks] == [True, False]
+    pool.release(blocks[:1])
+    assert not pool.is_shared(blocks[0])
+
+
 def test_interleaved_chains_merge_into_one_event_each() -> None:
     pool = BlockPool(8, SIZE, "HOST")
     blocks = pool.allocate(6)
