@@ -40,9 +40,7 @@ class KVLayout:
     @property
     def kv_format(self) -> str:
         """Names dtype, block size, layout version and shape: part of every root key and of the hello."""
-        return (
-            f"v{LAYOUT_VERSION}:{self.dtype}:bs{self.block_size}:L{self.num_layers}:H{self.num_kv_heads}:D{self.head_dim}"
-        )
+        return f"v{LAYOUT_VERSION}:{self.dtype}:bs{self.block_size}:L{self.num_layers}:H{self.num_kv_heads}:D{self.head_dim}"
 
     def num_blocks_for(self, num_tokens: int) -> int:
         """Blocks that hold `num_tokens` tokens."""

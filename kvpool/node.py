@@ -11,7 +11,6 @@ import logging
 import os
 import secrets
 import threading
-from collections import deque
 from collections.abc import Sequence
 
 import msgspec
@@ -61,20 +60,21 @@ class Keeper:
 
     def __init__(self, follower: EventFollower) -> None:
         self.follower = follower
-        self._queue: deque[Key] = deque()
+        self._queue: dict[Key, None] = {}
         self._tries: dict[Key, int] = {}
 
     def take_in(self) -> None:
         """Queues what the worker has stored since."""
         for key in self.follower.take_stored():
             self._tries.pop(key, None)
-            self._queue.append(key)
+            self._queue[key] = None
 
     def next_batch(self, pool: BlockPool, busy: set[Key]) -> list[tuple[Key, Key]]:
         """Up to `MAX_BLOCKS_PER_FETCH` pairs `(key, parent)` that the worker holds and nobody here has or fetches."""
         batch: list[tuple[Key, Key]] = []
         while self._queue and len(batch) < MAX_BLOCKS_PER_FETCH:
-            key = self._queue.popleft()
+            key = next(iter(self._queue))
+            del self._queue[key]
             parent = self.follower.announced.get(key)
             if parent is None or key in busy or pool.contains(key):
                 self._tries.pop(key, None)
@@ -84,11 +84,11 @@ class Keeper:
 
     def put_back(self, keys: Sequence[Key]) -> None:
         """There was no room for these; they stay first in line."""
-        self._queue.extendleft(reversed(keys))
+        self._queue = dict.fromkeys(keys) | self._queue
 
     def offer(self, keys: Sequence[Key]) -> None:
         """Another worker did not deliver these: queues those that this one holds."""
-        self._queue.extend(key for key in keys if key in self.follower.announced)
+        self._queue |= {key: None for key in keys if key in self.follower.announced}
 
     def on_fetched(self, committed: Sequence[Key], missing: Sequence[Key]) -> None:
         """How a batch ended: what is missing is tried again, but not for ever."""
@@ -98,7 +98,7 @@ class Keeper:
             tries = self._tries.pop(key, 0) + 1
             if tries < MAX_TRIES and key in self.follower.announced:
                 self._tries[key] = tries
-                self._queue.append(key)
+                self._queue[key] = None
 
 
 class _Worker:

@@ -59,10 +59,12 @@ class Joined:
 
 @dataclass(frozen=True, slots=True)
 class Changed:
-    """A member said hello again; `group_changed` when it routes elsewhere now."""
+    """A member said hello again; `group_changed` when it routes elsewhere now, `endpoints_changed` when it listens elsewhere
+    (a pool node that has learnt what to hold)."""
 
     member: Member
     group_changed: bool
+    endpoints_changed: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,10 +141,11 @@ class Membership:
             events.append(self._lose(old, "said hello again: it had lost this router, and dropped its work"))
         elif old is not None and old.epoch == hello.epoch:
             group_changed = old.hello.group != hello.group
+            endpoints_changed = old.hello.endpoints != hello.endpoints
             old.hello = hello
             old.heard_at_s = now_s
             self._choose_group()
-            return [Changed(old, group_changed)]
+            return [Changed(old, group_changed, endpoints_changed)]
         elif old is not None:
             verdict = self._rival(old, hello, now_s)
             if not isinstance(verdict, Lost):

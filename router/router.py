@@ -289,23 +289,34 @@ class RouterCore:
                     actions.append(Send(hello.process, hello.epoch, Refused(reason=reason)))
                 case Lost():
                     actions += self._on_lost(event, now_s)
-                case Changed(member=member, group_changed=group_changed):
+                case Changed(member=member, group_changed=group_changed, endpoints_changed=endpoints_changed):
                     actions.append(Send(member.name, member.epoch, self._welcome()))
+                    if endpoints_changed:
+                        actions += self._follow(member, 0)
                     if group_changed or member.role == "pool":
                         actions += self._tell_pools()
                 case Joined(member=member):
                     actions += self._on_joined(member, now_s)
         return actions
 
+    @staticmethod
+    def _follow(member: Member, from_seq: int) -> list[Action]:
+        """What makes its KV events reach the index; nothing while it publishes none (a pool node without a group)."""
+        endpoints = member.hello.endpoints
+        if not endpoints.events:
+            return []
+        return [
+            Subscribe(member.name, member.epoch, endpoints),
+            Replay(member.name, member.epoch, endpoints, from_seq),
+        ]
+
     def _on_joined(self, member: Member, now_s: float) -> list[Action]:
         if member.role != "pool":
             self.ledger.join(member.name)
         from_seq = self.index.join(member.name, member.epoch, own_tier(member.role), now_s)
-        endpoints = member.hello.endpoints
         actions: list[Action] = [
             Send(member.name, member.epoch, self._welcome()),
-            Subscribe(member.name, member.epoch, endpoints),
-            Replay(member.name, member.epoch, endpoints, from_seq),
+            *self._follow(member, from_seq),
             *self._tell_pools(),
         ]
         for request_id in list(self._waiting):
@@ -345,7 +356,7 @@ class RouterCore:
 
     def _replay(self, process: str, from_seq: int | None) -> list[Action]:
         member = self.membership.get(process)
-        if from_seq is None or member is None:
+        if from_seq is None or member is None or not member.hello.endpoints.events:
             return []
         return [Replay(process, member.epoch, member.hello.endpoints, from_seq)]
 

@@ -47,7 +47,9 @@ class WorkerConfig(_Section):
 
     replicas: int = Field(1, ge=0, le=64)
     arena_bytes: int = Field(1 * GiB, ge=2**20, description="KV memory of the DEVICE tier")
-    block_size: int = Field(16, ge=1, le=256, description="tokens of a block; the same for all workers of a cluster")
+    block_size: Literal[1, 2, 4, 8, 16, 32, 64, 128, 256] = Field(
+        16, description="tokens of a block; the same for all workers of a cluster"
+    )
     max_running: int = Field(64, ge=1, le=1024, description="sequences in one step")
     max_step_tokens: int = Field(
         512, ge=16, le=512, description="token budget of a step; 512 rows is what the probe covers"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 import subprocess
@@ -44,6 +45,9 @@ class Sink:
         )  # fmt: skip
         self.poller = zmq.Poller()
         self.service.register(self.poller)
+        gc.collect()  # arenas of other tests in this process
+        self._maps_before = self._count_maps()
+        self._memfds_before = self._count_memfds()
 
     def _on_blocks(self, fetch_id: bytes, blocks: list[FetchedBlock]) -> None:
         self.came |= {block.key: block for block in blocks}
@@ -73,18 +77,27 @@ class Sink:
         return self.ended
 
     def mapped_arenas(self) -> int:
-        maps = Path("/proc/self/maps").read_text(encoding="ascii")
-        return sum(f"memfd:{MEMFD_NAME}" in line for line in maps.splitlines()) - 1
+        """Arenas that were mapped since this sink began."""
+        return self._count_maps() - self._maps_before
 
     def open_memfds(self) -> int:
-        """Descriptors of others' arenas. Python keeps one per mapping, our own arena's included."""
+        """Descriptors of arenas that were opened since this sink began. Python keeps one per mapping."""
+        return self._count_memfds() - self._memfds_before
+
+    @staticmethod
+    def _count_maps() -> int:
+        maps = Path("/proc/self/maps").read_text(encoding="ascii")
+        return sum(f"memfd:{MEMFD_NAME}" in line for line in maps.splitlines())
+
+    @staticmethod
+    def _count_memfds() -> int:
         links = []
         for fd in Path("/proc/self/fd").iterdir():
             try:
                 links.append(str(fd.readlink()))
             except FileNotFoundError:
                 pass  # the directory's own descriptor
-        return sum(f"memfd:{MEMFD_NAME}" in link for link in links) - 2
+        return sum(f"memfd:{MEMFD_NAME}" in link for link in links)
 
     def close(self) -> None:
         self.service.close()
