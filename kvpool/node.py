@@ -50,6 +50,7 @@ MAX_FETCHES = 4
 MAX_BLOCKS_PER_FETCH = 64
 MAX_TRIES = 3
 """A block that a worker announces but doesn't deliver is tried so often."""
+MAX_REMEMBERED_TRIES = 10_000
 _STOP_CHECK_S = 0.1
 _RETRY_S = 0.05
 _GOODBYE_LINGER_MS = 200
@@ -78,6 +79,8 @@ class Keeper:
             parent = self.follower.announced.get(key)
             if parent is None or key in busy or pool.contains(key):
                 self._tries.pop(key, None)
+            elif self._tries.get(key, 0) >= MAX_TRIES:
+                continue
             else:
                 batch.append((key, parent))
         return batch
@@ -87,18 +90,20 @@ class Keeper:
         self._queue = dict.fromkeys(keys) | self._queue
 
     def offer(self, keys: Sequence[Key]) -> None:
-        """Another worker did not deliver these: queues those that this one holds."""
-        self._queue |= {key: None for key in keys if key in self.follower.announced}
+        """Another worker did not deliver these: queues those that this one holds and has not failed to deliver."""
+        for key in keys:
+            if key in self.follower.announced and self._tries.get(key, 0) < MAX_TRIES:
+                self._queue[key] = None
 
     def on_fetched(self, committed: Sequence[Key], missing: Sequence[Key]) -> None:
-        """How a batch ended: what is missing is tried again, but not for ever."""
+        """How a batch ended: what is missing is tried again, but not for ever, unless it is announced anew."""
         for key in committed:
             self._tries.pop(key, None)
         for key in missing:
-            tries = self._tries.pop(key, 0) + 1
-            if tries < MAX_TRIES and key in self.follower.announced:
-                self._tries[key] = tries
-                self._queue[key] = None
+            self._tries[key] = self._tries.get(key, 0) + 1
+        self.offer(missing)
+        if len(self._tries) > MAX_REMEMBERED_TRIES:
+            self._tries = {key: tries for key, tries in self._tries.items() if key in self.follower.announced}
 
 
 class _Worker:

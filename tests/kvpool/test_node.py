@@ -15,8 +15,9 @@ import zmq
 
 from kvpool.arena import MEMFD_NAME, Arena
 from kvpool.block_pool import BlockPool
+from kvpool.follower import EventFollower
 from kvpool.keys import Key
-from kvpool.node import run
+from kvpool.node import MAX_TRIES, Keeper, run
 from kvpool.service import KVService
 from kvpool.sink import FetchedBlock, FetchEnded, FetchPlan, WantedBlock
 from protos import control
@@ -284,3 +285,21 @@ def test_events_that_are_garbage_do_not_stop_the_node(router: Router, node: Node
         node.wait_until_cached(1)
         publisher.close()
     assert node.popen.poll() is None
+
+
+def test_what_no_worker_delivers_is_given_up_by_all_of_them() -> None:
+    keys = [bytes([i]) * 16 for i in range(3)]
+    keepers = [Keeper(EventFollower(b"e" * 8)) for _ in range(2)]
+    for keeper in keepers:
+        keeper.follower.announced.update(dict.fromkeys(keys, b"p" * 16))
+        keeper.offer(keys)
+    pool = BlockPool(8, 16, "HOST")
+    rounds = 0
+    while any(batches := [keeper.next_batch(pool, set()) for keeper in keepers]):
+        rounds += 1
+        assert rounds < 100, "two workers offer each other what neither delivers"
+        for i, batch in enumerate(batches):
+            missing = [key for key, _ in batch]
+            keepers[i].on_fetched([], missing)
+            keepers[1 - i].offer(missing)
+    assert rounds == MAX_TRIES
