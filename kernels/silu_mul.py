@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from kernels.cpu import OK, data, native
+from kernels.cpu import WIDTH_MULTIPLE as NATIVE_MULTIPLE
 
 WIDTH_MULTIPLE = 32
 """`width` is a multiple of this many elements, so that no row ends in a vector's scalar tail, whose silu has other bits.
@@ -17,6 +21,12 @@ def silu_mul_ref(gate_up: Tensor) -> Tensor:
 
 
 def silu_mul(gate_up: Tensor) -> Tensor:
-    """As `silu_mul_ref`, with silu(gate) rounded to the input's dtype in between."""
-    width = gate_up.shape[-1] // 2
+    """As `silu_mul_ref`; where torch computes it, silu(gate) is rounded to the input's dtype in between."""
+    rows, width = gate_up.shape[0], gate_up.shape[1] // 2
+    kernels = native()
+    if kernels is not None and gate_up.dtype == torch.bfloat16 and width % NATIVE_MULTIPLE == 0:
+        out = torch.empty((rows, width), dtype=gate_up.dtype)
+        code = kernels.silu_mul(data(gate_up), data(out), rows, width)
+        assert code == OK
+        return out
     return F.silu(gate_up[:, :width]).mul_(gate_up[:, width:])

@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from kernels.cpu import native
 from kernels.linear import MIN_ROWS, PACK_ROWS
 from kernels.paged_attention import MIN_ROWS as ATTENTION_MIN_ROWS
 from kernels.paged_attention import TILE
@@ -63,6 +64,7 @@ def _ingredients(model: LoadedModel) -> list[str]:
         f"threads {torch.get_num_threads()}",
         *(f"{name} {os.environ.get(name, '')}" for name in _SWITCHES),
         f"dtype {model.dtype}, weights {form} packed for {PACK_ROWS} rows, at least {MIN_ROWS[form]} rows",
+        f"native kernels {kernels.build if (kernels := native()) else 'none'}",
         f"attention tiles of {TILE} positions, at least {ATTENTION_MIN_ROWS} rows",
     ]
 

@@ -12,9 +12,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kernels.kv_write import head_rows
 from kernels.paged_attention import TILE, Span, plan_attention
 from kernels.rope import rope_tables
+from kernels.rope_write import WritePlan
 from kvpool.layout import KVLayout
 from tandem.models.config import ModelConfig
 from tandem.models.llama import StepInputs
@@ -67,8 +67,6 @@ class Runner:
         self._max_rows = max_rows
         positions = min(model.config.max_position, arena.shape[0] * layout.block_size)
         self._cos, self._sin = rope_tables(model.config.rope.inverse_frequencies(model.config.head_dim), positions)
-        layer_rows = 2 * layout.num_kv_heads * layout.block_size
-        self._layer_offsets = (torch.arange(layout.num_layers) * layer_rows).view(-1, 1, 1, 1)
 
     @property
     def max_rows(self) -> int:
@@ -105,15 +103,20 @@ class Runner:
             slots.append(table[position // block_size] * block_size + position % block_size)
             if chunk.want_logits:
                 logit_rows.append(len(tokens) - 1)
+        self._check_ids(tokens, spans)
         padding = max(0, self._model.min_rows - len(tokens))
         position = torch.cat((*positions, torch.zeros(padding, dtype=torch.int64)))
-        rows = head_rows(torch.cat(slots), 0, self._layout.num_layers, self._layout.num_kv_heads, block_size)
         return StepInputs(
             token_ids=torch.tensor(tokens + [0] * padding),
-            cos=self._cos.index_select(0, position)[:, None],
-            sin=self._sin.index_select(0, position)[:, None],
-            kv_rows=rows[None] + self._layer_offsets,
-            plan=plan_attention(spans, self._config.num_heads, self._config.num_kv_heads, block_size),
+            write=WritePlan(self._cos.index_select(0, position), self._sin.index_select(0, position), torch.cat(slots)),
+            plan=plan_attention(
+                spans,
+                self._config.num_heads,
+                self._config.num_kv_heads,
+                self._config.head_dim,
+                block_size,
+                self._arena.dtype,
+            ),
             logit_rows=torch.tensor(logit_rows, dtype=torch.int64),
         )
 
@@ -127,19 +130,14 @@ class Runner:
         self._check(chunks)
         # Not inference_mode: its tensors can't be changed in place outside it, and the logits are the caller's own.
         with torch.no_grad():
-            step = self._inputs(chunks)
-            self._check_ids(step)
-            return self._model.forward(step, self._arena)
+            return self._model.forward(self._inputs(chunks), self._arena)
 
-    def _check_ids(self, step: StepInputs) -> None:
-        low, high = (int(value) for value in step.token_ids[: step.plan.num_rows].aminmax())
+    def _check_ids(self, tokens: Sequence[int], spans: Sequence[Span]) -> None:
+        low, high = min(tokens), max(tokens)
         if low < 0 or high >= self._config.vocab_size:
             raise IndexError(f"token ids {low} to {high}, must be within 0 to {self._config.vocab_size - 1}")
-        plan = step.plan
         num_blocks = self._arena.shape[0]
-        tiles = [tile.block_ids for chunk in plan.chunks for tile in chunk.tiles]
-        windows = [window.block_ids for decode in plan.decodes for window in decode.windows]
-        for block_ids in (*tiles, *windows):
-            low, high = (int(value) for value in block_ids.aminmax())
+        for span in spans:
+            low, high = (int(value) for value in span.block_ids.aminmax())
             if low < 0 or high >= num_blocks:
                 raise IndexError(f"block ids {low} to {high}, must be within 0 to {num_blocks - 1}")

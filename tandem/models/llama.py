@@ -14,11 +14,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.kv_write import kv_write
 from kernels.linear import MIN_ROWS, Linear, WeightFormat, make_linear
 from kernels.paged_attention import AttentionPlan, paged_attention
 from kernels.rms_norm import rms_norm
-from kernels.rope import rope
+from kernels.rope_write import WritePlan, rope_write
 from kernels.silu_mul import WIDTH_MULTIPLE, silu_mul
 from tandem.models.config import ModelConfig
 
@@ -49,11 +48,7 @@ class StepInputs:
 
     token_ids: Tensor
     """[num_rows] int64"""
-    cos: Tensor
-    """[num_rows, 1, head_dim] fp32; `sin` (signed) as well."""
-    sin: Tensor
-    kv_rows: Tensor
-    """[num_layers, tokens, 2, num_kv_heads] int64: where each layer's K and V go in the arena seen as [-1, head_dim]."""
+    write: WritePlan
     plan: AttentionPlan
     logit_rows: Tensor
     """[num_logits] int64: rows whose logits are wanted."""
@@ -126,20 +121,17 @@ class LlamaModel:
         arena: [num_blocks, num_layers, 2, num_kv_heads, block_size, head_dim] in the model's dtype, contiguous.
         """
         config = self.config
-        heads, kv_heads, dim, eps = config.num_heads, config.num_kv_heads, config.head_dim, config.norm_eps
-        scale = dim**-0.5
-        rotated = (heads + kv_heads) * dim
-        num_rows, num_tokens = step.token_ids.numel(), step.plan.num_rows
+        heads, eps, scale = config.num_heads, config.norm_eps, config.head_dim**-0.5
         x = self._embedding.index_select(0, step.token_ids).float()
+        delta: Tensor | None = None
         for index, layer in enumerate(self._layers):
-            qkv = layer.qkv(rms_norm(x, layer.attention_norm, eps, self.dtype))
-            qk = rope(qkv[:, :rotated].float().view(num_rows, heads + kv_heads, dim), step.cos, step.sin)
-            v = qkv[:num_tokens, rotated:].view(num_tokens, kv_heads, dim)
-            kv_write(arena, step.kv_rows[index], qk[:num_tokens, heads:], v)
-            attended = paged_attention(qk[:, :heads] * scale, arena, index, step.plan, self.dtype)
-            x.add_(layer.o(attended))
-            gate_up = layer.gate_up(rms_norm(x, layer.mlp_norm, eps, self.dtype))
-            x.add_(layer.down(silu_mul(gate_up)))
+            qkv = layer.qkv(rms_norm(x, layer.attention_norm, eps, self.dtype, delta))
+            q = rope_write(qkv, step.write, arena, index, heads, scale)
+            attended = paged_attention(q, arena, index, step.plan, self.dtype)
+            gate_up = layer.gate_up(rms_norm(x, layer.mlp_norm, eps, self.dtype, layer.o(attended)))
+            delta = layer.down(silu_mul(gate_up))
+        assert delta is not None
+        x.add_(delta)
         wanted = step.logit_rows.numel()
         if wanted == 0:
             return torch.empty((0, config.vocab_size))
