@@ -21,7 +21,7 @@ from __future__ import annotations
 import logging
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -240,13 +240,13 @@ class KVService:
         """Processes that may have our arena mapped."""
         return self._listener.num_connections if self._listener is not None else 0
 
-    def promise(self, keys: Iterable[Key], until_s: float) -> None:
-        """Work that will publish `keys` was admitted: fetches that wait for them outlast the grace time."""
-        self._server.promise(keys, until_s)
+    def promise(self, owner: Hashable, keys: Iterable[Key]) -> None:
+        """`owner` is work that will publish `keys`: fetches that wait for them outlast the grace time until it withdraws."""
+        self._server.promise(owner, keys)
 
-    def on_failed(self, keys: Iterable[Key], now_s: float) -> None:
-        """Nobody will compute `keys` here: fetches that wait for them get a miss at once."""
-        self._answer(self._server.on_failed(keys, now_s))
+    def withdraw(self, owner: Hashable, now_s: float) -> None:
+        """The work is over: fetches that wait for what only it had promised get a miss at once."""
+        self._answer(self._server.withdraw(owner, now_s))
 
     # --- as a sink ---------------------------------------------------------------------------------------------------
 

@@ -6,16 +6,16 @@ messages out. Never reads a block's bytes and never sends anything itself; `serv
 A key is answered with Ready as soon as the pool holds it. A key that it doesn't hold is answered with Miss at once, or, in
 a fetch that waits, parked until the first of
 - it is published: Ready (Miss if it was evicted again before we looked),
-- the prefill that was to compute it failed: Miss,
+- the work that was to compute it is over without it: Miss,
 - the fetch's deadline: Miss,
-- the grace time after the fetch came, unless the key is promised, and then the promise's end: Miss.
+- the grace time after the fetch came, unless the key is promised: Miss.
 Parked keys hold no lease. Each Ready is one batch under one lease, which ends with Done, Cancel or by itself.
 """
 
 from __future__ import annotations
 
 import heapq
-from collections.abc import Iterable, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass, field
 
 from kvpool.block_pool import BlockPool
@@ -70,8 +70,8 @@ class FetchServer:
         self._sinks: dict[bytes, dict[bytes, _Served]] = {}
         self._num_parked: dict[bytes, int] = {}
         self._waiters: dict[Key, dict[tuple[bytes, bytes], _Served]] = {}
-        self._promised: dict[Key, float] = {}
-        self._promise_ends: list[tuple[float, Key]] = []
+        self._promises: dict[Hashable, tuple[Key, ...]] = {}
+        self._promised: dict[Key, int] = {}
         self._due: list[tuple[float, bytes, bytes]] = []
         self.num_served_blocks = 0
         self.num_missed_keys = 0
@@ -105,7 +105,6 @@ class FetchServer:
         """These keys are in the pool now (or were, a moment ago): their waiters are answered."""
         ready: dict[tuple[bytes, bytes], tuple[_Served, list[Key]]] = {}
         for key in keys:
-            self._promised.pop(key, None)
             for name, served in self._waiters.get(key, {}).items():
                 ready.setdefault(name, (served, []))[1].append(key)
         answers: Answers = []
@@ -115,21 +114,29 @@ class FetchServer:
             self._drop_if_over(served, now_s)
         return answers
 
-    def on_failed(self, keys: Iterable[Key], now_s: float) -> Answers:
-        """Nobody will compute these keys here: their waiters are told."""
+    def promise(self, owner: Hashable, keys: Iterable[Key]) -> None:
+        """`owner` is work that will publish these keys: fetches that wait for them outlast the grace time until it withdraws.
+        An owner promises once."""
+        assert owner not in self._promises, "an owner promised twice"
+        kept = tuple(dict.fromkeys(keys))
+        self._promises[owner] = kept
+        for key in kept:
+            self._promised[key] = self._promised.get(key, 0) + 1
+
+    def withdraw(self, owner: Hashable, now_s: float) -> Answers:
+        """The work is over, done or not: those who wait for keys that nobody promises any more are told. Unknown owners are
+        ignored."""
         failed: dict[tuple[bytes, bytes], tuple[_Served, list[Key]]] = {}
-        for key in keys:
-            self._promised.pop(key, None)
+        for key in self._promises.pop(owner, ()):
+            self._promised[key] -= 1
+            if self._promised[key]:
+                continue
+            del self._promised[key]
+            if self._pool.contains(key):
+                continue  # published, and about to be answered
             for name, served in self._waiters.get(key, {}).items():
                 failed.setdefault(name, (served, []))[1].append(key)
         return [answer for served, missed in failed.values() for answer in self._miss_parked(served, missed, now_s)]
-
-    def promise(self, keys: Iterable[Key], until_s: float) -> None:
-        """Work that will publish these keys was admitted: waiters outlast the grace time, at most until `until_s`."""
-        for key in keys:
-            if until_s > self._promised.get(key, 0.0):
-                self._promised[key] = until_s
-                heapq.heappush(self._promise_ends, (until_s, key))
 
     def forget_sink(self, sink_id: bytes) -> None:
         """That sink is certainly gone: its fetches and leases end."""
@@ -149,10 +156,6 @@ class FetchServer:
             answers += self._miss_parked(served, late, now_s)
             if not self._drop_if_over(served, now_s):
                 self._schedule(served)
-        while self._promise_ends and self._promise_ends[0][0] <= now_s:
-            _, key = heapq.heappop(self._promise_ends)
-            if self._promised.get(key, now_s + 1.0) <= now_s:
-                del self._promised[key]
         return answers
 
     def next_deadline(self) -> float | None:
@@ -213,7 +216,7 @@ class FetchServer:
         return [(served.sink_id, Miss(served.fetch_id, keys))]
 
     def _parked_until(self, served: _Served, key: Key) -> float:
-        return min(served.deadline_s, max(served.grace_until_s, self._promised.get(key, 0.0)))
+        return served.deadline_s if key in self._promised else min(served.deadline_s, served.grace_until_s)
 
     def _schedule(self, served: _Served) -> None:
         """Notes when this fetch must be looked at again. A promise made later only lengthens that."""

@@ -50,7 +50,7 @@ from tandem.zmq_io import RouterLink, identity
 log = logging.getLogger(__name__)
 
 _IDLE_WAIT_S = 0.05
-"""How long the engine thread sleeps at most while something waits for room that another thread may free."""
+"""How long the engine thread sleeps at most: deadlines, stops and room that another thread freed are noticed so late."""
 _GOODBYE_LINGER_MS = 200
 
 Input = Callable[[], None]
@@ -114,24 +114,25 @@ class _EngineThread:
     def run(self, stop: threading.Event, transfer: _TransferThread) -> None:
         checked = True
         while not stop.is_set() and transfer.error is None:
-            self._intake(block=not self._engine.has_work, checked=checked)
+            self._intake(block=not self._engine.has_work)
             self.step_id += 1
             self.step_began_s = now_s()
             output = self._engine.step(self.step_began_s, now_s)
             self.step_began_s = None
             self.loads = self._engine.loads()
             self.counters = self._engine.counters()
-            self._publish(output)
+            if not output.is_empty:
+                self._publish(output)
             if not self._engine.is_idle:
                 checked = False
             elif not checked and self._inbox.empty():
                 self._parts.pool.check()
                 checked = True
 
-    def _intake(self, *, block: bool, checked: bool) -> None:
+    def _intake(self, *, block: bool) -> None:
         try:
             if block:
-                self._inbox.get(timeout=_IDLE_WAIT_S if not checked else 10 * _IDLE_WAIT_S)()
+                self._inbox.get(timeout=_IDLE_WAIT_S)()
             while True:
                 self._inbox.get_nowait()()
         except queue.Empty:
@@ -257,12 +258,16 @@ class _TransferThread:
             now = now_s()
             for fetch_id in output.cancels:
                 self._service.cancel_fetch(fetch_id, now)
-            for keys, until_s in output.promises:
-                self._service.promise(keys, until_s)
+            for owner, keys in output.promises:
+                self._service.promise(owner, keys)
             for plan in output.fetches:
                 self._service.start_fetch(plan, now)
-            if output.unpromised:
-                self._service.on_failed(output.unpromised, now)
+            if output.withdrawals:
+                self._service.publish_pool_events(
+                    now
+                )  # who waited for what is there gets it, before the rest is missed
+            for owner in output.withdrawals:
+                self._service.withdraw(owner, now)
             for router, reply in output.replies:
                 match reply:
                     case Tokens():
@@ -297,8 +302,11 @@ class _TransferThread:
                 if final:
                     post(lambda: engine.on_stop_sample(router, fence, index))
             case Resend(fence=fence, index=index, position=position):
-                for tokens in self._unacknowledged.from_position(router, fence, index, position):
+                kept = self._unacknowledged.from_position(router, fence, index, position)
+                for tokens in kept:
                     self._link.send(router, tokens)
+                if not kept:
+                    post(lambda: engine.on_probe(router, fence))
             case _:
                 log.warning("a worker has no use for %s", type(message).__name__)
 

@@ -19,6 +19,7 @@ from protos.control import FromRouter, Heartbeat, Hello, Refused, ToRouter, Welc
 log = logging.getLogger(__name__)
 
 HELLO_PERIOD_S = 1.0
+MESSAGES_PER_HANDLE = 1000
 _HIGH_WATER_MARK = 100_000
 
 
@@ -92,10 +93,10 @@ class RouterLink:
         return any(router.welcome for router in self._routers)
 
     def handle(self, socket: zmq.Socket[bytes], now_s: float) -> None:
-        """Takes in everything that waits on `socket`."""
+        """Takes in what waits on `socket`, up to `MESSAGES_PER_HANDLE`: a flood must not starve heartbeats."""
         number = next(i for i, router in enumerate(self._routers) if router.socket is socket)
         router = self._routers[number]
-        while True:
+        for _ in range(MESSAGES_PER_HANDLE):
             try:
                 frames = socket.recv_multipart(zmq.NOBLOCK)
             except zmq.Again:
@@ -110,7 +111,8 @@ class RouterLink:
             match message:
                 case Welcome():
                     if router.welcome is not None and router.welcome.epoch != message.epoch:
-                        self._lose(number, now_s)
+                        self._lose(number, now_s)  # a new incarnation: it has to hear our hello before anything else
+                        self._send(router, self._make_hello())
                     if router.welcome is None:
                         router.next_heartbeat_s = now_s
                     router.welcome = message
@@ -144,12 +146,6 @@ class RouterLink:
         """Tells every router anew who this process is (its capacity or endpoints changed)."""
         for router in self._routers:
             self._send(router, self._make_hello())
-
-    def heartbeat_now(self) -> None:
-        """Sends a heartbeat to every router that knows this process, without waiting for its turn."""
-        for number, router in enumerate(self._routers):
-            if router.welcome is not None:
-                self._send(router, self._make_heartbeat(number))
 
     def send(self, number: int, message: ToRouter) -> None:
         """Sends to one router; a message to a router that can't be reached is dropped (it is asked for again, or is fenced)."""

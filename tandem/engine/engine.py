@@ -35,7 +35,7 @@ from tandem.engine.sampler import Sampled, SampleRequest, sample
 from tandem.engine.scheduler import Scheduler, StepPlan
 from tandem.engine.sequence import Job, State
 from tandem.engine.sequence import Sequence as Seq
-from tandem.errors import DeadlineExceeded, FetchFailed, InvalidRequest, TandemError
+from tandem.errors import DeadlineExceeded, FetchFailed, InvalidRequest, TandemError, WorkerLost
 
 log = logging.getLogger(__name__)
 
@@ -68,16 +68,23 @@ Reply = Tokens | RoleReport | Failed | Aborted
 
 @dataclass(slots=True)
 class Output:
-    """What one call of `step` asks of the transfer thread, in this order: cancels, promises, fetches, unpromises, replies."""
+    """What one call of `step` asks of the transfer thread, in this order: cancels, promises, fetches, withdrawals, replies."""
+
+    computed: bool = False
+    """Whether the step ran the model: then blocks may have been published."""
 
     replies: list[tuple[int, Reply]] = field(default_factory=list)
     """`(router, message)`."""
     fetches: list[FetchPlan] = field(default_factory=list)
     cancels: list[bytes] = field(default_factory=list)
-    promises: list[tuple[tuple[Key, ...], float]] = field(default_factory=list)
-    """Keys that are going to be published here, and until when that is believed: fetches for them wait."""
-    unpromised: list[Key] = field(default_factory=list)
-    """Promised keys that will not come."""
+    promises: list[tuple[int, tuple[Key, ...]]] = field(default_factory=list)
+    """`(job's arrival, keys)`: what that job is going to publish; fetches for it wait until the promise is withdrawn."""
+    withdrawals: list[int] = field(default_factory=list)
+    """Jobs that are over."""
+
+    @property
+    def is_empty(self) -> bool:
+        return not (self.computed or self.replies or self.fetches or self.cancels or self.promises or self.withdrawals)
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,7 +104,8 @@ class Engine:
     """Turns dispatches into tokens.
 
     Every dispatch ends in exactly one of: `Tokens` with a finish reason for each sample, `Failed`, `Aborted`. With
-    `has_work` False a `step` computes nothing but may still have deadlines to look after: see `next_deadline_s`.
+    `has_work` False a `step` computes nothing, but it looks after deadlines and admits what there is room for: call it some
+    times a second.
     """
 
     def __init__(
@@ -115,7 +123,7 @@ class Engine:
         self._limits = limits
         self._new_fetch_id = new_fetch_id
         self._jobs: dict[tuple[int, Fence], Job] = {}
-        self._fetching: dict[bytes, Job] = {}
+        self._fetching: dict[bytes, Seq] = {}
         self._arrived: dict[bytes, dict[int, FetchedBlock]] = {}
         self._num_arrivals = 0
         self._num_dispatches: dict[int, int] = {}
@@ -152,7 +160,7 @@ class Engine:
         self._jobs[router, dispatch.fence] = job
         self.scheduler.add(job.trunk)
         if dispatch.fence.role == "prefill":
-            self._out.promises.append((self._keys(job.trunk), job.deadline_s))
+            self._out.promises.append((job.arrival, self._keys(job.trunk)))
 
     def on_first_tokens(self, router: int, fence: Fence, token_ids: list[int], now_s: float) -> None:
         """The tokens that prefill drew for this decode dispatch; only the first such message counts."""
@@ -160,7 +168,7 @@ class Engine:
         if job is None or job.first_tokens is not None or job.trunk.draws:
             return
         if len(token_ids) != job.dispatch.n or max(token_ids) >= self._limits.vocab_size:
-            self._fail(job, InvalidRequest(f"{len(token_ids)} first tokens for {job.dispatch.n} samples"))
+            log.error("%s: first tokens %s for %d samples are ignored", fence, token_ids, job.dispatch.n)
             return
         job.first_tokens = token_ids
         if job.trunk.state is State.PARKED:
@@ -172,23 +180,32 @@ class Engine:
         if job is None:
             self._out.replies.append((router, Aborted(fence)))
             return
-        if job.aborting is not None:
+        if job.aborting:
             return
-        job.aborting = reason
+        job.aborting = True
         job.aborted_in = _abort_counter(job)
-        if job.fetch_id is not None:
-            self._out.cancels.append(job.fetch_id)
-        else:
+        log.debug("%s is aborted: %s", fence, reason)
+        self._out.cancels.extend(job.fetch_ids)
+        if not job.fetch_ids:
             self._abort(job)
+
+    def on_probe(self, router: int, fence: Fence) -> None:
+        """The router asks after a dispatch that shows no sign of life: one that never arrived here, or is over, has failed."""
+        if (router, fence) not in self._jobs:
+            self._out.replies.append((router, Failed(fence, WorkerLost.code, "this worker knows no such dispatch")))
 
     def on_stop_sample(self, router: int, fence: Fence, index: int) -> None:
         """Ends one sample of a decode role without a further message: the router has all it wants of it."""
         job = self._jobs.get((router, fence))
         if job is None or fence.role == "prefill":
             return
+        sequence = job.samples.get(index)
         if not job.forked:
             job.stopped.add(index)
-        elif (sequence := job.samples.get(index)) is not None:
+        elif sequence is not None and sequence.fetch_id is not None:
+            job.stopped.add(index)
+            self._out.cancels.append(sequence.fetch_id)
+        elif sequence is not None:
             self._finish_sample(job, sequence)
 
     def on_router_lost(self, router: int) -> None:
@@ -205,18 +222,20 @@ class Engine:
 
     def on_fetch_ended(self, ended: FetchEnded, now_s: float) -> None:
         """A fetch is over: go on with what it brought, or end the job if too little came."""
-        job = self._fetching.pop(ended.fetch_id, None)
-        if job is None:
+        sequence = self._fetching.pop(ended.fetch_id, None)
+        if sequence is None:
             return
         arrived = self._arrived.pop(ended.fetch_id)
-        sequence = job.trunk
-        job.fetch_id = None
-        job.fetched_s = now_s
+        job = sequence.job
+        sequence.fetch_id = None
         if ended.tainted:
             self._retire(sequence, set(ended.tainted))
-        self._take_arrived(job, arrived, now_s)
-        if job.aborting is not None:
-            self._abort(job)
+        self._take_arrived(sequence, arrived, now_s)
+        if job.aborting:
+            if not job.fetch_ids:
+                self._abort(job)
+        elif job.forked and sequence.index in job.stopped:
+            self._finish_sample(job, sequence)
         elif sequence.state is State.WAITING or ended.tainted:
             self.scheduler.requeue(sequence)
         else:
@@ -226,21 +245,14 @@ class Engine:
 
     @property
     def has_work(self) -> bool:
-        """Whether a step would compute or admit something right now."""
-        return self.scheduler.has_work or bool(self.scheduler.waiting)
+        """Whether a step would compute something right now. Without, something new has to happen first: a message, the end
+        of a fetch, a deadline, or room that another thread frees."""
+        return self.scheduler.has_work
 
     @property
     def is_idle(self) -> bool:
         """Whether no dispatch is known at all."""
         return not self._jobs
-
-    def next_deadline_s(self) -> float | None:
-        """When `step` must be called even without work: a hold or a deadline runs out."""
-        deadlines = [
-            min(job.deadline_s, job.hold_until_s) if job.trunk.state is State.HELD else job.deadline_s
-            for job in self._jobs.values()
-        ]
-        return min(deadlines, default=None)
 
     def step(self, now_s: float, clock: Callable[[], float]) -> Output:
         """One iteration: expire, admit, compute, postprocess. `clock` only measures how long the computation took."""
@@ -250,6 +262,7 @@ class Engine:
         if plan is not None:
             logits = self._run(plan, clock)
             self._postprocess(plan, logits, clock())
+            self._out.computed = True
         return self.take_output()
 
     def take_output(self) -> Output:
@@ -319,8 +332,8 @@ class Engine:
                 job.local_hit_tokens = sequence.num_computed_tokens
                 job.fetched_tokens = 0
             wanted = self._wanted(sequence)
-            if wanted and job.dispatch.sources and not job.reported:
-                self._start_fetch(job, wanted, now_s)
+            if wanted and job.dispatch.sources:
+                self._start_fetch(sequence, wanted, now_s)
             else:
                 self._after_fetch(sequence, now_s)
 
@@ -341,30 +354,30 @@ class Engine:
             )
         return tuple(wanted)
 
-    def _start_fetch(self, job: Job, wanted: tuple[WantedBlock, ...], now_s: float) -> None:
-        dispatch = job.dispatch
-        job.fetch_id = self._new_fetch_id()
-        job.trunk.state = State.FETCHING
-        self._fetching[job.fetch_id] = job
-        self._arrived[job.fetch_id] = {}
-        deadline_s = min(job.deadline_s, now_s + self._limits.fetch_timeout_s)
+    def _start_fetch(self, sequence: Seq, wanted: tuple[WantedBlock, ...], now_s: float) -> None:
+        job = sequence.job
+        # Who waits for a prefill waits as long as the request may; the source says so when that prefill is over.
+        waits = bool(job.dispatch.wait_source) and not job.reported
+        sequence.fetch_id = self._new_fetch_id()
+        sequence.state = State.FETCHING
+        self._fetching[sequence.fetch_id] = sequence
+        self._arrived[sequence.fetch_id] = {}
         self._out.fetches.append(
             FetchPlan(
-                fetch_id=job.fetch_id,
-                request_id=dispatch.fence.request_id,
+                fetch_id=sequence.fetch_id,
+                request_id=job.dispatch.fence.request_id,
                 wanted=wanted,
-                sources=tuple(dispatch.sources),
-                wait_source=dispatch.wait_source,
-                deadline_s=deadline_s,
+                sources=tuple(job.dispatch.sources),
+                wait_source=job.dispatch.wait_source if waits else "",
+                deadline_s=job.deadline_s if waits else min(job.deadline_s, now_s + self._limits.fetch_timeout_s),
             )
         )
 
     def _cancel_fetch(self, sequence: Seq) -> None:
         """Preemption of a fetch: it gives its blocks back when the sink has let go of them."""
-        fetch_id = sequence.job.fetch_id
-        assert fetch_id is not None
+        assert sequence.fetch_id is not None
         sequence.state = State.WAITING
-        self._out.cancels.append(fetch_id)
+        self._out.cancels.append(sequence.fetch_id)
 
     def _retire(self, sequence: Seq, tainted: set[int]) -> None:
         """Takes blocks that a transport may still write to out of the table, and out of use."""
@@ -375,11 +388,12 @@ class Engine:
         self._pool.release([block for block in dropped if block not in tainted])
         sequence.block_table = kept
 
-    def _take_arrived(self, job: Job, arrived: dict[int, FetchedBlock], now_s: float) -> None:
+    def _take_arrived(self, sequence: Seq, arrived: dict[int, FetchedBlock], now_s: float) -> None:
         """Counts the blocks that came as computed and makes them findable here, as far as they follow one another without
         a hole: what lies behind one is computed again, into the same memory."""
-        sequence = job.trunk
+        job = sequence.job
         size = self._limits.block_size
+        num_fetched_tokens = 0
         totals: dict[tuple[str, str, str], list[int]] = {}
         for block in sequence.block_table[sequence.num_computed_tokens // size :]:
             found = arrived.get(block)
@@ -389,14 +403,16 @@ class Engine:
             if found.num_tokens == size:
                 self._pool.publish(block, found.key, found.parent, size, found.checksum)
                 sequence.num_published_blocks += 1
-            job.fetched_tokens += found.num_tokens
+            num_fetched_tokens += found.num_tokens
             total = totals.setdefault((found.process, found.tier, found.transport), [0, 0])
             total[0] += 1
             total[1] += found.num_bytes
-        job.fetched = [FetchedFrom(*source, blocks, size_bytes) for source, (blocks, size_bytes) in totals.items()]  # type: ignore[arg-type]
-        num_bytes = sum(item.num_bytes for item in job.fetched)
-        self._count["fetched_blocks"] += sum(item.num_blocks for item in job.fetched)
-        self._count["fetched_bytes"] += num_bytes
+        fetched = [FetchedFrom(*source, blocks, num_bytes) for source, (blocks, num_bytes) in totals.items()]  # type: ignore[arg-type]
+        if not job.reported:
+            job.fetched_s = now_s
+            job.fetched_tokens = num_fetched_tokens
+            job.fetched = fetched
+        num_bytes = sum(item.num_bytes for item in fetched)
         if num_bytes and not job.dispatch.wait_source and job.admitted_s is not None and now_s > job.admitted_s:
             self._fetch_bytes_per_s = _smoothed(self._fetch_bytes_per_s, num_bytes / (now_s - job.admitted_s))
 
@@ -408,17 +424,16 @@ class Engine:
             job.fetched_s = now_s
         if not job.reported:
             self._count["prefix_hit_tokens"] += job.local_hit_tokens
-        if not sequence.draws and not job.reported:
-            if missing > self._limits.recompute_limit_tokens:
-                self._count["fetch_misses"] += 1
-                self._fail(
-                    job,
-                    FetchFailed(
-                        f"{missing} of {sequence.num_tokens} tokens could not be fetched; at most "
-                        f"{self._limits.recompute_limit_tokens} are recomputed without asking"
-                    ),
-                )
-                return
+        if not sequence.draws and not job.reported and missing > self._limits.recompute_limit_tokens:
+            self._fail(
+                job,
+                FetchFailed(
+                    f"{missing} of {sequence.num_tokens} tokens could not be fetched; at most "
+                    f"{self._limits.recompute_limit_tokens} are recomputed without asking"
+                ),
+            )
+            return
+        if job.reported or not sequence.draws:  # KV that existed: the hand-over's, or a preempted sequence's own
             self._count["recomputed_tokens"] += missing
         if missing:
             sequence.state = State.RUNNING
@@ -571,10 +586,15 @@ class Engine:
             chain = KeyChain(job.dispatch.root, self._limits.block_size, trunk.tokens[:num_tokens])
             key = chain.partial_key()
             assert key is not None
-            block = trunk.block_table[num_tokens // self._limits.block_size]
+            index = num_tokens // self._limits.block_size
+            block = trunk.block_table[index]
             self._memory.zero_unused(block, tail)
             parent = chain.parent_of(len(chain.keys))
-            self._pool.publish(block, key, parent, tail, self._memory.checksum(block), announce=False)
+            with self._pool.lock:
+                if not self._pool.publish(block, key, parent, tail, self._memory.checksum(block), announce=False):
+                    # Another job holds the same prompt: this one holds its block too, or it would go with that job.
+                    trunk.block_table[index : index + 1] = self._pool.match([key])
+                    self._pool.release([block])
 
     def _caught_up_without_drawing(self, sequence: Seq, now_s: float) -> None:
         """The KV of a decode role is complete; it goes on as soon as its first tokens are there."""
@@ -623,18 +643,20 @@ class Engine:
         del job.samples[sequence.index]
         if not job.samples:
             self._count["finished"] += 1
-            del self._jobs[job.router, job.dispatch.fence]
+            self._forget(job)
 
     def _drop(self, job: Job) -> None:
         """Gives back all that a job holds; nothing of it may be in a fetch any more."""
-        assert job.fetch_id is None
-        if job.dispatch.fence.role == "prefill" and not job.forked:
-            missing = [key for key in self._keys(job.trunk) if not self._pool.contains(key)]
-            self._out.unpromised.extend(missing)
+        assert not job.fetch_ids
         for sequence in list(job.samples.values()):
             self.scheduler.finish(sequence)
         job.samples.clear()
+        self._forget(job)
+
+    def _forget(self, job: Job) -> None:
         del self._jobs[job.router, job.dispatch.fence]
+        if job.dispatch.fence.role == "prefill":
+            self._out.withdrawals.append(job.arrival)
 
     def _abort(self, job: Job) -> None:
         self._count[job.aborted_in] += 1
@@ -651,8 +673,8 @@ class Engine:
                 log.warning("%s: nobody fetched the prompt's KV within %.1f s", job.dispatch.fence, job.dispatch.hold_s)
                 job.aborted_in = _abort_counter(job)
                 self._abort(job)
-            elif now_s >= job.deadline_s and job.aborting is None:
-                if job.fetch_id is not None:
+            elif now_s >= job.deadline_s and not job.aborting:
+                if job.fetch_ids:
                     self.on_abort(job.router, job.dispatch.fence, "deadline")
                 else:
                     self._fail(job, DeadlineExceeded("the request's deadline passed on the worker"))
@@ -664,7 +686,7 @@ class Engine:
 
 def _abort_counter(job: Job) -> str:
     """Which of `Counters` the end of a job in its present state counts in."""
-    if job.fetch_id is not None:
+    if job.fetch_ids:
         return "aborted_fetching"
     states = {sequence.state for sequence in job.samples.values()}
     if State.HELD in states:

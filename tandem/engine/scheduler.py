@@ -183,17 +183,18 @@ class Scheduler:
                 return False
 
     def _preempt_after(self, sequence: Sequence) -> bool:
-        """Takes the blocks of the youngest sequence that may be preempted for `sequence`; False if there is none, or if the
-        room comes later, from a fetch that is being cancelled or a hold that is running out."""
+        """Takes the blocks of the youngest sequence that may be preempted for `sequence`, never its own. False if there is
+        none, or if the room comes later: from a fetch that is being cancelled or a hold that is running out."""
         for victim in reversed(self._holding):
-            if victim.order < sequence.order:
-                break
-            if victim.state is State.FETCHING:
-                self._cancel_fetch(victim)
+            if victim is sequence or victim.order < sequence.order:
+                return False
+            if victim.fetch_id is not None:
+                if victim.state is State.FETCHING:
+                    self._cancel_fetch(victim)
                 return False
             if victim.state in (State.RUNNING, State.PARKED):
                 self.requeue(victim)
-                return victim is not sequence
+                return True
         return False
 
     def _release(self, sequence: Sequence) -> None:

@@ -45,15 +45,14 @@ class Job:
     received_s: float
     deadline_s: float
     samples: dict[int, Sequence] = field(default_factory=dict)
-    fetch_id: bytes | None = None
-    aborting: str | None = None
-    """Why it ends as soon as its fetch is over."""
+    aborting: bool = False
+    """It ends as soon as its fetches are over."""
     aborted_in: str = ""
     """The counter of what it was doing when the abort came."""
     first_tokens: list[int] | None = None
     forked: bool = False
     stopped: set[int] = field(default_factory=set)
-    """Samples that the router ended before the fork."""
+    """Samples that the router ended before their fork, or in a fetch."""
     admitted_s: float | None = None
     fetched_s: float | None = None
     reported: bool = False
@@ -62,6 +61,11 @@ class Job:
     computed_tokens: int = 0
     fetched: list[FetchedFrom] = field(default_factory=list)
     hold_until_s: float = 0.0
+
+    @property
+    def fetch_ids(self) -> list[bytes]:
+        """The fetches of its sequences that are not over."""
+        return [sequence.fetch_id for sequence in self.samples.values() if sequence.fetch_id is not None]
 
     @property
     def trunk(self) -> Sequence:
@@ -86,6 +90,7 @@ class Sequence:
     block_table: list[BlockId] = field(default_factory=list)
     num_computed_tokens: int = 0
     num_published_blocks: int = 0
+    fetch_id: bytes | None = None
 
     @property
     def num_tokens(self) -> int:

@@ -245,9 +245,6 @@ def test_a_hold_that_nobody_ends_runs_out() -> None:
     fence = Fence("a", 0, "prefill", 0)
     world.engine.on_dispatch(0, dispatch("a", [1, 2, 3], role="prefill", here=False, hold_s=2.0), world.now_s)
     world.step()
-    deadline = world.engine.next_deadline_s()
-    assert deadline is not None
-    assert deadline <= world.now_s + 2.0
     world.now_s += 2.1
     world.step()
     assert world.ends(fence) == ["aborted"]
@@ -396,6 +393,7 @@ def test_a_younger_fetch_gives_its_room_to_an_older_stream_and_comes_back() -> N
     for _ in range(100):
         plans += world.step().fetches
     (hand.plan,) = plans
+    assert world.engine.scheduler.num_preemptions == 1, "the oldest was preempted as well"
     assert world.stream(Fence("old", 0, "decode", 0)) == fake_model.continuation([90, 91], 30)
     hand.first_tokens()
     hand.end(len(hand.plan.wanted))
@@ -479,3 +477,96 @@ def test_any_mix_of_requests_gives_every_stream_its_own_truth(requests: list[tup
         if abort_after is None:
             assert world.ends(fence) == ["length"] * n
     assert all_free(world)
+
+
+def test_an_engine_that_only_waits_has_no_work() -> None:
+    hand = Handover(list(range(23)), num_blocks=8)
+    hand.decode.engine.on_dispatch(0, dispatch("b", list(range(30, 50))), hand.decode.now_s)
+    hand.decode.step()
+    assert [seq.job.dispatch.fence.request_id for seq in hand.decode.engine.scheduler.waiting] == ["b"]
+    assert not hand.decode.engine.has_work
+    assert hand.decode.step().is_empty
+
+
+def test_a_hand_over_waits_as_long_as_the_request_may() -> None:
+    hand = Handover(list(range(23)))
+    assert hand.plan.wait_source == ""
+    assert hand.plan.deadline_s < hand.decode.now_s + 6
+    waiting = dispatch(
+        "w", list(range(40, 60)), here=False, sources=[SOURCE], wait_source="prefill-0", deadline_s=500.0
+    )
+    hand.decode.engine.on_dispatch(0, waiting, hand.decode.now_s)
+    (plan,) = hand.decode.step().fetches
+    assert plan.wait_source == "prefill-0"
+    assert plan.deadline_s > hand.decode.now_s + 490
+
+
+def test_a_preempted_sequence_asks_for_its_kv_again_before_it_computes() -> None:
+    old = dispatch("old", [90, 91], max_tokens=34)
+    hand = Handover(list(range(23)), num_blocks=9, before=old)
+    hand.end(len(hand.plan.wanted))  # complete, waiting for its first tokens
+    world = hand.decode
+    plans = []
+    for _ in range(100):
+        plans += world.step().fetches
+    assert world.engine.scheduler.num_preemptions == 1
+    (hand.plan,) = plans
+    assert hand.plan.wait_source == ""
+    hand.first_tokens()
+    hand.end(len(hand.plan.wanted))
+    world.run()
+    streamed = [t for m in world.said if isinstance(m, Tokens) and m.fence == hand.fence for t in m.token_ids]
+    assert streamed == fake_model.continuation(list(range(23)), 6)[1:]
+    assert sum(isinstance(m, RoleReport) and m.fence == hand.fence for m in world.said) == 1
+
+
+def test_a_forked_sample_can_be_stopped_while_it_fetches_again() -> None:
+    hand = Handover(list(range(9)), n=2)
+    hand.first_tokens()
+    hand.end(len(hand.plan.wanted))
+    world = hand.decode
+    world.step()
+    for sequence in list(world.engine.scheduler.holding):
+        world.engine.scheduler.requeue(sequence)  # both are preempted, and what they had computed is evicted
+    world.pool.clear_cached()
+    out = world.step()
+    out.fetches = out.fetches[:1]
+    (plan,) = out.fetches
+    fetching = next(seq for seq in world.engine.scheduler.holding if seq.fetch_id == plan.fetch_id)
+    world.engine.on_stop_sample(0, hand.fence, fetching.index)
+    assert world.step().cancels == [plan.fetch_id]
+    for pending in list(world.engine._fetching):
+        world.engine.on_fetch_ended(FetchEnded(pending, (), (), ()), world.now_s)
+    world.run()
+    assert not [m for m in world.said if isinstance(m, Tokens) and m.index == fetching.index and m.finish_reason]
+    other = [t for m in world.said if isinstance(m, Tokens) and m.index != fetching.index for t in m.token_ids]
+    assert other == fake_model.continuation(list(range(9)), 6)[1:]
+    assert all_free(world)
+
+
+def test_of_two_equal_prompts_the_second_hand_over_survives_the_end_of_the_first() -> None:
+    world = World()
+    prompt = list(range(10))
+    for name in "ab":
+        world.engine.on_dispatch(0, dispatch(name, prompt, role="prefill", here=False), world.now_s)
+    for _ in range(3):
+        world.step()
+    partial = KeyChain(ROOT, BLOCK, prompt).partial_key()
+    assert partial is not None
+    world.engine.on_abort(0, Fence("a", 0, "prefill", 0), "handed over")
+    world.step()
+    assert world.pool.contains(partial)
+    world.engine.on_abort(0, Fence("b", 0, "prefill", 0), "handed over")
+    assert world.step().withdrawals == [1]
+    assert not world.pool.contains(partial)
+    assert all_free(world)
+
+
+def test_a_probe_for_an_unknown_dispatch_is_answered_with_its_failure() -> None:
+    world = World()
+    world.engine.on_dispatch(0, dispatch("a", [1, 2]), world.now_s)
+    world.engine.on_probe(0, Fence("a", 0, "decode", 0))
+    world.engine.on_probe(0, Fence("lost", 0, "decode", 0))
+    world.step()
+    assert world.ends(Fence("lost", 0, "decode", 0)) == ["worker_lost"]
+    assert world.ends(Fence("a", 0, "decode", 0)) == []

@@ -166,7 +166,7 @@ def test_held_blocks_arrive_with_their_bytes_and_leave_no_lease(make: Make) -> N
 
 def test_a_wait_overlaps_the_computation(make: Make) -> None:
     source, sink = make("source"), make("sink")
-    source.service.promise([key_of(n) for n in "abc"], now_s() + 10)
+    source.service.promise("job", [key_of(n) for n in "abc"])
     plan = sink.fetch("abc", [source.source], wait="source")
     for i, name in enumerate("abc"):
         source.put([name], key_of("abc"[i - 1]) if i else ROOT)
@@ -193,9 +193,10 @@ def test_an_unknown_key_is_a_miss_after_the_grace_time_and_at_once_without_wait(
 
 def test_a_failed_prefill_is_a_miss_at_once(make: Make) -> None:
     source, sink = make("source", grace_s=30.0), make("sink")
+    source.service.promise("job", [key_of("a"), key_of("b")])
     plan = sink.fetch("ab", [source.source], wait="source", seconds=30.0)
     run_until([source, sink], lambda: source.service._server.num_parked == 2)
-    source.service.on_failed([key_of("a"), key_of("b")], now_s())
+    source.service.withdraw("job", now_s())
     run_until([source, sink], lambda: plan.fetch_id in sink.ended, seconds=2)
     assert sink.ended[plan.fetch_id].missing == tuple(map(key_of, "ab"))
 

@@ -138,26 +138,37 @@ def test_unknown_keys_are_missed_when_the_grace_time_is_over() -> None:
 def test_promised_keys_outlast_the_grace_time_until_the_fetch_or_the_promise_ends(promised_first: bool) -> None:
     world = World()
     if promised_first:
-        world.server.promise([key_of("a"), key_of("b")], 30.0)
+        world.server.promise("job", [key_of("a"), key_of("b")])
     world.server.on_message(SINK, fetch(1, "a", wait=True, deadline_s=20.0), 0.0)
     world.server.on_message(SINK, fetch(2, "b", wait=True, deadline_s=50.0), 0.0)
     if not promised_first:
-        world.server.promise([key_of("a"), key_of("b")], 30.0)
+        world.server.promise("job", [key_of("a"), key_of("b")])
     assert world.server.tick(GRACE_S) == []
     assert world.server.tick(19.9) == []
     assert missed_names(world.server.tick(20.0)) == ["a"]
     assert world.server.tick(29.9) == []
-    assert missed_names(world.server.tick(30.0)) == ["b"]
+    assert missed_names(world.server.withdraw("job", 30.0)) == ["b"]
 
 
 def test_a_failed_prefill_answers_its_waiters_at_once() -> None:
     world = World()
-    world.server.promise([key_of("a")], 1000.0)
+    world.server.promise("job", [key_of("a")])
     world.server.on_message(SINK, fetch(1, "ab", wait=True), 0.0)
-    assert missed_names(world.server.on_failed([key_of("a")], 0.1)) == ["a"]
+    assert missed_names(world.server.withdraw("job", 0.1)) == ["a"]
     assert world.server.num_parked == 1
     world.server.on_message(SINK, fetch(2, "a", wait=True), 0.1)
     assert missed_names(world.server.tick(0.1 + GRACE_S)) == ["b", "a"], "the promise is over too"
+
+
+def test_what_another_still_promises_is_waited_for() -> None:
+    world = World()
+    world.server.promise("one", [key_of("a"), key_of("b")])
+    world.server.promise("other", [key_of("a")])
+    world.server.on_message(SINK, fetch(1, "ab", wait=True, deadline_s=50.0), 0.0)
+    assert missed_names(world.server.withdraw("one", 0.1)) == ["b"]
+    assert world.server.tick(GRACE_S + 1.0) == []
+    assert missed_names(world.server.withdraw("other", 9.0)) == ["a"]
+    assert not world.server._promised
 
 
 def test_a_block_that_was_published_and_evicted_before_we_looked_is_a_miss() -> None:
@@ -240,7 +251,7 @@ def test_every_key_of_every_fetch_is_answered_once_by_its_deadline_and_no_lease_
         now += data.draw(st.sampled_from([0.0, 0.1, 1.0, 3.0]))
         sink = data.draw(st.sampled_from([b"s1", b"s2"]))
         some = data.draw(st.lists(st.sampled_from(names), min_size=1, max_size=4, unique=True))
-        match data.draw(st.sampled_from(["fetch", "fetch", "put", "promise", "fail", "done", "cancel", "tick"])):
+        match data.draw(st.sampled_from(["fetch", "fetch", "put", "promise", "withdraw", "done", "cancel", "tick"])):
             case "fetch":
                 asked[sink, fetch_id(number)] = [key_of(n) for n in some]
                 wait, deadline_s = data.draw(st.booleans()), data.draw(st.sampled_from([1.0, 10.0]))
@@ -253,9 +264,9 @@ def test_every_key_of_every_fetch_is_answered_once_by_its_deadline_and_no_lease_
                     world.pool.release(blocks)
                     note(world.server.on_published(world.pool.take_published(), now))
             case "promise":
-                world.server.promise([key_of(n) for n in some], now + 8.0)
-            case "fail":
-                note(world.server.on_failed([key_of(n) for n in some], now))
+                world.server.promise(number, [key_of(n) for n in some])
+            case "withdraw":
+                note(world.server.withdraw(data.draw(st.integers(0, number)), now))
             case "done":
                 old = fetch_id(data.draw(st.integers(0, number)))
                 note(world.server.on_message(sink, Done(old, data.draw(st.integers(0, 2))), now))
@@ -275,7 +286,8 @@ def test_every_key_of_every_fetch_is_answered_once_by_its_deadline_and_no_lease_
             assert sorted(answered.get(name, [])) == sorted(keys)
     assert (world.server.num_fetches, world.server.num_parked, world.pool.stats().num_leases) == (0, 0, 0)
     assert not world.server._waiters
-    world.server.tick(now + 100.0)
+    for owner in range(25):
+        world.server.withdraw(owner, now)
     assert not world.server._promised
-    assert not world.server._promise_ends
+    assert not world.server._promises
     world.pool.check()
