@@ -156,10 +156,9 @@ class PoolNode:
 
     def run(self, stop: threading.Event) -> None:
         """Serves until `stop`. Raises ConfigError if a router refuses this node."""
-        router = self._config.router
         self._link = RouterLink(
             self._context,
-            [f"tcp://{router.host}:{router.control_port}"],
+            [self._config.router.control_endpoint],
             identity=identity(self._name, self._epoch),
             make_hello=self._hello,
             make_heartbeat=self._heartbeat,
@@ -246,7 +245,7 @@ class PoolNode:
             process=self._name,
             epoch=self._epoch,
             tier="HOST",
-            bind_host=self._config.router.host,
+            bind_host=self._config.transfer.host,
             transports=transfer.transports,
             machine_id=machine_id(),
             lease_s=transfer.lease_s,

@@ -38,7 +38,7 @@ from kvpool.transport.shm import ShmListener, ShmTransport
 from protos import control, kv_events
 from protos.control import Counters, Endpoints, Fetch, Source, Tier
 from protos.kv_events import AllBlocksCleared, BlockRemoved, BlockStored, Event, EventBatch
-from tandem.errors import TransportError
+from tandem.errors import ConfigError, TransportError
 from tandem.zmq_io import bounded_socket, identity
 
 log = logging.getLogger(__name__)
@@ -488,11 +488,14 @@ class KVService:
 
 
 def _bind(socket: Socket, host: str) -> str:
-    """Binds to a free TCP port of `host` and returns the endpoint that others connect to."""
+    """Binds to a free TCP port of `host` and returns the endpoint that others connect to. Raises ConfigError if it can't."""
     if ":" in host:
         socket.setsockopt(zmq.IPV6, 1)
         host = f"[{host}]"
-    socket.bind(f"tcp://{host}:*")
+    try:
+        socket.bind(f"tcp://{host}:*")
+    except zmq.ZMQError as error:
+        raise ConfigError(f"transfer.host: can't listen on {host!r}: {error.strerror}") from error
     endpoint = socket.getsockopt_string(zmq.LAST_ENDPOINT)
     assert isinstance(endpoint, str)
     return endpoint

@@ -82,9 +82,10 @@ class LimitsConfig(_Section):
 
 
 class RouterConfig(_Section):
-    """The front door and the control plane. Everything binds to `host`: loopback unless you say otherwise."""
+    """The front door and the control plane."""
 
-    host: str = "127.0.0.1"
+    host: str = Field("127.0.0.1", description="the address it binds: loopback unless you say otherwise")
+    address: str = Field("", description="where workers and pool nodes reach it; empty: the address it binds")
     grpc_port: Annotated[int, Field(ge=0, le=65_535)] = 8050
     control_port: Annotated[int, Field(ge=0, le=65_535)] = 8051
     metrics_port: Annotated[int, Field(ge=0, le=65_535, description="Prometheus; 0: off")] = 8052
@@ -93,10 +94,16 @@ class RouterConfig(_Section):
     progress_s: float = Field(60.0, gt=0, description="a step that takes longer counts as a death")
     max_attempts: int = Field(3, ge=1, le=10, description="dispatches of one role before the request fails")
 
+    @property
+    def control_endpoint(self) -> str:
+        """What workers and pool nodes dial."""
+        return f"tcp://{self.address or self.host}:{self.control_port}"
+
 
 class TransferConfig(_Section):
     """How KV moves."""
 
+    host: str = Field("127.0.0.1", description="the address that a worker or pool node binds, and tells the others")
     transports: list[Literal["shm"]] = Field(
         default=["shm"], description="empty: nothing is fetched, all is recomputed"
     )

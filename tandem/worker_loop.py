@@ -190,7 +190,6 @@ class _TransferThread:
     def _serve(self) -> None:
         context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         transfer = self._config.transfer
-        router = self._config.router
         try:
             self._service = KVService(
                 context=context,
@@ -199,7 +198,7 @@ class _TransferThread:
                 process=self._name,
                 epoch=self._epoch,
                 tier="DEVICE",
-                bind_host=router.host,
+                bind_host=transfer.host,
                 transports=transfer.transports,
                 machine_id=machine_id(),
                 lease_s=transfer.lease_s,
@@ -210,7 +209,7 @@ class _TransferThread:
             try:
                 self._link = RouterLink(
                     context,
-                    [f"tcp://{router.host}:{router.control_port}"],
+                    [self._config.router.control_endpoint],
                     identity=identity(self._name, self._epoch),
                     make_hello=self._hello,
                     make_heartbeat=self._heartbeat,

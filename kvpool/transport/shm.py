@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import logging
 import mmap
 import os
 import secrets
@@ -31,6 +32,8 @@ from kvpool.arena import F_SEAL_FUTURE_WRITE, F_SEAL_GROW, F_SEAL_SHRINK, Arena,
 from kvpool.transport.base import BlockRead, ReadResult
 from protos.control import Source
 from tandem.errors import TransportError
+
+log = logging.getLogger(__name__)
 
 SHM_VERSION = 1
 ENDPOINT_PREFIX = "@tandem-"
@@ -82,6 +85,7 @@ class ShmListener:
             else:  # a reader has nothing to say: it left, or it breaks the contract
                 self._epoll.unregister(fd)
                 self._connections.pop(fd).close()
+                self._epoll.modify(self._socket.fileno(), select.EPOLLIN)
 
     def close(self) -> None:
         """Ends every connection, by which readers drop their mappings. Idempotent."""
@@ -94,8 +98,14 @@ class ShmListener:
     def _accept(self) -> None:
         try:
             connection, _ = self._socket.accept()
-        except OSError:
-            return  # the reader gave up before we looked, or descriptors ran out: it sees the connection end
+        except OSError as error:
+            if error.errno in (errno.EMFILE, errno.ENFILE):
+                # The connection stays in the queue and would wake us for ever: nobody new until somebody leaves.
+                log.error(
+                    "no descriptor is left for another reader of the arena; %d are connected", len(self._connections)
+                )
+                self._epoll.modify(self._socket.fileno(), 0)
+            return
         connection.setblocking(False)
         try:
             if peer_uid(connection) != os.geteuid() or len(self._connections) >= _MAX_CONNECTIONS:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import uuid
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +21,8 @@ from tandem.engine.numerics import NumericsReport, numerics_class
 from tandem.engine.runner import Runner, layout_for
 from tandem.errors import ConfigError
 from tandem.models.loader import LoadedModel, load_model
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,6 +75,8 @@ def build_engine(
     pool = BlockPool(num_blocks, worker.block_size, "DEVICE", keep_events=keep_events)
     memory = SlabMemory(arena, layout)
     numerics = numerics_class(model)
+    if not numerics.deterministic:
+        log.error("streams are not bit-exact on this machine: %s", numerics.evidence)
     engine = Engine(
         pool=pool,
         memory=memory,

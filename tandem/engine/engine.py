@@ -507,6 +507,7 @@ class Engine:
         for row, sequence in enumerate(drawing):
             job = sequence.job
             num_samples = 1 if job.forked else job.dispatch.n
+            prompt, output = _history(sequence)
             for index in range(sequence.index, sequence.index + num_samples):
                 rows.append(row)
                 requests.append(
@@ -514,8 +515,8 @@ class Engine:
                         sampling=job.dispatch.sampling,
                         sample_index=index,
                         position=sequence.num_generated_tokens,
-                        prompt_token_ids=sequence.tokens[: job.dispatch.num_prompt_tokens],
-                        output_token_ids=sequence.tokens[job.dispatch.num_prompt_tokens :],
+                        prompt_token_ids=prompt,
+                        output_token_ids=output,
                     )
                 )
         drawn = iter(sample(logits if len(rows) == len(drawing) else logits[rows], requests))
@@ -694,6 +695,15 @@ def _abort_counter(job: Job) -> str:
     if states == {State.WAITING}:
         return "aborted_waiting"
     return "aborted_decode" if job.forked and job.dispatch.fence.role == "decode" else "aborted_prefill"
+
+
+def _history(sequence: Seq) -> tuple[list[int], list[int]]:
+    """Prompt and generated tokens, where the sampling looks at them: copying thousands of ids a token costs time."""
+    sampling = sequence.job.dispatch.sampling
+    if sampling.repetition_penalty == 1.0 and not sampling.presence_penalty and not sampling.frequency_penalty:
+        return [], []
+    length = sequence.job.dispatch.num_prompt_tokens
+    return sequence.tokens[:length], sequence.tokens[length:]
 
 
 def _smoothed(old: float, new: float) -> float:

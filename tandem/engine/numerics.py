@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -28,7 +29,14 @@ PROBE_TOKENS = 512
 _PIECES = (63, 1, 2, 3, 63)
 """Rows of the second pass's first chunks; the rest is one more chunk. The first pass is one chunk of `PROBE_TOKENS`."""
 _BLOCK_SIZE = 16
-_SWITCHES = ("ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA", "ATEN_CPU_CAPABILITY", "MKL_CBWR", "MKL_ENABLE_INSTRUCTIONS")
+_SWITCHES = (
+    "ONEDNN_MAX_CPU_ISA",
+    "DNNL_MAX_CPU_ISA",
+    "ATEN_CPU_CAPABILITY",
+    "MKL_CBWR",
+    "MKL_ENABLE_INSTRUCTIONS",
+    "NPY_DISABLE_CPU_FEATURES",
+)
 _CPUINFO_BYTES = 65_536
 
 
@@ -59,6 +67,7 @@ def _ingredients(model: LoadedModel) -> list[str]:
         "tandem/numerics/1",
         f"backend torch-cpu {torch.__version__}",
         f"build {torch.__config__.show()}",
+        f"numpy {np.__version__}",  # the sampler's exp and log
         f"capability {torch.backends.cpu.get_cpu_capability()}",
         f"processor {_processor()}",
         f"threads {torch.get_num_threads()}",
