@@ -1,4 +1,5 @@
-"""The tokenizer inside a GGUF file's metadata: byte-level BPE of the families whose splitting rule is known here.
+"""The tokenizer inside a GGUF file's metadata: byte-level BPE of the families whose splitting rule is known here, and
+SentencePiece's BPE (Llama 2, Mistral, TinyLlama), whose merging is in `spm`.
 
 Owns the rules (`tokenizer.ggml.pre` → pre-tokenizer), which follow llama.cpp's `llm_tokenizer_bpe`, so ids equal llama.cpp's.
 An unknown rule is refused: a wrong split gives plausible, wrong tokens. Never reads tensors.
@@ -6,6 +7,7 @@ An unknown rule is refused: a wrong split gives plausible, wrong tokens. Never r
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,10 +18,21 @@ from tokenizers.pre_tokenizers import ByteLevel, Digits, PreTokenizer, Sequence,
 
 from tandem.errors import ModelError
 from tandem.tokenizer.gguf_metadata import Metadata, read_metadata
-from tandem.tokenizer.vocabulary import END_OF_TURN_NAMES, MAX_VOCAB, Vocabulary, byte_level_bytes, missing_bytes
+from tandem.tokenizer.spm import SentencePieceEncoder
+from tandem.tokenizer.vocabulary import (
+    END_OF_TURN_NAMES,
+    MAX_VOCAB,
+    Vocabulary,
+    backend_encode,
+    byte_level_bytes,
+    byte_of,
+    byte_token_ids,
+    missing_bytes,
+    sentencepiece_bytes,
+)
 
-# Token types of GGUF; the others are normal, unused (5) and byte (6) tokens.
-_UNKNOWN, _CONTROL, _USER_DEFINED = 2, 3, 4
+# Token types of GGUF; the others are normal and unused (5) tokens.
+_UNKNOWN, _CONTROL, _USER_DEFINED, _BYTE = 2, 3, 4, 6
 
 _LLAMA3_SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
@@ -71,49 +84,132 @@ def load_gguf(path: Path) -> Vocabulary:
         raise error if str(path) in str(error) else ModelError(f"{path}: {error}") from error
 
 
+@dataclass(frozen=True, slots=True)
+class _Tokens:
+    """What both kinds of vocabulary have: the tokens, their types and who is a mark."""
+
+    texts: list[str]
+    types: list[int]
+    ids: dict[str, int]
+    special_ids: frozenset[int]
+    user_ids: frozenset[int]
+
+    @property
+    def verbatim_ids(self) -> frozenset[int]:
+        """Tokens that stand for their own text; they are cut out of a text before it is encoded."""
+        return self.special_ids | self.user_ids
+
+
+@dataclass(frozen=True, slots=True)
+class _Kind:
+    """What differs between the kinds: see `Vocabulary`. The defaults hold where the file says nothing."""
+
+    encode: Callable[[str], list[int]]
+    bytes_of: Callable[[str], bytes]
+    missing_bytes: bytes
+    default_add_bos: bool
+    default_bos: int | None = None
+    default_eos: int | None = None
+    space_prefix: bool = False
+
+
 def _build(metadata: Metadata) -> Vocabulary:
     model = _string(metadata, "tokenizer.ggml.model")
-    if model != "gpt2":
-        raise ModelError(f"tokenizer.ggml.model is {model!r}; only 'gpt2' (byte-level BPE) is supported")
+    build = {"gpt2": _byte_level, "llama": _sentencepiece}.get(model)
+    if build is None:
+        raise ModelError(
+            f"tokenizer.ggml.model is {model!r}; supported: 'gpt2' (byte-level BPE), 'llama' (SentencePiece's BPE)"
+        )
+    tokens = _tokens(metadata)
+    kind = build(metadata, tokens)
+    num_tokens = len(tokens.texts)
+    eos = _token_id(metadata, "tokenizer.ggml.eos_token_id", num_tokens, kind.default_eos)
+    bos = _token_id(metadata, "tokenizer.ggml.bos_token_id", num_tokens, kind.default_bos)
+    ends = {
+        eos,
+        _token_id(metadata, "tokenizer.ggml.eot_token_id", num_tokens),
+        _token_id(metadata, "tokenizer.ggml.eom_token_id", num_tokens),
+        *(index for index in tokens.special_ids if tokens.texts[index] in END_OF_TURN_NAMES),
+    }
+    template = metadata.get("tokenizer.chat_template")
+    return Vocabulary(
+        encode=kind.encode,
+        token_bytes=tuple(
+            text.encode("utf-8") if index in tokens.verbatim_ids else kind.bytes_of(text)
+            for index, text in enumerate(tokens.texts)
+        ),
+        special_ids=tokens.special_ids,
+        missing_bytes=kind.missing_bytes,
+        eos_token_ids=frozenset(token for token in ends if token is not None),
+        bos_token_id=bos,
+        eos_token_id=eos,
+        add_bos=bos is not None and bool(metadata.get("tokenizer.ggml.add_bos_token", kind.default_add_bos)),
+        chat_template=template if isinstance(template, str) else None,
+        space_prefix=kind.space_prefix,
+    )
+
+
+def _tokens(metadata: Metadata) -> _Tokens:
+    texts = _strings(metadata, "tokenizer.ggml.tokens")
+    types = [int(kind) for kind in _numbers(metadata, "tokenizer.ggml.token_type", len(texts))]
+    ids = {text: index for index, text in enumerate(texts)}
+    if len(ids) != len(texts):
+        raise ModelError(f"tokenizer.ggml.tokens has {len(texts) - len(ids)} duplicates")
+    return _Tokens(
+        texts=texts,
+        types=types,
+        ids=ids,
+        special_ids=frozenset(index for index, kind in enumerate(types) if kind in (_UNKNOWN, _CONTROL)),
+        user_ids=frozenset(index for index, kind in enumerate(types) if kind == _USER_DEFINED),
+    )
+
+
+def _byte_level(metadata: Metadata, tokens: _Tokens) -> _Kind:
     pre = _string(metadata, "tokenizer.ggml.pre")
     family = FAMILIES.get(pre)
     if family is None:
         raise ModelError(f"tokenizer.ggml.pre is {pre!r}; supported: {', '.join(sorted(FAMILIES))}")
-    tokens = _strings(metadata, "tokenizer.ggml.tokens")
-    types = _types(metadata, len(tokens))
-    vocab = {token: index for index, token in enumerate(tokens)}
-    if len(vocab) != len(tokens):
-        raise ModelError(f"tokenizer.ggml.tokens has {len(tokens) - len(vocab)} duplicates")
+    backend = _backend(tokens.ids, _merges(metadata, tokens.ids), family)
+    marks = [AddedToken(tokens.texts[i], special=True, normalized=False) for i in sorted(tokens.special_ids)]
+    backend.add_special_tokens(marks)
+    backend.add_tokens([AddedToken(tokens.texts[i], special=False, normalized=False) for i in sorted(tokens.user_ids)])
+    verbatim = tokens.verbatim_ids
+    return _Kind(
+        encode=backend_encode(backend),
+        bytes_of=byte_level_bytes,
+        missing_bytes=missing_bytes({text for text, index in tokens.ids.items() if index not in verbatim}),
+        default_add_bos=family.add_bos,
+    )
 
-    backend = _backend(vocab, _merges(metadata, vocab), family)
-    special_ids = frozenset(index for index, kind in enumerate(types) if kind in (_UNKNOWN, _CONTROL))
-    user_ids = frozenset(index for index, kind in enumerate(types) if kind == _USER_DEFINED)
-    backend.add_special_tokens([AddedToken(tokens[i], special=True, normalized=False) for i in sorted(special_ids)])
-    backend.add_tokens([AddedToken(tokens[i], special=False, normalized=False) for i in sorted(user_ids)])
 
-    eos = _token_id(metadata, "tokenizer.ggml.eos_token_id", len(tokens))
-    ends = {
-        eos,
-        _token_id(metadata, "tokenizer.ggml.eot_token_id", len(tokens)),
-        _token_id(metadata, "tokenizer.ggml.eom_token_id", len(tokens)),
-        *(index for index in special_ids if tokens[index] in END_OF_TURN_NAMES),
-    }
-    bos = _token_id(metadata, "tokenizer.ggml.bos_token_id", len(tokens))
-    template = metadata.get("tokenizer.chat_template")
-    verbatim = special_ids | user_ids
-    return Vocabulary(
-        backend=backend,
-        token_bytes=tuple(
-            token.encode("utf-8") if index in verbatim else byte_level_bytes(token)
-            for index, token in enumerate(tokens)
-        ),
-        special_ids=special_ids,
-        missing_bytes=missing_bytes({token for index, token in enumerate(tokens) if index not in verbatim}),
-        eos_token_ids=frozenset(token for token in ends if token is not None),
-        bos_token_id=bos,
-        eos_token_id=eos,
-        add_bos=bos is not None and bool(metadata.get("tokenizer.ggml.add_bos_token", family.add_bos)),
-        chat_template=template if isinstance(template, str) else None,
+def _sentencepiece(metadata: Metadata, tokens: _Tokens) -> _Kind:
+    scores = _numbers(metadata, "tokenizer.ggml.scores", len(tokens.texts))
+    prefix = metadata.get("tokenizer.ggml.add_space_prefix", True)
+    if not isinstance(prefix, bool):
+        raise ModelError(f"tokenizer.ggml.add_space_prefix is {prefix!r}, must be true or false")
+    bytes_ids = {text: index for text, index in tokens.ids.items() if tokens.types[index] == _BYTE}
+    if wrong := [index for text, index in bytes_ids.items() if byte_of(text) is None]:
+        raise ModelError(f"token {wrong[0]} is {tokens.texts[wrong[0]][:100]!r}, a byte token must be like '<0x0A>'")
+    apart = tokens.verbatim_ids | frozenset(bytes_ids.values())
+    encode = SentencePieceEncoder(
+        {text: (index, scores[index]) for text, index in tokens.ids.items() if index not in apart},
+        {tokens.texts[index]: index for index in tokens.verbatim_ids},
+        byte_token_ids(bytes_ids),
+        space_prefix=prefix,
+    )
+
+    def default(index: int) -> int | None:
+        """llama.cpp's ids of the marks, if there is a mark."""
+        return index if index < len(tokens.types) and tokens.types[index] == _CONTROL else None
+
+    return _Kind(
+        encode=encode,
+        bytes_of=sentencepiece_bytes,
+        missing_bytes=b"",
+        default_add_bos=True,
+        default_bos=default(1),
+        default_eos=default(2),
+        space_prefix=prefix,
     )
 
 
@@ -153,17 +249,20 @@ def _strings(metadata: Metadata, key: str) -> list[str]:
     return [str(item) for item in value]
 
 
-def _types(metadata: Metadata, num_tokens: int) -> list[int]:
-    value = metadata.get("tokenizer.ggml.token_type")
-    if not isinstance(value, list) or len(value) != num_tokens:
-        raise ModelError(f"tokenizer.ggml.token_type is not a list of {num_tokens} numbers, one a token")
-    return [int(item) for item in value]
+def _numbers(metadata: Metadata, key: str, num_tokens: int) -> list[float]:
+    value = metadata.get(key)
+    if not isinstance(value, list) or len(value) != num_tokens or isinstance(value[0], str):
+        raise ModelError(f"{key} is not a list of {num_tokens} numbers, one a token")
+    numbers = [float(item) for item in value]
+    if wrong := [index for index, number in enumerate(numbers) if not math.isfinite(number)]:
+        raise ModelError(f"{key} has {numbers[wrong[0]]} for token {wrong[0]}, must be finite numbers")
+    return numbers
 
 
-def _token_id(metadata: Metadata, key: str, num_tokens: int) -> int | None:
+def _token_id(metadata: Metadata, key: str, num_tokens: int, default: int | None = None) -> int | None:
     value = metadata.get(key)
     if value is None:
-        return None
+        return default
     if not isinstance(value, int) or not 0 <= value < num_tokens:
         raise ModelError(f"{key} is {value!r}, must be a token id below {num_tokens}")
     return value

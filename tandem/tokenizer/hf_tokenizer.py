@@ -2,19 +2,31 @@
 
 Owns which of those files says what: `tokenizer.json` the vocabulary, `generation_config.json` (else `config.json` and
 `tokenizer_config.json`) the tokens that end an answer, `chat_template.jinja` (else `tokenizer_config.json`) the chat
-template. Byte-level BPE only: there, exact bytes of every token are known. Never imports transformers.
+template. Byte-level BPE, and BPE in SentencePiece's manner: there, exact bytes of every token are known. Never imports
+transformers.
 """
 
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from tokenizers import Tokenizer
 
 from tandem.errors import ModelError
-from tandem.tokenizer.vocabulary import MAX_VOCAB, Vocabulary, byte_level_bytes, missing_bytes
+from tandem.tokenizer.vocabulary import (
+    MAX_VOCAB,
+    SPACE_MARK,
+    Vocabulary,
+    backend_encode,
+    byte_level_bytes,
+    byte_token_ids,
+    inexpressible,
+    missing_bytes,
+    sentencepiece_bytes,
+)
 
 MAX_FILE_BYTES = 256 * 2**20
 
@@ -30,7 +42,7 @@ def load_hf(directory: Path) -> Vocabulary:
         backend = Tokenizer.from_str(text)
     except Exception as error:  # the library raises plain Exception
         raise ModelError(f"{path} can't be used: {error}") from error
-    _require_byte_level(path, spec)
+    sentencepiece = _is_sentencepiece(path, spec)
     # Files may carry the limits of a training run; a prompt is neither cut nor padded.
     backend.no_truncation()
     backend.no_padding()
@@ -41,7 +53,10 @@ def load_hf(directory: Path) -> Vocabulary:
     added = backend.get_added_tokens_decoder()
     token_bytes = [b""] * (max(vocab.values()) + 1)
     for token, index in vocab.items():
-        token_bytes[index] = token.encode("utf-8") if index in added else byte_level_bytes(token)
+        if sentencepiece:  # whose decoder doesn't tell added tokens from others
+            token_bytes[index] = sentencepiece_bytes(token)
+        else:
+            token_bytes[index] = token.encode("utf-8") if index in added else byte_level_bytes(token)
 
     settings = _object(directory / "tokenizer_config.json")
     eos, ends = _ends(directory, settings, vocab)
@@ -49,31 +64,75 @@ def load_hf(directory: Path) -> Vocabulary:
     bos = vocab.get(_content(settings.get("bos_token")) or "", prefix[0] if prefix else None)
     add_bos = settings.get("add_bos_token")
     return Vocabulary(
-        backend=backend,
+        encode=_refusing(path, backend, spec) if sentencepiece else backend_encode(backend),
         token_bytes=tuple(token_bytes),
         special_ids=frozenset(index for index, token in added.items() if token.special),
-        missing_bytes=missing_bytes(set(backend.get_vocab(with_added_tokens=False))),
+        missing_bytes=b"" if sentencepiece else missing_bytes(set(backend.get_vocab(with_added_tokens=False))),
         eos_token_ids=ends,
         bos_token_id=bos,
         eos_token_id=eos,
         add_bos=bos is not None and (add_bos if isinstance(add_bos, bool) else prefix[:1] == [bos]),
         chat_template=_chat_template(directory, settings),
+        space_prefix=sentencepiece and _DROP_SPACE in _stages(spec, "decoder", "decoders"),
     )
 
 
-def _require_byte_level(path: Path, spec: dict[str, Any]) -> None:
-    """Only byte-level BPE says which bytes a token stands for without its neighbours."""
-    model, decoder, before = (spec.get(key) or {} for key in ("model", "decoder", "pre_tokenizer"))
-    stages = [before, *(before.get("pretokenizers") or [])]
-    if (
-        model.get("type", "BPE") != "BPE"
-        or decoder.get("type") != "ByteLevel"
-        or not any(stage.get("type") == "ByteLevel" for stage in stages)
-    ):
+# What SentencePiece's decoder is made of, in this order: ▁ is a space, byte tokens are bytes, all is one text, and the space
+# before it goes (in models that put one there).
+_DECODERS: list[dict[str, Any]] = [
+    {"type": "Replace", "pattern": {"String": SPACE_MARK}, "content": " "},
+    {"type": "ByteFallback"},
+    {"type": "Fuse"},
+]
+_DROP_SPACE: dict[str, Any] = {"type": "Strip", "content": " ", "start": 1, "stop": 0}
+
+
+def _is_sentencepiece(path: Path, spec: dict[str, Any]) -> bool:
+    """Whether it is SentencePiece's BPE rather than byte-level BPE. Only these two say which bytes a token stands for without
+    its neighbours."""
+    model = spec.get("model") or {}
+    before, decoders = _stages(spec, "pre_tokenizer", "pretokenizers"), _stages(spec, "decoder", "decoders")
+    if model.get("type", "BPE") == "BPE":
+        if [stage.get("type") for stage in decoders] == ["ByteLevel"] and any(
+            stage.get("type") == "ByteLevel" for stage in before
+        ):
+            return False
+        if decoders in (_DECODERS, [*_DECODERS, _DROP_SPACE]) and model.get("byte_fallback"):
+            return True
+    raise ModelError(
+        f"{path} is a {model.get('type')} tokenizer with decoder {[stage.get('type') for stage in decoders]}; only byte-level "
+        "BPE (ByteLevel) and SentencePiece's BPE with byte fallback (Replace, ByteFallback, Fuse, perhaps Strip) are supported"
+    )
+
+
+def _stages(spec: dict[str, Any], key: str, inner: str) -> list[dict[str, Any]]:
+    """The stages of a component, which is one stage, a sequence of them, or absent."""
+    value = spec.get(key) or {}
+    return list(value.get(inner) or []) if value.get("type") == "Sequence" else [value]
+
+
+def _refusing(path: Path, backend: Tokenizer, spec: dict[str, Any]) -> Callable[[str], list[int]]:
+    """The backend's encoding; what would become its unknown token is refused."""
+    encode, vocab = backend_encode(backend), backend.get_vocab(with_added_tokens=False)
+    if None not in byte_token_ids(vocab):
+        return encode
+    mark = spec["model"].get("unk_token")
+    if mark not in vocab:
         raise ModelError(
-            f"{path} is a {model.get('type')} tokenizer with decoder {decoder.get('type')}; "
-            "only byte-level BPE (decoder ByteLevel) is supported"
+            f"{path} has neither a token for every byte nor an unknown token: it drops characters silently"
         )
+    unknown = vocab[mark]
+
+    def refuse_unknown(text: str) -> list[int]:
+        ids = encode(text)
+        if unknown in ids:
+            encoding = backend.encode(text, add_special_tokens=False)
+            for index, (begin, end) in zip(encoding.ids, encoding.offsets, strict=True):
+                if index == unknown and text[begin:end] != mark:
+                    raise inexpressible(text, begin)
+        return ids
+
+    return refuse_unknown
 
 
 def _ends(directory: Path, settings: dict[str, Any], vocab: dict[str, int]) -> tuple[int | None, frozenset[int]]:

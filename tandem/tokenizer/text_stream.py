@@ -53,16 +53,20 @@ class TextStream:
     """The text of one sample. The stop string that is complete first ends it (of two that end together, the longer one), and
     the text ends before it. Special tokens are no text. Without stop strings, all deltas and `finish` make `decode` of all ids.
 
+    With `continues` they are the text that follows another one, so the space that SentencePiece writes before a word is kept at
+    the beginning too: `decode(before) + deltas == decode(before + ids)`, if `before` shows a text of whole characters.
+
     Raises InvalidRequest for an empty stop string.
     """
 
-    def __init__(self, tokenizer: Tokenizer, stop: Sequence[str] = ()) -> None:
+    def __init__(self, tokenizer: Tokenizer, stop: Sequence[str] = (), *, continues: bool = False) -> None:
         if "" in stop:
             raise InvalidRequest("a stop string is empty, needs at least 1 character")
         self._tokenizer = tokenizer
         self._stops = [_StopString(string) for string in stop]
         # Bytes that can't become a character turn into U+FFFD as soon as that is certain, as in `bytes.decode`.
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        self._drop_space = tokenizer.space_prefix and not continues
         self._held = ""
         self._ended = False
 
@@ -71,7 +75,7 @@ class TextStream:
         if self._ended:
             return Delta("", True, 0)
         for index, token_id in enumerate(token_ids):
-            if self._take(self._decoder.decode(self._tokenizer.token_bytes(token_id))):
+            if self._take(self._decoder.decode(self._bytes_of(token_id))):
                 return Delta(self._show(), True, index + 1)
         return Delta(self._show(), False, len(token_ids))
 
@@ -82,6 +86,13 @@ class TextStream:
         if not self._take(self._decoder.decode(b"", final=True)):
             self._ended = True
         return self._show()
+
+    def _bytes_of(self, token_id: int) -> bytes:
+        data = self._tokenizer.token_bytes(token_id)
+        if self._drop_space and data:
+            self._drop_space = False
+            return data.removeprefix(b" ")
+        return data
 
     def _take(self, text: str) -> bool:
         """Adds decoded text to what is held; whether a stop string is complete, in which case it and all behind it are gone."""

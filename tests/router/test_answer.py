@@ -11,6 +11,8 @@ from router.journal import Summary
 
 
 class ByteTokenizer:
+    space_prefix = False
+
     def token_bytes(self, token_id: int, *, skip_special: bool = True) -> bytes:
         return bytes([token_id])
 

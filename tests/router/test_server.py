@@ -58,6 +58,7 @@ class ByteTokenizer:
 
     vocab_size = VOCAB
     max_token_bytes = 1
+    space_prefix = False
     eos_token_ids = frozenset({EOS})
 
     def encode(self, text: str) -> list[int]:
@@ -614,6 +615,37 @@ def test_events_of_before_and_after_the_hello_make_sources(router: Router) -> No
     collect(router.ask(max_tokens=2))
     for dispatch in prefill.seen(Dispatch):
         assert [(source.process, source.tier) for source in dispatch.sources] == [("decode-0", "DEVICE")]
+
+
+def test_a_defect_in_the_core_ends_neither_a_subscription_nor_a_replay(
+    router: Router, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    core = router.server.core
+    calls: list[str] = []
+
+    def failing(name: str) -> Callable[..., Any]:
+        def fail(*args: Any) -> None:
+            calls.append(name)
+            raise AssertionError("a defect")
+
+        return fail
+
+    for name in ("on_events", "on_replayed", "on_closed"):
+        monkeypatch.setattr(core, name, failing(name))
+    ended: list[bool] = []
+    monkeypatch.setattr(core.index, "on_replay_end", lambda process, epoch, complete: ended.append(complete))
+    holder = FakeWorker(router.server.control_port, "decode-0", "decode")
+    router.workers.append(holder)
+    holder.remember(b"k" * 16)
+    wait_for(lambda: True in ended)
+    wait_for(lambda: bool(holder.publish(b"l" * 16)) or calls.count("on_events") >= 2)
+    assert "on_replayed" in calls
+    holder.kill()
+    router.workers.remove(holder)
+    wait_for(lambda: "on_closed" in calls)
+    monkeypatch.undo()
+    traces = [record for record in caplog.records if record.exc_info and "was not handled" in record.message]
+    assert {record.message.split(":")[0] for record in traces} == {"_on_events", "_on_replayed", "_on_closed"}
 
 
 def test_ports_in_use_are_named() -> None:

@@ -155,7 +155,7 @@ def test_bos_is_added_once_where_the_model_wants_it(tmp_path: Path) -> None:
     ("changes", "message"),
     [
         ({"pre": "deepseek-llm"}, "tokenizer.ggml.pre is 'deepseek-llm'; supported: .*smollm"),
-        ({"model": "llama"}, "tokenizer.ggml.model is 'llama'; only 'gpt2'"),
+        ({"model": "bert"}, "tokenizer.ggml.model is 'bert'; supported: 'gpt2'"),
         ({"drop": "tokens"}, "tokenizer.ggml.tokens is missing"),
         ({"drop": "types"}, "tokenizer.ggml.token_type is not a list of"),
         ({"types": [1, 2, 3]}, "tokenizer.ggml.token_type is not a list of"),
@@ -234,6 +234,36 @@ def test_a_directorys_ids_are_those_of_its_own_library(tmp_path_factory: pytest.
     assert ids == own.encode(text, add_special_tokens=False).ids
     assert ours.decode(ids) == own.decode(ids)
     assert ours.decode(ids, skip_special=False) == own.decode(ids, skip_special_tokens=False) == text
+
+
+@given(text=st.text(st.characters(codec="utf-8"), max_size=60) | st.sampled_from([case["text"] for case in CASES]))
+@pytest.mark.parametrize(("pre", "normalizer"), [("llama-bpe", None), ("qwen2", {"type": "NFC"})])
+def test_directories_that_split_like_llama_3_and_qwen2_are_read(
+    tmp_path_factory: pytest.TempPathFactory, pre: str, normalizer: object, text: str
+) -> None:
+    folder = tmp_path_factory.getbasetemp() / pre
+    if not folder.exists():
+        path = write_hf(folder) / "tokenizer.json"
+        spec = json.loads(path.read_text())
+        digits = r"\p{N}{1,3}" if pre == "llama-bpe" else r"\p{N}"
+        pattern = (
+            rf"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|{digits}"
+            r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+        )
+        spec["normalizer"] = normalizer
+        spec["model"]["ignore_merges"] = pre == "llama-bpe"
+        spec["pre_tokenizer"]["use_regex"] = False
+        split = {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
+        spec["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": [split, spec["pre_tokenizer"]]}
+        path.write_text(json.dumps(spec))
+        write_gguf(folder / "same.gguf", pre=pre)
+    ours, own = load_tokenizer(folder), tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+    ids = ours.encode(text)
+    assert ids == own.encode(text, add_special_tokens=False).ids
+    assert ours.decode(ids) == own.decode(ids)
+    if normalizer is None:
+        assert ids == load_tokenizer(folder / "same.gguf").encode(text)
+        assert ours.decode(ids, skip_special=False) == text
 
 
 def test_ends_come_from_all_files_of_a_directory(tmp_path: Path) -> None:
