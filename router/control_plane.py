@@ -39,7 +39,8 @@ LAST_WORDS_MS = 200
 
 @dataclass(frozen=True, slots=True)
 class Handlers:
-    """Who is told what. All are called on the event loop and must not raise."""
+    """Who is told what. All are called on the event loop and must not raise. `on_replay_end` is not called for a replay that
+    was cancelled: the one that replaced it has an end of its own."""
 
     on_message: Callable[[str, bytes, ToRouter], None]
     on_closed: Callable[[str, bytes], None]
@@ -181,7 +182,8 @@ class ControlPlane:
             socket.connect(action.endpoints.replay)
             await socket.send_multipart([b"", kv_events.encode_seq(action.from_seq)])
             for _ in range(MAX_REPLAY_BATCHES):
-                frames = await asyncio.wait_for(socket.recv_multipart(), REPLAY_TIMEOUT_S)
+                async with asyncio.timeout(REPLAY_TIMEOUT_S):  # unlike wait_for, it never swallows a cancellation
+                    frames = await socket.recv_multipart()
                 if frames[1] == kv_events.END_OF_REPLAY:
                     complete = True
                     break
@@ -191,7 +193,7 @@ class ControlPlane:
             log.warning("the event replay of %s from %d failed: %r", process, action.from_seq, error)
         finally:
             socket.close()
-            self._handlers.on_replay_end(process, epoch, complete)
+        self._handlers.on_replay_end(process, epoch, complete)
 
     async def close(self) -> None:
         """Ends every task and socket."""

@@ -16,7 +16,9 @@ from protos.control import Tier
 from protos.kv_events import AllBlocksCleared, BlockRemoved, BlockStored, Event, EventBatch
 
 MAX_HELD_BATCHES = 1024
-REPLAY_RETRY_S = 2.0
+REPLAY_RETRY_S = 10.0
+"""A replay that has brought nothing for so long is asked for again. Longer than the shell waits for a batch: it is the shell
+that says when a replay breaks off, this is for one whose end is never said."""
 _TIERS: dict[str, Tier] = {"DEVICE": "DEVICE", "HOST": "HOST", "DISK": "DISK", "GPU": "DEVICE", "CPU": "HOST"}
 
 
@@ -28,6 +30,14 @@ class Place(NamedTuple):
 
 
 @dataclass(slots=True)
+class _Holders:
+    """The places that hold some keys, sorted: one object for all keys that exactly these hold."""
+
+    places: tuple[Place, ...]
+    num_keys: int = 0
+
+
+@dataclass(slots=True)
 class _Feed:
     """One process' stream of batches. While a replay runs, live batches are held back and applied after it."""
 
@@ -35,6 +45,7 @@ class _Feed:
     tier: Tier
     next_seq: int = 0
     replay_since_s: float | None = None
+    """When the running replay was asked for or brought its last batch; None: none runs."""
     held: dict[int, EventBatch] = field(default_factory=dict)
     announced_seq: int = -1
     replayed_seq: int | None = None
@@ -46,13 +57,18 @@ class PrefixIndex:
 
     def __init__(self, max_entries: int = 4_000_000) -> None:
         self._max_entries = max_entries
-        self._places: OrderedDict[Key, tuple[Place, ...]] = OrderedDict()
+        self._holders: OrderedDict[Key, _Holders] = OrderedDict()
+        self._shared: dict[tuple[Place, ...], _Holders] = {}
         self._keys_of: dict[Place, set[Key]] = {}
-        self._tuples: dict[tuple[Place, ...], tuple[Place, ...]] = {}
         self._feeds: dict[str, _Feed] = {}
 
     def __len__(self) -> int:
-        return len(self._places)
+        return len(self._holders)
+
+    @property
+    def num_place_sets(self) -> int:
+        """Different sets of places that hold keys."""
+        return len(self._shared)
 
     def processes(self) -> set[str]:
         """Names that the index holds anything of."""
@@ -87,11 +103,14 @@ class PrefixIndex:
             feed.held[seq] = batch
         return self._ask(feed, now_s)
 
-    def on_replay(self, process: str, epoch: bytes, seq: int, batch: EventBatch) -> None:
+    def on_replay(self, process: str, epoch: bytes, seq: int, batch: EventBatch, now_s: float) -> None:
         """Takes a replayed batch. One past the next means that the process has forgotten those between: what we knew of it
         is stale then, and starts again from here (a snapshot, as `protos/kv_events.py` says)."""
         feed = self._feeds.get(process)
-        if feed is None or feed.epoch != epoch or (seq < feed.next_seq and seq != feed.replayed_seq):
+        if feed is None or feed.epoch != epoch:
+            return
+        feed.replay_since_s = now_s
+        if seq < feed.next_seq and seq != feed.replayed_seq:
             return
         if seq > feed.next_seq:
             self._clear(process)
@@ -105,8 +124,8 @@ class PrefixIndex:
         feed = self._feeds.get(process)
         if feed is None or feed.epoch != epoch:
             return
-        if not complete and feed.replayed_seq is not None:
-            feed.next_seq = feed.replayed_seq
+        if not complete:
+            self._break_off(feed)
         feed.replay_since_s = feed.replayed_seq = None
         self._apply_held(process, feed)
 
@@ -123,10 +142,10 @@ class PrefixIndex:
     def longest_hits(self, keys: Sequence[Key]) -> dict[Place, int]:
         """For each place that holds `keys[0]`: how many leading keys it holds."""
         hits: dict[Place, int] = {}
-        alive: tuple[Place, ...] = self._places.get(keys[0], ()) if keys else ()
+        alive = self._places_of_key(keys[0]) if keys else ()
         num = 1
         while alive and num < len(keys):
-            here = self._places.get(keys[num], ())
+            here = self._places_of_key(keys[num])
             if here is not alive:
                 for place in alive:
                     if place not in here:
@@ -141,9 +160,16 @@ class PrefixIndex:
     def _ask(feed: _Feed, now_s: float) -> int | None:
         if feed.replay_since_s is not None and now_s - feed.replay_since_s < REPLAY_RETRY_S:
             return None
+        PrefixIndex._break_off(feed)
         feed.replay_since_s = now_s
-        feed.replayed_seq = None
         return feed.next_seq
+
+    @staticmethod
+    def _break_off(feed: _Feed) -> None:
+        """The running replay will bring no more, and may have had more of its last number."""
+        if feed.replayed_seq is not None:
+            feed.next_seq = feed.replayed_seq
+            feed.replayed_seq = None
 
     def _apply_held(self, process: str, feed: _Feed) -> None:
         while (batch := feed.held.pop(feed.next_seq, None)) is not None:
@@ -164,48 +190,65 @@ class PrefixIndex:
                     self._add(key, place)
                 self._trim()
             case BlockRemoved(block_hashes=hashes, medium=medium):
-                for place in self._places_of(process, medium):
+                for place in self._places_in(process, medium):
                     for key in _own_keys(hashes):
                         self._remove(key, place)
             case AllBlocksCleared():
                 self._clear(process)
 
-    def _places_of(self, process: str, medium: str | None) -> list[Place]:
+    def _places_in(self, process: str, medium: str | None) -> list[Place]:
         if medium is not None and medium in _TIERS:
             return [Place(process, _TIERS[medium])]
         return [place for place in self._keys_of if place.process == process]
+
+    def _places_of_key(self, key: Key) -> tuple[Place, ...]:
+        holders = self._holders.get(key)
+        return holders.places if holders is not None else ()
 
     def _add(self, key: Key, place: Place) -> None:
         held = self._keys_of.setdefault(place, set())
         if key in held:
             return
         held.add(key)
-        places = (*self._places.get(key, ()), place)
-        self._places[key] = self._tuples.setdefault(places, places)
+        self._hold(key, tuple(sorted((*self._places_of_key(key), place))))
 
     def _remove(self, key: Key, place: Place) -> None:
         held = self._keys_of.get(place)
         if held is None or key not in held:
             return
         held.remove(key)
-        rest = tuple(other for other in self._places[key] if other != place)
-        if rest:
-            self._places[key] = self._tuples.setdefault(rest, rest)
-        else:
-            del self._places[key]
+        self._hold(key, tuple(other for other in self._places_of_key(key) if other != place))
+
+    def _hold(self, key: Key, places: tuple[Place, ...]) -> None:
+        """`places`, sorted, hold `key` from now on; none: the key is forgotten."""
+        old = self._holders.get(key)
+        if old is not None:
+            self._release(old)
+        if not places:
+            del self._holders[key]
+            return
+        holders = self._shared.get(places)
+        if holders is None:
+            holders = self._shared[places] = _Holders(places)
+        holders.num_keys += 1
+        self._holders[key] = holders
+
+    def _release(self, holders: _Holders) -> None:
+        holders.num_keys -= 1
+        if holders.num_keys == 0:
+            del self._shared[holders.places]
 
     def _clear(self, process: str) -> None:
         for place in [place for place in self._keys_of if place.process == process]:
             for key in list(self._keys_of[place]):
                 self._remove(key, place)
             del self._keys_of[place]
-        for places in [places for places in self._tuples if any(place.process == process for place in places)]:
-            del self._tuples[places]
 
     def _trim(self) -> None:
-        while len(self._places) > self._max_entries:
-            key, places = self._places.popitem(last=False)
-            for place in places:
+        while len(self._holders) > self._max_entries:
+            key, holders = self._holders.popitem(last=False)
+            self._release(holders)
+            for place in holders.places:
                 self._keys_of[place].discard(key)
 
 

@@ -243,12 +243,12 @@ class RouterCore:
         """Takes a live batch of KV events."""
         return self._replay(process, self.index.on_batch(process, epoch, seq, batch, now_s))
 
-    def on_replayed(self, process: str, epoch: bytes, seq: int, batch: EventBatch) -> None:
+    def on_replayed(self, process: str, epoch: bytes, seq: int, batch: EventBatch, now_s: float) -> None:
         """Takes a replayed batch."""
-        self.index.on_replay(process, epoch, seq, batch)
+        self.index.on_replay(process, epoch, seq, batch, now_s)
 
     def on_replay_end(self, process: str, epoch: bytes, complete: bool) -> None:
-        """The replay is over, or broke off."""
+        """The replay is over, or broke off. Not said of one that a newer one replaced, or whose process is gone."""
         self.index.on_replay_end(process, epoch, complete)
 
     def tick(self, now_s: float) -> list[Action]:

@@ -8,12 +8,14 @@ prompts.
 from __future__ import annotations
 
 import asyncio
+import functools
 import logging
 import random
 import secrets
 import threading
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
+from typing import ParamSpec
 
 import grpc
 import grpc.aio
@@ -45,11 +47,27 @@ DRAIN_S = 5.0
 LONG_PROMPT_BYTES = 4096
 SERVICE = "tandem.v1.Tandem"
 
+P = ParamSpec("P")
+
 
 def run(config: Config, stop: threading.Event) -> None:
     """Serves as router until `stop` is set, then drains. Raises TandemError if it can't start (a port in use, no model)."""
     tokenizer = load_tokenizer(resolve_model(config.model.path))
     asyncio.run(RouterServer(config, tokenizer).serve(stop))
+
+
+def _logged(handler: Callable[P, None]) -> Callable[P, None]:
+    """`handler`, with its exceptions logged instead of raised: one bad message must end neither the router nor the task that
+    brought it."""
+
+    @functools.wraps(handler)
+    def guarded(*args: P.args, **kwargs: P.kwargs) -> None:
+        try:
+            handler(*args, **kwargs)
+        except Exception:
+            log.exception("%s: what %s sent was not handled", handler.__name__, args[0])
+
+    return guarded
 
 
 class RouterServer:
@@ -93,11 +111,11 @@ class RouterServer:
     async def serve(self, stop: threading.Event) -> None:
         """Listens and serves until `stop` is set; active requests then get a bounded time to end."""
         handlers = Handlers(
-            on_message=self._on_message,
-            on_closed=self._on_closed,
-            on_events=self._on_events,
-            on_replayed=self.core.on_replayed,
-            on_replay_end=self.core.on_replay_end,
+            on_message=_logged(self._on_message),
+            on_closed=_logged(self._on_closed),
+            on_events=_logged(self._on_events),
+            on_replayed=_logged(self._on_replayed),
+            on_replay_end=_logged(self.core.on_replay_end),
         )
         host = self._config.router.host
         control = self._control = ControlPlane(host, self._config.router.control_port, handlers)
@@ -187,17 +205,16 @@ class RouterServer:
     # --- between the sockets and the core ------------------------------------------------------------------------------
 
     def _on_message(self, process: str, epoch: bytes, message: ToRouter) -> None:
-        try:
-            self._do(self.core.on_message(process, epoch, message, now_s()))
-        except Exception:
-            # One bad message must not end the router; what it was is in the trace.
-            log.exception("a %s of %s was not handled", type(message).__name__, process)
+        self._do(self.core.on_message(process, epoch, message, now_s()))
 
     def _on_closed(self, process: str, epoch: bytes) -> None:
         self._do(self.core.on_closed(process, epoch, now_s()))
 
     def _on_events(self, process: str, epoch: bytes, seq: int, batch: EventBatch) -> None:
         self._do(self.core.on_events(process, epoch, seq, batch, now_s()))
+
+    def _on_replayed(self, process: str, epoch: bytes, seq: int, batch: EventBatch) -> None:
+        self.core.on_replayed(process, epoch, seq, batch, now_s())
 
     def _do(self, actions: list[Action]) -> None:
         control = self._control

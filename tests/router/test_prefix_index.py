@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from itertools import permutations
+
 from hypothesis import given
 from hypothesis import strategies as st
 
 from protos.kv_events import AllBlocksCleared, BlockRemoved, BlockStored, EventBatch
-from router.prefix_index import Place, PrefixIndex
+from router.prefix_index import REPLAY_RETRY_S, Place, PrefixIndex
 
 E1, E2 = b"1" * 8, b"2" * 8
 
@@ -56,7 +58,7 @@ def test_a_gap_asks_for_a_replay_and_nothing_is_applied_out_of_order() -> None:
     assert index.on_batch("a", E1, 0, stored(0), 0.0) is None
     assert index.on_batch("a", E1, 2, removed(1), 0.0) == 1
     assert index.on_batch("a", E1, 3, stored(2), 0.1) is None, "a replay is under way"
-    index.on_replay("a", E1, 1, stored(1))
+    index.on_replay("a", E1, 1, stored(1), 0.0)
     index.on_replay_end("a", E1)
     assert index.longest_hits([key(0), key(1)]) == {Place("a", "DEVICE"): 1}
     assert index.longest_hits([key(2)]) == {Place("a", "DEVICE"): 1}, "held batches follow"
@@ -74,7 +76,7 @@ def test_a_replay_that_has_forgotten_the_beginning_starts_afresh() -> None:
     index = joined("a")
     index.on_batch("a", E1, 0, stored(0), 0.0)
     index.on_batch("a", E1, 5, stored(5), 0.0)
-    index.on_replay("a", E1, 4, stored(4))
+    index.on_replay("a", E1, 4, stored(4), 0.0)
     index.on_replay_end("a", E1)
     assert index.longest_hits([key(0)]) == {}, "may have been removed in what was forgotten"
     assert index.longest_hits([key(4)]) == {Place("a", "DEVICE"): 1}
@@ -87,7 +89,7 @@ def test_a_snapshot_of_several_batches_of_one_number_is_applied_whole() -> None:
     index.on_batch("a", E1, 8, stored(8), 0.0)
     cleared = EventBatch(0.0, [AllBlocksCleared(), *stored(1, 2).events], epoch=E1)
     for batch in (cleared, stored(3), stored(4)):
-        index.on_replay("a", E1, 7, batch)
+        index.on_replay("a", E1, 7, batch, 0.0)
     index.on_replay_end("a", E1)
     assert index.longest_hits([key(n) for n in (1, 2, 3, 4, 8)]) == {Place("a", "DEVICE"): 5}
     assert index.longest_hits([key(0)]) == {}
@@ -97,16 +99,35 @@ def test_a_snapshot_that_breaks_off_is_asked_for_again() -> None:
     index = joined("a")
     index.on_announced("a", E1, 7, 0.0)
     assert index.on_announced("a", E1, 7, 3.0) == 0
-    index.on_replay("a", E1, 7, EventBatch(0.0, [AllBlocksCleared(), *stored(1).events], epoch=E1))
+    index.on_replay("a", E1, 7, EventBatch(0.0, [AllBlocksCleared(), *stored(1).events], epoch=E1), 0.0)
     index.on_replay_end("a", E1, complete=False)
     assert index.on_announced("a", E1, 7, 3.1) == 7
+
+
+def test_a_replay_that_brings_batches_is_left_to_finish_however_long_it_takes() -> None:
+    index = joined("a")
+    index.on_announced("a", E1, 7, 0.0)
+    assert index.on_announced("a", E1, 9, 0.25) == 0
+    for second in range(1, 30):
+        assert index.on_announced("a", E1, 9, float(second)) is None
+        index.on_replay("a", E1, 7, stored(second), float(second))
+    index.on_replay_end("a", E1)
+    assert len(index) == 29
+
+
+def test_a_snapshot_that_falls_silent_is_asked_for_again_from_its_number() -> None:
+    index = joined("a")
+    index.on_announced("a", E1, 7, 0.0)
+    assert index.on_announced("a", E1, 9, 0.25) == 0
+    index.on_replay("a", E1, 7, stored(1), 1.0)
+    assert index.on_announced("a", E1, 9, 1.0 + REPLAY_RETRY_S) == 7
 
 
 def test_a_lost_last_event_is_noticed_by_the_second_heartbeat_that_announces_it() -> None:
     index = joined("a")
     assert index.on_announced("a", E1, 0, 1.0) is None
     assert index.on_announced("a", E1, 0, 1.25) == 0
-    index.on_replay("a", E1, 0, stored(0))
+    index.on_replay("a", E1, 0, stored(0), 0.0)
     index.on_replay_end("a", E1)
     assert index.on_announced("a", E1, 0, 1.5) is None
 
@@ -137,6 +158,29 @@ def test_memory_is_bounded_and_the_oldest_go_first() -> None:
     assert index.num_blocks_of("a") == 3
     assert index.longest_hits([key(2), key(3), key(4)]) == {Place("a", "DEVICE"): 3}
     assert index.longest_hits([key(0)]) == {}
+
+
+def test_sets_of_places_are_kept_once_and_only_while_a_key_has_them() -> None:
+    names = "abcde"
+    index = joined(*names)
+    orders = list(permutations(names))
+    seqs = dict.fromkeys(names, 0)
+    for number, order in enumerate(orders):
+        for name in order:
+            index.on_batch(name, E1, seqs[name], stored(number), 0.0)
+            seqs[name] += 1
+    assert index.num_place_sets == 1
+    assert index.longest_hits([key(n) for n in range(len(orders))]) == {Place(n, "DEVICE"): len(orders) for n in names}
+    for name in names:
+        index.forget(name)
+    assert index.num_place_sets == 0
+
+
+def test_keys_that_memory_had_no_room_for_keep_no_set_of_places() -> None:
+    index = joined("a", "b", max_entries=1)
+    index.on_batch("a", E1, 0, stored(0), 0.0)
+    index.on_batch("b", E1, 0, stored(1), 0.0)
+    assert index.num_place_sets == 1
 
 
 operations = st.lists(

@@ -1,0 +1,94 @@
+"""The control plane's event replays and its handlers, over real sockets."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+import zmq
+import zmq.asyncio
+
+from protos import kv_events
+from protos.control import Endpoints
+from protos.kv_events import BlockStored, EventBatch
+from router import control_plane
+from router.actions import Replay
+from router.control_plane import ControlPlane, Handlers
+
+EPOCH = b"1" * 8
+BATCH = kv_events.encode_batch(EventBatch(0.0, [BlockStored([b"k" * 16], None, [], 4)], epoch=EPOCH))
+
+
+@dataclass
+class Heard:
+    """What the control plane said, in order."""
+
+    ends: list[bool] = field(default_factory=list)
+    replayed: list[int] = field(default_factory=list)
+
+    def handlers(self) -> Handlers:
+        return Handlers(
+            on_message=lambda *_: None,
+            on_closed=lambda *_: None,
+            on_events=lambda *_: None,
+            on_replayed=lambda _, __, seq, ___: self.replayed.append(seq),
+            on_replay_end=lambda _, __, complete: self.ends.append(complete),
+        )
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    end_s = time.monotonic() + 10.0
+    while not condition():
+        assert time.monotonic() < end_s, "the condition did not come true in time"
+        await asyncio.sleep(0.005)
+
+
+def test_a_replay_that_a_newer_one_replaces_says_no_end() -> None:
+    async def story() -> None:
+        heard = Heard()
+        control = ControlPlane("127.0.0.1", 0, heard.handlers())
+        context = zmq.asyncio.Context()
+        source: Any = context.socket(zmq.ROUTER)
+        try:
+            port = source.bind_to_random_port("tcp://127.0.0.1")
+            endpoints = Endpoints("", "", f"tcp://127.0.0.1:{port}")
+            control.replay(Replay("a", EPOCH, endpoints, 0))
+            first, *_ = await source.recv_multipart()
+            await source.send_multipart([first, b"", kv_events.encode_seq(0), BATCH])
+            await until(lambda: heard.replayed == [0])
+
+            control.replay(Replay("a", EPOCH, endpoints, 1))
+            second, _, seq = await source.recv_multipart()
+            assert kv_events.decode_seq(seq) == 1
+            assert heard.ends == [], "the first replay was cancelled, the second runs"
+            await source.send_multipart([second, b"", kv_events.encode_seq(1), BATCH])
+            await source.send_multipart([second, b"", kv_events.END_OF_REPLAY, b""])
+            await until(lambda: bool(heard.ends))
+            assert heard.replayed == [0, 1]
+            assert heard.ends == [True]
+        finally:
+            source.close(linger=0)
+            await control.close()
+            context.term()
+        assert heard.ends == [True]
+
+    asyncio.run(story())
+
+
+def test_a_replay_that_falls_silent_is_said_to_be_incomplete(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(control_plane, "REPLAY_TIMEOUT_S", 0.05)
+
+    async def story() -> None:
+        heard = Heard()
+        control = ControlPlane("127.0.0.1", 0, heard.handlers())
+        try:
+            control.replay(Replay("a", EPOCH, Endpoints("", "", "tcp://127.0.0.1:9"), 0))
+            await until(lambda: heard.ends == [False])
+        finally:
+            await control.close()
+
+    asyncio.run(story())
