@@ -25,6 +25,7 @@ _PREFIX_TOKENS = (0, 128, 256, 384)
 """Lengths of the prefixes that requests share; 0 shares nothing."""
 _SUFFIX_TOKENS = (16, 96)
 _ANSWER_TOKENS = 32
+NUM_ROUNDS = 3
 _FIRST_TOKEN_ID = 1000
 _NUM_TOKEN_IDS = 8000
 """Prompts draw from plain text tokens that every vocabulary we serve has."""
@@ -62,16 +63,20 @@ def _token(random: Random) -> int:
     return _FIRST_TOKEN_ID + random.randrange(_NUM_TOKEN_IDS)
 
 
-def load(target: str, *, clients: int, seconds: float) -> Load:
-    """Runs `clients` closed loops against `target` for `seconds`; requests that have begun are waited for."""
+def sources(clients: int) -> list[Prompts]:
+    """The prompts of each client. Whoever runs them first or elsewhere gets the same ones."""
+    return [Prompts(seed=number + 1) for number in range(clients)]
+
+
+def load(target: str, prompts: Sequence[Prompts], seconds: float) -> Load:
+    """Runs one closed loop for each of `prompts` against `target` for `seconds`; requests that have begun are waited for."""
     result, lock = Load(), threading.Lock()
     began_s = now_s()
 
-    def loop(number: int) -> None:
-        prompts = Prompts(seed=number + 1)
+    def loop(own: Prompts) -> None:
         while now_s() - began_s < seconds:
             try:
-                seen = _ask(client, prompts.next())
+                seen = _ask(client, own.next())
             except TandemError as error:
                 with lock:
                     result.errors.append(f"{type(error).__name__}: {error}")
@@ -80,7 +85,7 @@ def load(target: str, *, clients: int, seconds: float) -> Load:
                 _add(result, seen)
 
     with Client(target) as client:
-        threads = [threading.Thread(target=loop, args=(number,), name=f"client-{number}") for number in range(clients)]
+        threads = [threading.Thread(target=loop, args=(own,), name="client") for own in prompts]
         for thread in threads:
             thread.start()
         for thread in threads:
@@ -122,51 +127,66 @@ def _add(result: Load, seen: _Seen) -> None:
     result.tpot_s.append((times_s[-1] - times_s[0]) / (len(times_s) - 1))
 
 
-def local_load(
-    path: Path, dtype: Literal["bf16", "fp32"], worker: WorkerConfig, *, clients: int, num_requests: int
-) -> Load:
-    """The same prompts, `clients` at a time, through one engine in this process."""
-    from tandem.engine.local import LocalEngine
+class Reference:
+    """The same engine alone in this process: what a cluster is compared with."""
 
-    engine = LocalEngine(path, dtype=dtype, worker=worker)
-    sources = [Prompts(seed=number + 1) for number in range(clients)]
-    result = Load()
-    began_s = now_s()
-    while result.num_requests < num_requests:
-        prompts = [source.next() for source in sources]
-        for (output,) in engine.generate(prompts, [Sampling(max_tokens=_ANSWER_TOKENS)] * clients):
-            times_s = output.token_times_s
-            result.num_requests += 1
-            result.num_tokens += len(times_s)
-            result.ttft_s.append(times_s[0])
-            result.tpot_s.append((times_s[-1] - times_s[0]) / (len(times_s) - 1))
-    result.seconds = now_s() - began_s
-    return result
+    def __init__(self, path: Path, dtype: Literal["bf16", "fp32"], worker: WorkerConfig, clients: int) -> None:
+        from tandem.engine.local import LocalEngine
+
+        self._engine = LocalEngine(path, dtype=dtype, worker=worker)
+        self._prompts = sources(clients)
+
+    def waves(self, num_requests: int) -> Load:
+        """Runs the next prompts of all clients together, until `num_requests` have ended."""
+        result = Load()
+        began_s = now_s()
+        while result.num_requests < num_requests:
+            wave = [own.next() for own in self._prompts]
+            for (output,) in self._engine.generate(wave, [Sampling(max_tokens=_ANSWER_TOKENS)] * len(wave)):
+                times_s = output.token_times_s
+                result.num_requests += 1
+                result.num_tokens += len(times_s)
+                result.ttft_s.append(times_s[0])
+                result.tpot_s.append((times_s[-1] - times_s[0]) / (len(times_s) - 1))
+        result.seconds = now_s() - began_s
+        return result
 
 
-def metrics(cluster: Load, local: Load) -> Iterator[Metric]:
-    """Both loads as metrics; nothing is ok if any request failed or none ended."""
-    ok = not cluster.errors and cluster.num_requests > 0
-    if cluster.num_requests:
-        reference = "the same prompts, a wave of all clients at a time, through one engine on one thread"
-        for name, ours, theirs in (("ttft", cluster.ttft_s, local.ttft_s), ("tpot", cluster.tpot_s, local.tpot_s)):
+def rounds(target: str, reference: Reference, clients: int, seconds: float) -> Iterator[tuple[Load, Load]]:
+    """Cluster and reference in turns, `NUM_ROUNDS` times, `seconds` of the cluster in all. A round with errors is the last."""
+    prompts = sources(clients)
+    for _ in range(NUM_ROUNDS):
+        cluster = load(target, prompts, seconds / NUM_ROUNDS)
+        yield cluster, reference.waves(max(clients, min(cluster.num_requests, 3 * clients)))
+        if cluster.errors:
+            return
+
+
+def metrics(measured: Sequence[tuple[Load, Load]]) -> Iterator[Metric]:
+    """The rounds as metrics; nothing is ok if any request failed or none ended."""
+    errors = [error for cluster, _ in measured for error in cluster.errors]
+    useful = [(cluster, local) for cluster, local in measured if cluster.num_requests]
+    ok = not errors and bool(useful)
+    reference = "the same prompts, a wave of all clients at a time, through one engine in one process, in turns"
+    if useful:
+        for name in ("ttft", "tpot"):
             for percent in (50, 95, 99):
                 yield metric(
                     f"{name}_p{percent}",
-                    [percentile(ours, percent)],
+                    [percentile(getattr(cluster, f"{name}_s"), percent) for cluster, _ in useful],
                     "s",
                     reference=reference,
-                    reference_values=[percentile(theirs, percent)],
+                    reference_values=[percentile(getattr(local, f"{name}_s"), percent) for _, local in useful],
                     ok=ok,
                 )
         yield metric(
             "throughput",
-            [cluster.num_tokens / cluster.seconds],
+            [cluster.num_tokens / cluster.seconds for cluster, _ in useful],
             "generated tokens/s",
             reference=reference,
-            reference_values=[local.num_tokens / local.seconds],
+            reference_values=[local.num_tokens / local.seconds for _, local in useful],
             ok=ok,
         )
-        yield metric("requests", [cluster.num_requests / cluster.seconds], "requests/s", ok=ok)
-        yield metric("cached_share", [cluster.cached_tokens / cluster.prompt_tokens], "of prompt tokens", ok=ok)
-    yield metric("errors", [len(cluster.errors)], "requests", goal="0", ok=ok)
+        yield metric("requests", [c.num_requests / c.seconds for c, _ in useful], "requests/s", ok=ok)
+        yield metric("cached_share", [c.cached_tokens / c.prompt_tokens for c, _ in useful], "of prompt tokens", ok=ok)
+    yield metric("errors", [len(errors)], "requests", goal="0", ok=ok)

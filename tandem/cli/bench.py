@@ -5,8 +5,9 @@ Owns the printing and the exit code; what is measured is in `tandem.bench`.
 
 from __future__ import annotations
 
+import contextlib
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Annotated
 
 import typer
@@ -56,28 +57,30 @@ def serve(
     path = resolve_model(config.model.path)
     if as_json:
         print_json(header())
-    measured = bench.load(target, clients=clients, seconds=seconds) if target else _load_own(config, clients, seconds)
-    local = bench.local_load(
-        path,
-        config.model.dtype,
-        config.decode,
-        clients=clients,
-        num_requests=max(clients, min(measured.num_requests, 8 * clients)),
-    )
-    for error in measured.errors:
-        stderr.print(f"error: {error}", highlight=False, markup=False, soft_wrap=True)
-    _print(bench.metrics(measured, local), as_json)
+    reference = bench.Reference(path, config.model.dtype, config.decode, clients)
+    measured: list[tuple[Load, Load]] = []
+    with contextlib.nullcontext(target) if target else _own_cluster(config) as reached:
+        for number, (cluster, local) in enumerate(bench.rounds(reached, reference, clients, seconds), 1):
+            measured.append((cluster, local))
+            note = (
+                f"round {number} of {bench.NUM_ROUNDS}: {cluster.num_requests} requests, {len(cluster.errors)} errors"
+            )
+            stderr.print(note, style="dim", highlight=False, markup=False)
+            for error in cluster.errors:
+                stderr.print(f"error: {error}", highlight=False, markup=False, soft_wrap=True)
+    _print(bench.metrics(measured), as_json)
 
 
-def _load_own(config: Config, clients: int, seconds: float) -> Load:
-    from tandem.bench.serve import load
+@contextlib.contextmanager
+def _own_cluster(config: Config) -> Iterator[str]:
+    """A cluster of that configuration on free ports for the time of the measurement."""
     from tandem.cluster import Cluster
 
     with tempfile.TemporaryDirectory(prefix="tandem-bench-") as folder:
         ports = config.router.model_copy(update={"grpc_port": 0, "control_port": 0, "metrics_port": 0})
         with Cluster(config.model_copy(update={"run_dir": folder, "router": ports})) as cluster:
             cluster.start(progress=lambda line: stderr.print(line, style="dim", highlight=False, markup=False))
-            return load(cluster.target, clients=clients, seconds=seconds)
+            yield cluster.target
 
 
 def _print(results: Iterable[Metric], as_json: bool) -> None:

@@ -40,15 +40,15 @@ def test_a_percentile_is_a_value_that_enough_others_do_not_exceed(values: list[f
 
 def test_one_error_spoils_every_metric_and_is_counted() -> None:
     good = Load([0.1], [0.01], num_tokens=32, num_requests=1, prompt_tokens=10, seconds=1.0)
-    assert all(result.ok for result in metrics(good, good))
+    assert all(result.ok for result in metrics([(good, good)]))
     bad = Load([0.1], [0.01], num_tokens=32, num_requests=1, prompt_tokens=10, seconds=1.0, errors=["x"])
-    results = list(metrics(bad, good))
+    results = list(metrics([(good, good), (bad, good)]))
     assert not any(result.ok for result in results)
     assert results[-1].value == 1
 
 
 def test_a_run_in_which_nothing_ended_is_not_ok() -> None:
-    (errors,) = metrics(Load(seconds=1.0), Load())
+    (errors,) = metrics([(Load(seconds=1.0), Load())])
     assert not errors.ok
 
 
