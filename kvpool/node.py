@@ -71,9 +71,11 @@ class Keeper:
             self._queue[key] = None
 
     def next_batch(self, pool: BlockPool, busy: set[Key]) -> list[tuple[Key, Key]]:
-        """Up to `MAX_BLOCKS_PER_FETCH` pairs `(key, parent)` that the worker holds and nobody here has or fetches."""
+        """Pairs `(key, parent)` that the worker holds and nobody here has or fetches: up to `MAX_BLOCKS_PER_FETCH`, and so many
+        that a small pool has room for several fetches."""
         batch: list[tuple[Key, Key]] = []
-        while self._queue and len(batch) < MAX_BLOCKS_PER_FETCH:
+        most = min(MAX_BLOCKS_PER_FETCH, max(1, pool.num_blocks // (2 * MAX_FETCHES)))
+        while self._queue and len(batch) < most:
             key = next(iter(self._queue))
             del self._queue[key]
             parent = self.follower.announced.get(key)

@@ -21,7 +21,11 @@ Endpoint = Annotated[str, Meta(max_length=512)]
 Digest = Annotated[bytes, Meta(min_length=16, max_length=32)]
 KeyBytes = Annotated[bytes, Meta(min_length=16, max_length=16)]
 Keys = Annotated[list[KeyBytes], Meta(max_length=65_536)]
-Count = Annotated[int, Meta(ge=0)]
+Count = Annotated[int, Meta(ge=0, le=2**53)]
+Small = Annotated[int, Meta(ge=0, le=2**31 - 1)]
+Seconds = Annotated[float, Meta(ge=0, le=1e9)]
+"""A duration. NaN and infinity are refused by the bounds."""
+PerSecond = Annotated[float, Meta(ge=0, le=1e18)]
 U64 = Annotated[bytes, Meta(min_length=8, max_length=8)]
 """An unsigned 64-bit number as 8 bytes big-endian (MessagePack decoders disagree about integers above 2**63)."""
 
@@ -88,7 +92,7 @@ class Hello(Struct, tag="hello", tag_field="t"):
     process: Name
     role: Role
     epoch: U64
-    pid: int
+    pid: Small
     endpoints: Endpoints
     capacity: Capacity
     group: RoutingGroup | None
@@ -102,8 +106,8 @@ class Welcome(Struct, tag="welcome", tag_field="t"):
     version: int
     router: Name
     epoch: U64
-    heartbeat_s: float
-    liveness_s: float
+    heartbeat_s: Seconds
+    liveness_s: Seconds
 
 
 class Refused(Struct, tag="refused", tag_field="t"):
@@ -117,18 +121,18 @@ class Load(Struct, frozen=True):
     that the router can add those the report doesn't include yet."""
 
     num_dispatches: Count = 0
-    num_waiting: Count = 0
-    num_running: Count = 0
+    num_waiting: Small = 0
+    num_running: Small = 0
     waiting_tokens: Count = 0
     """Tokens whose KV the waiting and running sequences still have to compute or fetch."""
     free_blocks: Count = 0
     """Blocks that can be allocated now: free and cached without a reference or lease."""
     cached_blocks: Count = 0
     leased_blocks: Count = 0
-    prefill_tokens_per_s: float = 0.0
+    prefill_tokens_per_s: PerSecond = 0.0
     """Measured, smoothed; 0 before the first measurement."""
-    decode_step_s: float = 0.0
-    fetch_bytes_per_s: float = 0.0
+    decode_step_s: Seconds = 0.0
+    fetch_bytes_per_s: PerSecond = 0.0
 
 
 class Counters(Struct, frozen=True):
@@ -163,7 +167,7 @@ class Heartbeat(Struct, tag="heartbeat", tag_field="t"):
     process: Name
     epoch: U64
     step_id: Count
-    step_age_s: float
+    step_age_s: Seconds
     """Seconds since the running step began; 0 when the engine is idle."""
     events_seq: int
     """Sequence number of the last KV event batch published, -1 before the first."""
@@ -217,14 +221,14 @@ class Dispatch(Struct, tag="dispatch", tag_field="t"):
     sampling: Sampling
     n: Annotated[int, Meta(ge=1, le=64)]
     sources: Annotated[list[Source], Meta(max_length=64)]
-    deadline_s: float
+    deadline_s: Seconds
     """Seconds from receipt until the request's deadline."""
     index: Count = 0
     """The first sample's index; samples are `index … index + n - 1`."""
     prefill_here: bool = False
     wait_source: str = ""
     """Name of the source that computes the missing keys right now; only it is asked to wait. Empty: nobody waits."""
-    hold_s: float = 10.0
+    hold_s: Seconds = 10.0
     priority: int = 0
 
 
@@ -298,9 +302,9 @@ class RoleReport(Struct, tag="role_report", tag_field="t"):
     fetched_tokens: Count
     computed_tokens: Count
     fetched: list[FetchedFrom]
-    queue_s: float
-    fetch_s: float
-    compute_s: float
+    queue_s: Seconds
+    fetch_s: Seconds
+    compute_s: Seconds
 
 
 class Failed(Struct, tag="failed", tag_field="t"):
@@ -375,9 +379,9 @@ class Ready(Struct, tag="ready", tag_field="t"):
     fetch_id: Annotated[bytes, Meta(min_length=16, max_length=16)]
     batch: Count
     epoch: U64
-    lease_s: float
+    lease_s: Seconds
     blocks: Annotated[list[ReadyBlock], Meta(max_length=65_536)]
-    waited_s: float = 0.0
+    waited_s: Seconds = 0.0
 
 
 class Miss(Struct, tag="miss", tag_field="t"):

@@ -23,6 +23,7 @@ from msgspec import Meta, Struct
 MAX_BATCH_BYTES = 16 * 1024 * 1024
 END_OF_REPLAY = (-1).to_bytes(8, "big", signed=True)
 TOPIC = b"kv"
+MAX_SEQ = 2**62
 
 BlockHash = bytes | int
 """Ours are 16-byte keys; vLLM sends bytes or unsigned 64-bit integers."""
@@ -92,7 +93,10 @@ def encode_seq(seq: int) -> bytes:
 
 
 def decode_seq(frame: bytes) -> int:
-    """Inverse of `encode_seq`. Raises ValueError if the frame is not 8 bytes."""
+    """Inverse of `encode_seq`. Raises ValueError if the frame is not 8 bytes or no sequence number (-1 … `MAX_SEQ`)."""
     if len(frame) != 8:
         raise ValueError(f"sequence frame has {len(frame)} bytes, not 8")
-    return int.from_bytes(frame, "big", signed=True)
+    seq = int.from_bytes(frame, "big", signed=True)
+    if not -1 <= seq <= MAX_SEQ:
+        raise ValueError(f"sequence number {seq} is not within -1 to {MAX_SEQ}")
+    return seq

@@ -86,6 +86,7 @@ class WorkerLoop:
         finally:
             transfer.stop()
             thread.join()
+            transfer.close()
             parts.arena.close()
         if transfer.error is not None:
             raise transfer.error
@@ -177,6 +178,10 @@ class _TransferThread:
         self._stopping = True
         os.eventfd_write(self._wake_fd, 1)
 
+    def close(self) -> None:
+        """Gives up what other threads reach it by. The thread must have ended, and nobody may call any more."""
+        os.close(self._wake_fd)
+
     # --- the thread --------------------------------------------------------------------------------------------------
 
     def run(self) -> None:
@@ -226,7 +231,6 @@ class _TransferThread:
                 self._service.close()
         finally:
             context.term()
-            os.close(self._wake_fd)
 
     def _poll_until_stopped(self) -> None:
         poller = zmq.Poller()

@@ -293,7 +293,7 @@ def test_what_no_worker_delivers_is_given_up_by_all_of_them() -> None:
     for keeper in keepers:
         keeper.follower.announced.update(dict.fromkeys(keys, b"p" * 16))
         keeper.offer(keys)
-    pool = BlockPool(8, 16, "HOST")
+    pool = BlockPool(64, 16, "HOST")
     rounds = 0
     while any(batches := [keeper.next_batch(pool, set()) for keeper in keepers]):
         rounds += 1

@@ -14,6 +14,7 @@ from protos import kv_events
 from protos.kv_events import (
     END_OF_REPLAY,
     MAX_BATCH_BYTES,
+    MAX_SEQ,
     AllBlocksCleared,
     BlockRemoved,
     BlockStored,
@@ -49,7 +50,7 @@ def test_a_batch_without_our_additions_is_understood() -> None:
     assert batch == EventBatch(1.0, [BlockStored([2**64 - 1, 7], None, [1, 2, 3, 4], 4), BlockRemoved([7])], 3, None)
 
 
-@pytest.mark.parametrize("seq", [-1, 0, 1, 2**40, 2**63 - 1])
+@pytest.mark.parametrize("seq", [-1, 0, 1, 2**40, MAX_SEQ])
 def test_sequence_numbers_are_eight_bytes_big_endian(seq: int) -> None:
     assert decode_seq(encode_seq(seq)) == seq
     assert len(encode_seq(seq)) == 8
@@ -57,10 +58,17 @@ def test_sequence_numbers_are_eight_bytes_big_endian(seq: int) -> None:
     assert encode_seq(-1) == END_OF_REPLAY == b"\xff" * 8
 
 
+@pytest.mark.parametrize("seq", [MAX_SEQ + 1, 2**63 - 1, -2, -(2**63)])
+def test_a_number_that_has_no_successor_or_no_meaning_is_a_value_error(seq: int) -> None:
+    with pytest.raises(ValueError, match="sequence number"):
+        decode_seq(encode_seq(seq))
+
+
 @given(st.binary(max_size=20))
 def test_a_sequence_frame_of_another_length_is_a_value_error(frame: bytes) -> None:
     if len(frame) == 8:
-        assert encode_seq(decode_seq(frame)) == frame
+        number = int.from_bytes(frame, "big", signed=True)
+        assert not -1 <= number <= MAX_SEQ or encode_seq(decode_seq(frame)) == frame
     else:
         with pytest.raises(ValueError, match=f"{len(frame)} bytes"):
             decode_seq(frame)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import secrets
+import subprocess
+import sys
 import urllib.request
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -23,7 +25,7 @@ from tandem.engine.local import LocalEngine
 from tandem.machine import machine_id
 from tandem.model_files import resolve_model
 from tests import golden
-from tests.system.harness import RunningCluster, wait_until
+from tests.system.harness import REPOSITORY, RunningCluster, wait_until
 
 pytestmark = pytest.mark.timeout(300)
 _SALT = 7919
@@ -190,6 +192,26 @@ def test_without_a_transport_everything_is_recomputed_and_the_tokens_are_the_sam
         assert answer.run("decode").fetched_tokens == 0
         assert answer.run("decode").computed_tokens >= 700
         assert running.status("decode-0").fetched_blocks == 0
+    finally:
+        codes = running.stop()
+    assert set(codes.values()) == {0}, running.logs()
+
+
+def test_a_second_process_of_a_name_is_refused_with_a_sentence(cluster: RunningCluster) -> None:
+    command = [sys.executable, "-m", "decode_worker", "--config", str(cluster.config_file), "--name", "decode-0"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, cwd=REPOSITORY)
+    assert done.returncode == 1
+    last = done.stderr.splitlines()[-1]
+    assert last.startswith("decode-0: the router refused decode-0"), done.stderr
+    assert cluster.status("decode-0").pid == cluster.processes["decode-0"].pid
+
+
+def test_a_pool_node_smaller_than_a_long_prompt_keeps_what_fits(tmp_path: Path) -> None:
+    running = RunningCluster(tmp_path, {"pool": {"host_bytes": 20 * 368_640}})
+    try:
+        running.start()
+        running.generate(prompt_of(700, 8), max_tokens=2)
+        wait_until(lambda: running.status("pool-0").cached_blocks >= 10, 10, "the small pool node holds something")
     finally:
         codes = running.stop()
     assert set(codes.values()) == {0}, running.logs()
