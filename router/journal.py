@@ -24,6 +24,8 @@ from router.policy import Placement
 
 Outcome = Literal["completed", "failed", "cancelled"]
 MAX_RECENT = 256
+PROBE_S = 1.0
+"""How long a dispatch may bring nothing new before it is asked."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,15 +62,16 @@ class DispatchRecord:
     epoch: bytes
     index: int
     n: int
-    sent_at_s: float
+    progress_at_s: float
+    """When it was sent, reported, last brought something new or was last asked."""
     predicted_ttft_s: float
     waits: bool = False
     first_tokens_sent: bool = False
     ended: set[int] = field(default_factory=set)
     """Samples whose end the worker has been told."""
-    started: bool = False
-    progress_at_s: float = 0.0
-    probe_after_s: float = 1.0
+    generates: bool = False
+    """A frame of tokens has come from it: it has all it needs."""
+    probe_after_s: float = PROBE_S
 
     def covers(self, index: int) -> bool:
         return self.index <= index < self.index + self.n
@@ -126,6 +129,12 @@ class Record:
         """Unfinished samples that no live decode dispatch generates."""
         live = self.live("decode")
         return [index for index in self.unfinished() if not any(dispatch.covers(index) for dispatch in live)]
+
+    def owed(self, dispatch: DispatchRecord) -> list[int]:
+        """Samples of which more is to come from `dispatch`; from a prefill dispatch the first token alone."""
+        once = dispatch.fence.role == "prefill"
+        samples = range(dispatch.index, dispatch.index + dispatch.n)
+        return [i for i in samples if not self.samples[i].finished and not (once and self.samples[i].tokens)]
 
     def first_tokens_known(self) -> bool:
         return all(sample.tokens or sample.finished for sample in self.samples)

@@ -20,9 +20,12 @@ What ends a dispatch:
     prefill   Abort "handed over" at decode's RoleReport or first frame
     decode    Ack(final) for each of its samples, or Abort. Ack(final) before the worker has finished a sample ends that
               sample alone (a stop string matched, other samples go on)
-    either    Failed, or the loss of its process
+    either    Failed, an Aborted that nobody asked for (a prefill worker's hold ran out), or the loss of its process
 
-An Abort is repeated until `Aborted`, a few times; a frame of an unknown fence is answered with Abort.
+Any message may be lost. An Abort is repeated until `Aborted`, a few times; a frame of an unknown fence is answered with Abort.
+A dispatch from which nothing new came for a while is probed with `Resend`, and with `FirstTokens` where those may be lost: a
+worker sends what it kept, and answers for a fence it doesn't know with Failed `worker_lost`, which makes good a lost Dispatch,
+Failed or Aborted.
 """
 
 from __future__ import annotations
@@ -68,7 +71,7 @@ from router.actions import (
     TokensEvent,
     Unsubscribe,
 )
-from router.journal import Accepted, DispatchRecord, Gap, Journal, Outcome, Record, Request, Run
+from router.journal import PROBE_S, Accepted, DispatchRecord, Gap, Journal, Outcome, Record, Request, Run
 from router.ledger import Ledger
 from router.membership import Changed, Joined, Lost, Member, Membership, Rejected, own_tier
 from router.policy import Candidate, Placement, Policy
@@ -91,6 +94,8 @@ RETRYABLE = frozenset(
 ABORT_RETRY_S = 1.0
 ABORT_TRIES = 10
 MAX_PROBE_S = 8.0
+"""Probes of a silent dispatch come after `journal.PROBE_S`, and then at doubling intervals up to this."""
+MAX_BACKOFF_S = 5.0
 MAX_RUNS = 64
 
 
@@ -223,8 +228,7 @@ class RouterCore:
             case Goodbye():
                 return self.on_closed(process, epoch, now_s, reason="said goodbye")
             case Aborted(fence=fence):
-                self._closing.pop(fence, None)
-                return []
+                return self._on_aborted(process, epoch, fence, now_s)
             case Tokens():
                 return self._on_tokens(process, epoch, message, now_s)
             case RoleReport():
@@ -380,18 +384,22 @@ class RouterCore:
         ]
         if verdict.final:
             dispatch.ended.add(index)
-        actions += self._hand_over(record, dispatch, now_s)
+        if not dispatch.generates:
+            dispatch.generates = True
+            actions += self._hand_over(record, dispatch, now_s)
         if isinstance(verdict, Accepted):
             dispatch.progress_at_s = now_s
-            dispatch.probe_after_s = 1.0
+            dispatch.probe_after_s = PROBE_S
             if record.first_token_at_s is None:
                 record.first_token_at_s = now_s
             event = TokensEvent(index, verdict.position, verdict.token_ids, verdict.logprobs, verdict.finish_reason)
             actions.append(Emit(record.request_id, event))
-            actions += self._first_tokens(record)
-            if not record.unfinished():
+            if verdict.position == 0:
+                actions += self._first_tokens(record)
+            if verdict.final and not record.unfinished():
                 return actions + self._end(record, None, now_s)
-        self._release_ended(record)
+        if verdict.final:
+            self._release_ended(record)
         return actions
 
     def _on_report(self, process: str, epoch: bytes, message: RoleReport, now_s: float) -> list[Action]:
@@ -401,13 +409,13 @@ class RouterCore:
             return []
         if len(record.runs) < MAX_RUNS and all(run.report.fence != message.fence for run in record.runs):
             record.runs.append(Run(process, dispatch.predicted_ttft_s, message))
-        return self._hand_over(record, dispatch, now_s) if message.fence in record.dispatches else []
+        if message.fence not in record.dispatches:
+            return []
+        dispatch.progress_at_s = now_s
+        return self._hand_over(record, dispatch, now_s)
 
     def _hand_over(self, record: Record, dispatch: DispatchRecord, now_s: float) -> list[Action]:
-        """A dispatch gave its first sign of having its KV. Decode's is the end of the prefill role."""
-        if not dispatch.started:
-            dispatch.started = True
-            dispatch.progress_at_s = now_s
+        """A dispatch gave a sign of having its KV. Decode's is the end of the prefill role, once that has drawn."""
         prefill = record.prefill()
         if dispatch.fence.role == "decode" and prefill is not None and record.first_tokens_known():
             return [self._abort(record, prefill, "handed over", now_s)]
@@ -417,15 +425,16 @@ class RouterCore:
         """FirstTokens for the decode dispatch that waits for them, when all are known and one is to be continued."""
         if not record.first_tokens_known() or not record.unfinished():
             return []
-        actions: list[Action] = []
-        for dispatch in record.live("decode"):
-            if dispatch.waits and not dispatch.first_tokens_sent:
-                dispatch.first_tokens_sent = True
-                token_ids = [-1 if sample.finished else sample.tokens[0] for sample in record.samples]
-                dispatch.ended.update(index for index, token in enumerate(token_ids) if token == -1)
-                message = FirstTokens(fence=dispatch.fence, token_ids=token_ids)
-                actions.append(Send(dispatch.process, dispatch.epoch, message))
-        return actions
+        waiting = [dispatch for dispatch in record.live("decode") if dispatch.waits and not dispatch.first_tokens_sent]
+        return [self._send_first_tokens(record, dispatch) for dispatch in waiting]
+
+    @staticmethod
+    def _send_first_tokens(record: Record, dispatch: DispatchRecord) -> Action:
+        """All first tokens are known. A worker that has them already ignores them."""
+        dispatch.first_tokens_sent = True
+        token_ids = [-1 if sample.finished else sample.tokens[0] for sample in record.samples]
+        dispatch.ended.update(index for index, token in enumerate(token_ids) if token == -1)
+        return Send(dispatch.process, dispatch.epoch, FirstTokens(fence=dispatch.fence, token_ids=token_ids))
 
     def _release_ended(self, record: Record) -> None:
         """Forgets decode dispatches whose worker knows the end of every sample: it holds nothing of them any more."""
@@ -452,9 +461,20 @@ class RouterCore:
                 actions.append(self._abort(record, prefill, "the hand-over failed", now_s))
         else:
             record.avoid.add((process, epoch))
-            backoff_s = self.settings.max_jitter_s * 2 ** record.failures[role]
+            backoff_s = min(MAX_BACKOFF_S, self.settings.max_jitter_s * 2 ** record.failures[role])
             record.plan_after_s = now_s + self._rng.uniform(0.0, backoff_s)
         return actions + self._after_failure(record, {role}, error, now_s)
+
+    def _on_aborted(self, process: str, epoch: bytes, fence: Fence, now_s: float) -> list[Action]:
+        """Nothing of this fence is held any more. If nobody asked for that, the dispatch is lost."""
+        self._closing.pop(fence, None)
+        found = self.journal.find(fence, process, epoch)
+        if found is None:
+            return []
+        record, dispatch = found
+        self._forget(record, dispatch)
+        error = WorkerLost(f"{fence.role} at {process}: it dropped the dispatch by itself")
+        return self._after_failure(record, {fence.role}, error, now_s)
 
     def _after_failure(
         self, record: Record, roles: set[DispatchRole], error: TandemError, now_s: float
@@ -516,21 +536,20 @@ class RouterCore:
         return actions
 
     def _probe(self, now_s: float) -> list[Action]:
-        """Asks again for what a started dispatch owes, when nothing came for a while: its last frame may be lost, and no
-        later one shows the gap. A worker that has nothing past that position ignores it."""
+        """Asks again for what a dispatch owes, when nothing new came for a while: its last frame may be lost, and no later one
+        shows the gap. One that owes nothing is asked too, whether it is still there."""
         actions: list[Action] = []
         for record in self.journal:
             for dispatch in record.dispatches.values():
-                if not dispatch.started or now_s - dispatch.progress_at_s < dispatch.probe_after_s:
+                if now_s - dispatch.progress_at_s < dispatch.probe_after_s:
                     continue
                 dispatch.progress_at_s = now_s
                 dispatch.probe_after_s = min(MAX_PROBE_S, 2 * dispatch.probe_after_s)
-                for index in range(dispatch.index, dispatch.index + dispatch.n):
-                    sample = record.samples[index]
-                    owed = not sample.tokens if dispatch.fence.role == "prefill" else True
-                    if not sample.finished and owed:
-                        resend = Resend(fence=dispatch.fence, index=index, position=len(sample.tokens))
-                        actions.append(Send(dispatch.process, dispatch.epoch, resend))
+                for index in record.owed(dispatch) or [dispatch.index]:
+                    resend = Resend(fence=dispatch.fence, index=index, position=len(record.samples[index].tokens))
+                    actions.append(Send(dispatch.process, dispatch.epoch, resend))
+                if dispatch.first_tokens_sent and not dispatch.generates:
+                    actions.append(self._send_first_tokens(record, dispatch))
         return actions
 
     # --- planning ------------------------------------------------------------------------------------------------------
@@ -690,7 +709,7 @@ class RouterCore:
             epoch=member.epoch,
             index=index or 0,
             n=num_samples,
-            sent_at_s=now_s,
+            progress_at_s=now_s,
             predicted_ttft_s=placement.predicted_ttft_s,
             waits=prefill is not None,
         )

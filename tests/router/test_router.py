@@ -10,6 +10,7 @@ import pytest
 from kvpool.keys import prompt_keys, root_key, tokens_from_bytes
 from protos.control import (
     Abort,
+    Aborted,
     Ack,
     Capacity,
     Counters,
@@ -34,7 +35,7 @@ from protos.control import (
 )
 from protos.kv_events import BlockStored, EventBatch
 from router.actions import CompletedEvent, Emit, FailedEvent, Replay, Send, Subscribe, TokensEvent, Unsubscribe
-from router.journal import Request
+from router.journal import Record, Request
 from router.router import RouterCore, Settings
 from tandem.errors import Cancelled, DeadlineExceeded, InvalidRequest, Overloaded, Unavailable, WorkerLost
 
@@ -380,6 +381,73 @@ def test_a_silent_stream_is_asked_for_what_it_owes() -> None:
     bench.submit(prompt=(1, 2, 3))
     bench.say("d0", Tokens(D, 0, 0, [5]))
     assert sent(bench.pass_time(1.2, "d0"), Resend) == [("d0", Resend(D, 0, 1))]
+
+
+def test_a_dispatch_that_was_lost_is_asked_for_and_made_again() -> None:
+    bench = Bench(("d0", "decode"), ("d1", "decode"))
+    ((name, _),) = sent(bench.submit(prompt=(1, 2, 3)), Dispatch)
+    other = {"d0": "d1", "d1": "d0"}[name]
+    assert sent(bench.pass_time(1.2, "d0", "d1"), Resend) == [(name, Resend(D, 0, 0))]
+    actions = bench.say(name, Failed(D, "worker_lost", "no such dispatch"))
+    assert [process for process, _ in sent(actions, Dispatch)] == [other]
+
+
+def test_probes_of_a_silent_dispatch_become_rarer() -> None:
+    bench = Bench(("d0", "decode"))
+    bench.submit(prompt=(1, 2, 3))
+    assert len(sent(bench.pass_time(32.0, "d0"), Resend)) == 6, "after 1, 3, 7, 15, 23 and 31 seconds"
+
+
+def test_lost_first_tokens_are_sent_again_until_decode_generates() -> None:
+    bench = cluster()
+    bench.submit(n=2)
+    bench.say("p0", Tokens(P, 0, 0, [7]))
+    assert sent(bench.pass_time(1.2, "p0", "d0"), FirstTokens) == [], "one of two is not known yet"
+    bench.say("d0", report(D))
+    bench.say("p0", Tokens(P, 1, 0, [], finish_reason="stop"))
+    again = sent(bench.pass_time(4.2, "p0", "d0"), FirstTokens)
+    assert {(name, tuple(message.token_ids)) for name, message in again} == {("d0", (7, -1))}
+    bench.say("d0", Tokens(D, 0, 1, [8]))
+    assert sent(bench.pass_time(4.2, "p0", "d0"), FirstTokens) == []
+
+
+def test_prefill_goes_on_after_decodes_report_until_all_first_tokens_are_known() -> None:
+    bench = cluster()
+    bench.submit(n=2)
+    bench.say("p0", Tokens(P, 0, 0, [7]))
+    assert sent(bench.say("d0", report(D)), Abort) == []
+    bench.say("p0", Tokens(P, 1, 0, [9]))
+    assert sent(bench.say("d0", Tokens(D, 0, 1, [8])), Abort) == [("p0", Abort(P, "handed over"))]
+
+
+def test_a_prefill_worker_that_gave_its_hold_up_is_no_source_any_more() -> None:
+    bench = Bench(("p0", "prefill"), ("d0", "decode"), ("d1", "decode"))
+    victim = sent(bench.submit(), Dispatch)[1][0]
+    bench.say("p0", Tokens(P, 0, 0, [7]))
+    assert bench.say("p0", Aborted(P)) == [], "decode may have fetched it all"
+    ((_, dispatch),) = sent(bench.core.on_closed(victim, EPOCH, bench.now_s), Dispatch)
+    assert (dispatch.prefill_here, dispatch.wait_source) == (True, "")
+
+
+def test_a_hold_that_ran_out_before_the_first_token_arrived_is_a_failure_of_prefill() -> None:
+    bench = cluster()
+    bench.submit()
+    actions = bench.say("p0", Aborted(P))
+    assert sent(actions, Abort) == [("d0", Abort(D, "the prefill role is dispatched again"))]
+    assert [d.fence.attempt for _, d in sent(actions, Dispatch)] == [1, 1]
+
+
+def test_a_token_in_the_middle_of_a_stream_looks_at_nothing_but_its_own_dispatch(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    bench = cluster()
+    bench.submit()
+    bench.say("p0", Tokens(P, 0, 0, [7]))
+    bench.say("d0", report(D))
+    bench.say("d0", Tokens(D, 0, 1, [8]))
+    for name in ("live", "prefill", "unfinished", "first_tokens_known"):
+        monkeypatch.setattr(Record, name, None)
+    assert len(emitted(bench.say("d0", Tokens(D, 0, 2, [9])), TokensEvent)) == 1
 
 
 def test_joining_and_leaving_are_told_to_the_shell_and_to_pool_nodes() -> None:

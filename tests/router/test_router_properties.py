@@ -88,6 +88,10 @@ class FakeWorker:
         self.dispatches: dict[Fence, Dispatch] = {}
         self.streams: dict[tuple[Fence, int], Stream] = {}
         self.ready_at_s: dict[Fence, float] = {}
+        self.hold_until_s: dict[Fence, float] = {}
+        self.parked: set[Fence] = set()
+        self.first_tokens: dict[Fence, list[int]] = {}
+        self.stopped: dict[Fence, set[int]] = {}
         self.num_dispatches = 0
         self.events_seq = -1
         self.hello()
@@ -113,9 +117,12 @@ class FakeWorker:
         now_s = self.world.now_s
         for fence, dispatch in list(self.dispatches.items()):
             ready_s = self.ready_at_s.get(fence)
-            if ready_s is not None and now_s >= ready_s:
+            if ready_s is not None and now_s >= ready_s and self.source_is_ready(dispatch, ready_s):
                 del self.ready_at_s[fence]
                 self.begin(dispatch)
+            if now_s >= self.hold_until_s.get(fence, now_s + 1.0):
+                self.drop(fence)
+                self.post(Aborted(fence=fence))
         for (fence, index), stream in list(self.streams.items()):
             if fence.role == "decode" and not stream.done:
                 self.generate(self.dispatches[fence], index, stream)
@@ -124,10 +131,25 @@ class FakeWorker:
                 for message in stream.unacked:
                     self.post(message)
 
+    def source_is_ready(self, dispatch: Dispatch, ready_s: float) -> bool:
+        """Whether the prefill worker that this dispatch waits for has computed the KV, or will not: then it has failed."""
+        if not dispatch.wait_source:
+            return True
+        source = next(w for w in self.world.workers if w.name == dispatch.wait_source)
+        held = [f for f in source.dispatches if source.up and f.request_id == dispatch.fence.request_id]
+        if any(fence in source.hold_until_s for fence in held):
+            return True
+        if not held and self.world.now_s > ready_s + 1.0:  # the grace time: the prefill dispatch may come later
+            self.fail(dispatch.fence)
+        return False
+
+    def fail(self, fence: Fence) -> None:
+        self.drop(fence)
+        self.post(Failed(fence=fence, code="fetch_failed", message="no source had it"))
+
     def begin(self, dispatch: Dispatch) -> None:
         if self.world.rng.random() < self.world.fail_rate:
-            self.drop(dispatch.fence)
-            self.post(Failed(fence=dispatch.fence, code="fetch_failed", message="no source had it"))
+            self.fail(dispatch.fence)
             return
         self.post(
             RoleReport(
@@ -148,6 +170,20 @@ class FakeWorker:
                 self.streams[(dispatch.fence, index)] = stream
                 if dispatch.fence.role == "prefill":
                     self.generate(dispatch, index, stream)
+                    self.hold_until_s[dispatch.fence] = self.world.now_s + dispatch.hold_s
+        else:
+            self.parked.add(dispatch.fence)
+            self.continue_parked(dispatch.fence)
+
+    def continue_parked(self, fence: Fence) -> None:
+        """Generation goes on where both the KV and the first tokens are there."""
+        if fence not in self.parked or fence not in self.first_tokens:
+            return
+        self.parked.remove(fence)
+        prompt = tokens_from_bytes(self.dispatches[fence].token_ids)
+        for index, token in enumerate(self.first_tokens[fence]):
+            if token != -1 and index not in self.stopped.get(fence, ()):
+                self.streams[(fence, index)] = Stream([*prompt, token], len(prompt))
 
     def generate(self, dispatch: Dispatch, index: int, stream: Stream) -> None:
         position = len(stream.tokens) - stream.num_prompt
@@ -164,6 +200,10 @@ class FakeWorker:
     def drop(self, fence: Fence) -> None:
         self.dispatches.pop(fence, None)
         self.ready_at_s.pop(fence, None)
+        self.hold_until_s.pop(fence, None)
+        self.parked.discard(fence)
+        self.first_tokens.pop(fence, None)
+        self.stopped.pop(fence, None)
         for key in [key for key in self.streams if key[0] == fence]:
             del self.streams[key]
 
@@ -176,23 +216,21 @@ class FakeWorker:
                 assert message.root == ROOT
                 self.num_dispatches += 1
                 self.dispatches[fence] = message
-                if fence.role == "prefill" or message.prefill_here:
-                    self.ready_at_s[fence] = now_s + self.world.rng.uniform(0.01, 0.3)
+                self.ready_at_s[fence] = now_s + self.world.rng.uniform(0.01, 0.3)
             case FirstTokens(fence=fence, token_ids=token_ids):
                 dispatch = self.dispatches.get(fence)
-                if dispatch is None:
+                if dispatch is None or fence in self.first_tokens:
                     return
                 assert not dispatch.prefill_here
                 assert len(token_ids) == dispatch.n
                 assert dispatch.wait_source
-                prompt = tokens_from_bytes(dispatch.token_ids)
-                for index, token in enumerate(token_ids):
-                    if token != -1:
-                        self.streams[(fence, index)] = Stream([*prompt, token], len(prompt))
-                self.ready_at_s[fence] = now_s + 0.01
+                self.first_tokens[fence] = token_ids
+                self.continue_parked(fence)
             case Ack(fence=fence, index=index, position=position, final=final):
                 stream = self.streams.get((fence, index))
                 if stream is None:
+                    if final and fence in self.dispatches:
+                        self.stopped.setdefault(fence, set()).add(index)
                     return
                 stream.unacked = [
                     m for m in stream.unacked if m.finish_reason or m.position + len(m.token_ids) > position
@@ -201,6 +239,8 @@ class FakeWorker:
                     stream.unacked, stream.done, stream.released = [], True, True
                     if all(s.released for (f, _), s in self.streams.items() if f == fence) and fence.role == "decode":
                         self.drop(fence)
+            case Resend(fence=fence) if fence not in self.dispatches:
+                self.post(Failed(fence=fence, code="worker_lost", message="unknown"))
             case Resend(fence=fence, index=index, position=position):
                 stream = self.streams.get((fence, index))
                 for sent in stream.unacked if stream else []:
@@ -224,12 +264,12 @@ class FakeWorker:
         )
 
 
-LOSSY = (Tokens, Ack, Resend, RoleReport, Abort, Aborted)
+LOSSY = (Tokens, Ack, Resend, RoleReport, Abort, Aborted, FirstTokens, Failed)
 
 
 class World:
-    """A virtual clock and a network. Streams of dispatches and hellos are in order, as TCP is; the rest may be lost,
-    doubled and late."""
+    """A virtual clock and a network. Hellos and heartbeats arrive, in order; dispatches arrive in order and once, as over TCP, or
+    are lost with their connection; the rest may be lost, doubled and late."""
 
     def __init__(self, seed: int, *, loss: float, crash_rate: float, fail_rate: float, max_attempts: int = 50) -> None:
         self.rng = random.Random(seed)
@@ -238,7 +278,14 @@ class World:
         self.queue: list[tuple[float, int, Any]] = []
         self.order = count()
         self.core = RouterCore(
-            Settings("router", b"r" * 8, max_attempts=max_attempts, unavailable_after_s=60.0), random.Random(seed)
+            Settings(
+                "router",
+                b"r" * 8,
+                max_attempts=max_attempts,
+                unavailable_after_s=60.0,
+                hold_s=self.rng.choice([0.3, 2.0, 10.0]),
+            ),
+            random.Random(seed),
         )
         self.terminals: dict[str, list[Any]] = {}
         self.streams: dict[tuple[str, int], list[int]] = {}
@@ -250,7 +297,9 @@ class World:
     def post(self, deliver: Any, message: Any) -> None:
         lossy = isinstance(message, LOSSY)
         copies = 1
-        if lossy and self.loss:
+        if isinstance(message, Dispatch) and self.loss:
+            copies = 0 if self.rng.random() < self.loss else 1
+        elif lossy and self.loss:
             copies = 0 if self.rng.random() < self.loss else 2 if self.rng.random() < self.loss else 1
         for _ in range(copies):
             delay_s = self.rng.uniform(0.001, 0.15) if lossy and self.loss else 0.002
