@@ -93,14 +93,17 @@ def own_tier(role: Role) -> Tier:
 
 
 class Membership:
-    """Processes by name. Only those of `served_group` route together; a pool node with no group yet is told of it."""
+    """Processes by name. Only those of `served_group` route together; a pool node with no group yet is told of it. With
+    `model`, those that say they serve another one are rejected."""
 
-    def __init__(self, *, heartbeat_s: float, liveness_s: float, progress_s: float) -> None:
+    def __init__(self, *, heartbeat_s: float, liveness_s: float, progress_s: float, model: str = "") -> None:
         self._heartbeat_s = heartbeat_s
         self._liveness_s = liveness_s
         self._progress_s = progress_s
+        self._model = model
         self._members: dict[str, Member] = {}
         self._rivals: dict[str, tuple[bytes, float]] = {}
+        self._unanswered_until_s: dict[tuple[str, bytes], float] = {}
         self._served: RoutingGroup | None = None
         self._checked_at_s: float | None = None
 
@@ -135,10 +138,12 @@ class Membership:
             return [Rejected("role 'router' can't join a router")]
         if hello.group is None and hello.role != "pool":
             return [Rejected(f"a {hello.role} worker must say its routing group")]
+        if self._model and hello.model not in ("", self._model):
+            return [Rejected(f"{hello.process} serves model {hello.model!r}, this router serves {self._model!r}")]
         events: list[MemberEvent] = []
         old = self._members.get(hello.process)
         if old is not None and old.epoch == hello.epoch and old.role != "pool" and old.heartbeat is not None:
-            events.append(self._lose(old, "said hello again: it had lost this router, and dropped its work"))
+            events.append(self._lose(old, now_s, "said hello again: it had lost this router, and dropped its work"))
         elif old is not None and old.epoch == hello.epoch:
             group_changed = old.hello.group != hello.group
             endpoints_changed = old.hello.endpoints != hello.endpoints
@@ -165,7 +170,7 @@ class Membership:
             epoch, first_seen_s = hello.epoch, now_s
             self._rivals[old.name] = (epoch, first_seen_s)
         if now_s - old.heard_at_s > 2 * self._heartbeat_s:
-            return self._lose(old, f"replaced by a new process of the name {old.name!r}")
+            return self._lose(old, now_s, f"replaced by a new process of the name {old.name!r}")
         if old.heard_at_s > first_seen_s:
             del self._rivals[old.name]
             return Rejected(f"the name {old.name!r} is taken by a live process (pid {old.hello.pid})")
@@ -180,12 +185,24 @@ class Membership:
         member.heard_at_s = now_s
         return member
 
-    def leave(self, name: str, epoch: bytes, reason: str) -> Lost | None:
+    def greets(self, name: str, epoch: bytes, now_s: float) -> bool:
+        """Whether the heartbeat of this process, which is no member, is to be answered with a welcome: it believes in a router
+        of before us, and our epoch tells it to say hello.
+
+        Answered once; then it has as long to act as it takes to find us silent (and say hello for that). One that we have
+        lost ourselves knows our epoch, so a welcome would but keep it from noticing: it isn't answered for as long either.
+        """
+        if now_s < self._unanswered_until_s.get((name, epoch), now_s) or len(self._unanswered_until_s) >= MAX_MEMBERS:
+            return False
+        self._unanswered_until_s[name, epoch] = now_s + 2 * self._liveness_s
+        return True
+
+    def leave(self, name: str, epoch: bytes, now_s: float, reason: str) -> Lost | None:
         """A goodbye or a closed connection. None if that epoch is no member."""
         member = self._members.get(name)
         if member is None or member.epoch != epoch:
             return None
-        return self._lose(member, reason)
+        return self._lose(member, now_s, reason)
 
     def expired(self, now_s: float) -> list[Lost]:
         """Those whose liveness or progress deadline has passed. Time in which this router itself did not run (no call for
@@ -195,18 +212,25 @@ class Membership:
         if gap_s > 1.0:
             for member in self._members.values():
                 member.heard_at_s = min(now_s, member.heard_at_s + gap_s)
+        for who in [who for who, until_s in self._unanswered_until_s.items() if now_s >= until_s]:
+            del self._unanswered_until_s[who]
         lost: list[Lost] = []
         for member in list(self._members.values()):
             silent_s = now_s - member.heard_at_s
             if silent_s > self._liveness_s:
-                lost.append(self._lose(member, f"no heartbeat for {silent_s:.1f} s, the limit is {self._liveness_s} s"))
+                lost.append(
+                    self._lose(member, now_s, f"no heartbeat for {silent_s:.1f} s, the limit is {self._liveness_s} s")
+                )
             elif member.heartbeat is not None and member.heartbeat.step_age_s > self._progress_s:
                 age_s = member.heartbeat.step_age_s
-                lost.append(self._lose(member, f"one step runs for {age_s:.1f} s, the limit is {self._progress_s} s"))
+                lost.append(
+                    self._lose(member, now_s, f"one step runs for {age_s:.1f} s, the limit is {self._progress_s} s")
+                )
         return lost
 
-    def _lose(self, member: Member, reason: str) -> Lost:
+    def _lose(self, member: Member, now_s: float, reason: str) -> Lost:
         del self._members[member.name]
+        self._unanswered_until_s[member.name, member.epoch] = now_s + 2 * self._liveness_s
         self._rivals.pop(member.name, None)
         self._choose_group()
         return Lost(member.name, member.epoch, member.role, reason)

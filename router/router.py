@@ -105,6 +105,8 @@ class Settings:
 
     router: str
     epoch: bytes
+    model: str = ""
+    """The model's name; workers that say another one are refused. Empty: they may serve any."""
     heartbeat_s: float = 0.25
     liveness_s: float = 3.0
     progress_s: float = 60.0
@@ -135,7 +137,10 @@ class RouterCore:
     def __init__(self, settings: Settings, rng: random.Random, policy: Policy | None = None) -> None:
         self.settings = settings
         self.membership = Membership(
-            heartbeat_s=settings.heartbeat_s, liveness_s=settings.liveness_s, progress_s=settings.progress_s
+            heartbeat_s=settings.heartbeat_s,
+            liveness_s=settings.liveness_s,
+            progress_s=settings.progress_s,
+            model=settings.model,
         )
         self.index = PrefixIndex()
         self.ledger = Ledger()
@@ -215,13 +220,14 @@ class RouterCore:
 
     def on_message(self, process: str, epoch: bytes, message: ToRouter, now_s: float) -> list[Action]:
         """Takes a message of `process` in its `epoch`, as its connection identifies it. Those of a process that is not a
-        member are ignored, but for its hello."""
+        member are ignored, but for its hello, and for a heartbeat that tells of a router before us."""
         if isinstance(message, Hello | Heartbeat | Goodbye) and (message.process, message.epoch) != (process, epoch):
             return []
         if isinstance(message, Hello):
             return self._on_hello(message, now_s)
         if not self.membership.is_member(process, epoch):
-            return []
+            greeted = isinstance(message, Heartbeat) and self.membership.greets(process, epoch, now_s)
+            return [Send(process, epoch, self._welcome())] if greeted else []
         match message:
             case Heartbeat():
                 return self._on_heartbeat(message, now_s)
@@ -240,7 +246,7 @@ class RouterCore:
         self, process: str, epoch: bytes, now_s: float, reason: str = "its connection closed"
     ) -> list[Action]:
         """A process can't be reached any more, or has left."""
-        lost = self.membership.leave(process, epoch, reason)
+        lost = self.membership.leave(process, epoch, now_s, reason)
         return self._on_lost(lost, now_s) if lost is not None else []
 
     def on_events(self, process: str, epoch: bytes, seq: int, batch: EventBatch, now_s: float) -> list[Action]:

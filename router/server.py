@@ -15,6 +15,7 @@ import secrets
 import threading
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import ParamSpec
 
 import grpc
@@ -77,13 +78,14 @@ class RouterServer:
         self._config = config
         self._drain_s = drain_s
         self._tokenizer = tokenizer
-        self.model = config.model.name or default_model_name(config.model.path)
+        self.model = config.model.name or default_model_name(Path(config.model.path).expanduser())
         self._validator = Validator(config.limits, tokenizer, self.model)
         settings = config.router
         self.core = RouterCore(
             Settings(
                 router=f"router-{config.cluster}",
                 epoch=secrets.token_bytes(8),
+                model=self.model,
                 heartbeat_s=settings.heartbeat_s,
                 liveness_s=settings.liveness_s,
                 progress_s=settings.progress_s,

@@ -467,7 +467,7 @@ def test_members_hear_a_welcome_each_heartbeat_and_strangers_nothing() -> None:
     bench = cluster()
     names = [name for name, _ in sent(bench.pass_time(1.0, "p0", "d0"), Welcome)]
     assert names.count("d0") in (3, 4, 5)
-    assert bench.core.on_message("x", EPOCH, Heartbeat("x", EPOCH, 0, 0.0, -1, Load(), Counters()), bench.now_s) == []
+    assert bench.core.on_message("x", EPOCH, Aborted(P), bench.now_s) == []
     assert bench.core.on_message("d0", b"2" * 8, Tokens(D, 0, 0, [1]), bench.now_s) == []
 
 
@@ -481,6 +481,44 @@ def test_a_wrong_protocol_version_is_refused_in_words() -> None:
     bench = Bench()
     ((_, refused),) = sent(bench.join("d0", "decode", version=9), Refused)
     assert "9" in refused.reason
+
+
+def test_a_worker_of_another_model_is_refused_with_both_names() -> None:
+    bench = Bench(model="smollm2")
+    ((name, refused),) = sent(bench.join("d0", "decode", model="qwen3"), Refused)
+    assert name == "d0"
+    assert "'qwen3'" in refused.reason
+    assert "'smollm2'" in refused.reason
+    assert not bench.core.ready
+    assert sent(bench.join("d1", "decode", model="smollm2"), Welcome)
+    assert sent(bench.join("pool-0", "pool"), Welcome), "a pool node serves no model"
+
+
+def heartbeat_of(bench: Bench, name: str) -> list[Any]:
+    return bench.say(name, Heartbeat(name, EPOCH, 0, 0.0, -1, Load(), Counters()))
+
+
+def test_a_heartbeat_meant_for_the_router_before_is_answered_once_with_our_epoch() -> None:
+    bench = Bench()
+    ((name, welcome),) = sent(heartbeat_of(bench, "d0"), Welcome)
+    assert (name, welcome.epoch) == ("d0", b"r" * 8)
+    assert bench.pass_time(5.0, "d0") == []
+    assert len(sent(bench.pass_time(2.0, "d0"), Welcome)) == 1, "that answer may have been lost"
+
+
+def test_a_heartbeat_of_a_worker_that_we_have_lost_is_not_answered() -> None:
+    bench = cluster()
+    bench.core.on_closed("d0", EPOCH, bench.now_s)
+    assert heartbeat_of(bench, "d0") == [], "a welcome of the epoch it knows would keep it from saying hello"
+
+
+def test_strangers_are_remembered_for_a_bounded_time() -> None:
+    bench = Bench()
+    for number in range(5000):
+        heartbeat_of(bench, f"x{number}")
+    assert heartbeat_of(bench, "d0") == []
+    bench.pass_time(7.0)
+    assert len(sent(heartbeat_of(bench, "d0"), Welcome)) == 1
 
 
 def test_a_new_group_gets_new_keys() -> None:
