@@ -50,12 +50,14 @@ class Handlers:
 
 
 def parse_identity(frame: bytes) -> tuple[str, bytes] | None:
-    """Name and epoch of a ZeroMQ identity; None if it is not of that form."""
+    """Name and epoch of a ZeroMQ identity; None if it is not exactly what `tandem.zmq_io.identity` makes of them: a second
+    spelling would let one process speak as another."""
     try:
-        name, _, epoch = frame.decode().rpartition("@")
-        return (name, bytes.fromhex(epoch)) if name else None
+        name, _, digits = frame.decode().rpartition("@")
+        epoch = bytes.fromhex(digits)
     except ValueError:
         return None
+    return (name, epoch) if name and identity(name, epoch) == frame else None
 
 
 class ControlPlane:

@@ -142,6 +142,10 @@ class Membership:
             return [Rejected(f"{hello.process} serves model {hello.model!r}, this router serves {self._model!r}")]
         events: list[MemberEvent] = []
         old = self._members.get(hello.process)
+        if old is not None and old.epoch == hello.epoch and old.role != hello.role:
+            return [
+                Rejected(f"{hello.process} said it was a {old.role}, now a {hello.role}: a role is for a whole epoch")
+            ]
         if old is not None and old.epoch == hello.epoch and old.role != "pool" and old.heartbeat is not None:
             events.append(self._lose(old, now_s, "said hello again: it had lost this router, and dropped its work"))
         elif old is not None and old.epoch == hello.epoch:

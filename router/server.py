@@ -175,19 +175,25 @@ class RouterServer:
             if receiver.done():
                 receiver.result()
             time_s = now_s()
-            self._do(self.core.tick(time_s))
+            self._tick(time_s)
             await self._show_health()
             if time_s >= refresh_at_s:
                 refresh_at_s = time_s + REFRESH_S
                 self.metrics.refresh(self.core.membership, len(self.core.journal))
             await asyncio.sleep(TICK_S)
 
+    def _tick(self, time_s: float) -> None:
+        try:
+            self._do(self.core.tick(time_s))
+        except Exception:  # one record that can't be served must not end all streams
+            log.exception("a tick failed")
+
     async def _drain(self) -> None:
         self._stopping = True
         await self._show_health()
         end_s = now_s() + self._drain_s
         while self.answers and now_s() < end_s:
-            self._do(self.core.tick(now_s()))
+            self._tick(now_s())
             await asyncio.sleep(TICK_S)
         for request_id in list(self.answers):
             self._do(self.core.cancel(request_id, now_s(), Unavailable("the router is stopping")))
@@ -303,6 +309,11 @@ class RouterServer:
         if summary is not None:
             self.metrics.ended(summary, answer.num_generated_tokens)
 
+    @property
+    def client_patience_s(self) -> float:
+        """How long a client may leave what it is sent unread."""
+        return self._config.limits.client_patience_s
+
     def cluster(self) -> tandem_pb2.GetClusterResponse:
         """What runs where."""
         return cluster(self.core, self.model, now_s())
@@ -322,15 +333,20 @@ class _Servicer(tandem_pb2_grpc.TandemServicer):
         self,
         request: tandem_pb2.GenerateRequest,
         context: grpc.aio.ServicerContext[tandem_pb2.GenerateRequest, tandem_pb2.GenerateResponse],
-    ) -> AsyncIterator[tandem_pb2.GenerateResponse]:
+    ) -> None:
         responses = self._server.generate(request, context.time_remaining())
+        patience_s = self._server.client_patience_s
         try:
             async for response in responses:
-                yield response
+                await asyncio.wait_for(context.write(response), patience_s)
         except TandemError as error:
             if isinstance(error, Overloaded):
                 context.set_trailing_metadata((("retry-after-s", f"{error.retry_after_s:g}"),))
             await context.abort(grpc.StatusCode[error.grpc_status], str(error))
+        except TimeoutError:
+            # What it holds here would be held for ever: gRPC waits for the client's window without a deadline of its own.
+            reason = f"the client read nothing for {patience_s:g} s"
+            await context.abort(grpc.StatusCode.DEADLINE_EXCEEDED, reason)
         finally:
             await responses.aclose()  # type: ignore[attr-defined]
 

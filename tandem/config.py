@@ -79,6 +79,7 @@ class LimitsConfig(_Section):
     max_logprobs: int = Field(20, ge=0, le=100)
     max_active_requests: int = Field(1024, ge=1, description="accepted and not finished")
     default_deadline_s: float = Field(600.0, gt=0)
+    client_patience_s: float = Field(30.0, gt=0, description="a client that reads nothing for so long is cut off")
 
 
 class RouterConfig(_Section):

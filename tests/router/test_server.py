@@ -41,6 +41,7 @@ from protos.control import (
     Welcome,
 )
 from protos.kv_events import BlockStored, EventBatch
+from router.control_plane import parse_identity
 from router.server import RouterServer
 from tandem.config import Config, load_config
 from tandem.errors import ConfigError
@@ -691,3 +692,37 @@ def test_metrics_count_requests_and_show_processes(make_router: Callable[..., Ro
     wait_for(lambda: 'tandem_requests_total{outcome="completed"} 1.0' in page())
     wait_for(lambda: 'tandem_process_num_running{process="decode-0",role="decode"}' in page())
     assert "tandem_ttft_seconds_count 1.0" in page()
+
+
+def test_a_client_that_never_reads_is_cut_off_and_its_place_is_free(make_router: Callable[..., Router]) -> None:
+    router = make_router(limits={"client_patience_s": 0.5, "max_active_requests": 1})
+    router.add("decode-0", "decode")
+    stuck = router.ask(max_tokens=4_000, n=8, num_logprobs=20, timeout_s=60)
+    next(stuck)
+
+    def served() -> bool:
+        call = router.ask(max_tokens=3, timeout_s=20)
+        try:
+            return bool(list(call))
+        except grpc.RpcError:
+            return call.code() is not grpc.StatusCode.RESOURCE_EXHAUSTED
+
+    assert not served()
+    wait_for(served, 30.0)
+    stuck.cancel()
+
+
+@pytest.mark.parametrize(
+    ("frame", "found"),
+    [
+        (b"decode-0@00ab", ("decode-0", b"\x00\xab")),
+        (b"decode-0@00AB", None),
+        (b"decode-0@00 ab", None),
+        (b"@00ab", None),
+        (b"decode-0", None),
+        (b"decode-0@0", None),
+        (b"\xff@00", None),
+    ],
+)
+def test_an_identity_has_one_spelling(frame: bytes, found: tuple[str, bytes] | None) -> None:
+    assert parse_identity(frame) == found
