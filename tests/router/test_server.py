@@ -369,6 +369,23 @@ def test_frames_are_single_messagepack_maps_with_a_tag(router: Router) -> None:
     context.destroy(linger=0)
 
 
+def test_a_worker_that_serves_another_model_is_refused(router: Router) -> None:
+    context = zmq.Context()
+    dealer = context.socket(zmq.DEALER)
+    dealer.setsockopt(zmq.IDENTITY, identity("x", b"1" * 8))
+    dealer.connect(f"tcp://127.0.0.1:{router.server.control_port}")
+    hello = Hello(
+        control.PROTOCOL_VERSION, "x", "decode", b"1" * 8, 1, Endpoints("", "", ""), Capacity(), GROUP, "other"
+    )
+    dealer.send(control.encode(hello))
+    assert dealer.poll(5000)
+    answer = control.decode_from_router(dealer.recv())
+    assert isinstance(answer, Refused)
+    assert "'other'" in answer.reason
+    assert "'fake'" in answer.reason
+    context.destroy(linger=0)
+
+
 def test_samples_are_streamed_side_by_side(router: Router) -> None:
     router.add("prefill-0", "prefill")
     router.add("decode-0", "decode")
