@@ -68,12 +68,19 @@ class WorkerLoop:
     def run(self, stop: threading.Event) -> None:
         """Serves until `stop`. Raises TandemError if the model can't be loaded or a router refuses this worker."""
         path = resolve_model(self._config.model.path)
+        log.info("loading %s", path.name)
         parts = build_engine(
             path,
             self._config.model.dtype,
             self._worker,
             max_len=self._config.model.max_len,
             fetch_timeout_s=self._config.transfer.fetch_timeout_s,
+        )
+        log.info(
+            "holding %d blocks of %d bytes; joining the router at %s",
+            parts.pool.num_blocks,
+            parts.layout.slab_bytes,
+            self._config.router.control_endpoint,
         )
         model_name = self._config.model.name or default_model_name(path)
         engine_thread = _EngineThread(parts)

@@ -21,6 +21,8 @@ log = logging.getLogger(__name__)
 HELLO_PERIOD_S = 1.0
 MESSAGES_PER_HANDLE = 1000
 _HIGH_WATER_MARK = 100_000
+_TELL_AT_HELLO = frozenset({3, 30, 300, 3000})
+"""After so many hellos without an answer it is said that nobody answers."""
 
 
 def identity(process: str, epoch: bytes) -> bytes:
@@ -46,6 +48,8 @@ class _Router:
     heard_s: float = 0.0
     next_hello_s: float = 0.0
     next_heartbeat_s: float = 0.0
+    num_hellos: int = 0
+    """Since the last welcome."""
 
 
 class RouterLink:
@@ -114,8 +118,10 @@ class RouterLink:
                         self._lose(number, now_s)  # a new incarnation: it has to hear our hello before anything else
                         self._send(router, self._make_hello())
                     if router.welcome is None:
+                        log.info("joined %s at %s", message.router, router.endpoint)
                         router.next_heartbeat_s = now_s
                     router.welcome = message
+                    router.num_hellos = 0
                 case Refused(reason=reason):
                     self._on_refused(reason)
                 case _:
@@ -132,6 +138,9 @@ class RouterLink:
                 welcome = None
             if welcome is None:
                 if now_s >= router.next_hello_s:
+                    router.num_hellos += 1
+                    if router.num_hellos in _TELL_AT_HELLO:
+                        log.warning("no router answers at %s; trying again", router.endpoint)
                     self._send(router, self._make_hello())
                     router.next_hello_s = now_s + HELLO_PERIOD_S
                 due = min(due, router.next_hello_s)

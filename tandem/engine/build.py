@@ -62,8 +62,16 @@ def build_engine(
             "at least 2 are needed"
         )
     context = model.config.max_position
+    if max_len > context:
+        raise ConfigError(f"model.max_len is {max_len}, the model's context is {context} tokens")
+    wanted, held = max_len or context, num_blocks * worker.block_size
+    if held < wanted:
+        log.warning(
+            "arena_bytes is %d, which holds %d tokens: prompt and answer are limited to that, not to %d",
+            worker.arena_bytes, held, wanted,
+        )  # fmt: skip
     limits = EngineLimits(
-        max_model_len=min(max_len or context, context, num_blocks * worker.block_size),
+        max_model_len=min(wanted, held),
         vocab_size=model.config.vocab_size,
         max_running=worker.max_running,
         max_step_tokens=worker.max_step_tokens,
