@@ -33,10 +33,13 @@ class _Pending:
 class Answer:
     """The outgoing side of one request. `take` feeds it; exactly one reader iterates `chunks`."""
 
-    def __init__(self, request_id: str, tokenizer: Tokenizer, stop: Sequence[str], n: int) -> None:
+    def __init__(
+        self, request_id: str, tokenizer: Tokenizer, stop: Sequence[str], n: int, *, continues: bool = False
+    ) -> None:
+        """`continues`: the answer is shown behind its prompt, whose last word its first token may go on (no chat)."""
         self.request_id = request_id
         self._tokenizer = tokenizer
-        self._texts = [TextStream(tokenizer, tuple(stop)) for _ in range(n)]
+        self._texts = [TextStream(tokenizer, tuple(stop), continues=continues) for _ in range(n)]
         self._num_tokens = [0] * n
         self._finished = [False] * n
         self._pending: dict[int, _Pending] = {}

@@ -549,8 +549,10 @@ class RouterCore:
 
     def _check_context(self, request: Request) -> None:
         limit = self.max_model_len()
-        if limit and len(request.prompt) > limit:
-            raise InvalidRequest(f"the prompt has {len(request.prompt)} tokens, the model's context is {limit}")
+        if limit and len(request.prompt) >= limit:
+            raise InvalidRequest(
+                f"the prompt has {len(request.prompt)} tokens; with an answer of at least one it must fit into {limit}"
+            )
 
     def _plan(self, record: Record, now_s: float) -> list[Action]:
         """Dispatches whatever this request lacks; puts it into the waiting line when that is not possible now."""
@@ -567,7 +569,7 @@ class RouterCore:
             except InvalidRequest as error:
                 return self._end(record, error, now_s)
             if limit := self.max_model_len():
-                room = max(1, limit - len(record.request.prompt))
+                room = limit - len(record.request.prompt)
                 record.sampling = msgspec.structs.replace(
                     record.sampling, max_tokens=min(record.sampling.max_tokens, room)
                 )

@@ -273,7 +273,8 @@ class RouterServer:
             self._num_opening -= 1
         budget_s = min(limits.default_deadline_s, budget_s) if budget_s is not None else limits.default_deadline_s
         request_id = secrets.token_hex(12)
-        answer = Answer(request_id, self._tokenizer, asked.stop, asked.n)
+        continues = request.WhichOneof("input") != "chat"
+        answer = Answer(request_id, self._tokenizer, asked.stop, asked.n, continues=continues)
         self.answers[request_id] = answer
         ended = False
         try:
