@@ -115,8 +115,8 @@ class RouterLink:
             match message:
                 case Welcome():
                     if router.welcome is not None and router.welcome.epoch != message.epoch:
-                        self._lose(number, now_s)  # a new incarnation: it has to hear our hello before anything else
-                        self._send(router, self._make_hello())
+                        self._lose(number, now_s)  # a new incarnation: `tick` says hello until it answers
+                        continue
                     if router.welcome is None:
                         log.info("joined %s at %s", message.router, router.endpoint)
                         router.next_heartbeat_s = now_s

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import random
 import threading
-import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -18,6 +17,7 @@ from tests.system.harness import RunningCluster, leftovers, wait_until
 
 NUM_REQUESTS = 200
 NUM_CLIENTS = 16
+NUM_WARM_UP = 40
 
 
 def shmem_bytes() -> int:
@@ -44,10 +44,7 @@ def test_200_requests_a_third_of_them_cancelled_leave_nothing_behind(tmp_path: P
     running = RunningCluster(tmp_path, sizes)
     try:
         running.start()
-        running.generate([1, 2, 3] * 100, max_tokens=2)  # every connection and mapping is made once
-        wait_until(lambda: running.status("pool-0").counters["fetched_blocks"] >= 18, 10, "the pool node is at rest")
         pids = {name: process.pid for name, process in running.processes.items()}
-        before = {name: leftovers(pid) for name, pid in pids.items()}
         ends: list[str] = []
         lock = threading.Lock()
 
@@ -82,14 +79,18 @@ def test_200_requests_a_third_of_them_cancelled_leave_nothing_behind(tmp_path: P
             with lock:
                 ends.append(end)
 
+        # After the first of them every process has made its connections and mappings; from then on nothing may be added.
         with ThreadPoolExecutor(NUM_CLIENTS) as clients:
-            list(clients.map(one, range(NUM_REQUESTS)))
+            list(clients.map(one, range(NUM_WARM_UP)))
+            wait_until(lambda: running.client.audit().ok, 20, f"audit: {running.client.audit()}")
+            before = {name: leftovers(pid) for name, pid in pids.items()}
+            list(clients.map(one, range(NUM_WARM_UP, NUM_REQUESTS)))
 
         assert len(ends) == NUM_REQUESTS
         assert ends.count("completed") + ends.count("cancelled") == NUM_REQUESTS
         wait_until(lambda: running.client.audit().ok, 20, f"audit: {running.client.audit()}")
         seen = running.client.cluster()
-        assert seen.num_requests_finished + seen.num_requests_cancelled == NUM_REQUESTS + 1
+        assert seen.num_requests_finished + seen.num_requests_cancelled == NUM_REQUESTS
         assert seen.num_requests_failed == 0
         phases = dict.fromkeys(("waiting", "fetching", "prefill", "decode"), 0)
         for process in seen.processes:
@@ -104,18 +105,15 @@ def test_200_requests_a_third_of_them_cancelled_leave_nothing_behind(tmp_path: P
                 0,
                 0,
             ), f"{name}: {status}"
-        after = {name: leftovers(pid) for name, pid in pids.items()}
-        for name, held in after.items():
-            assert held["arena_mappings"] <= 3, (name, before[name], held)  # its own, and one of each other arena
-            assert held["descriptors"] <= before[name]["descriptors"] + NUM_CLIENTS, (name, before[name], held)
+
+        def nothing_added() -> bool:
+            now = {name: leftovers(pid) for name, pid in pids.items()}
+            return all(now[name][what] <= count for name, held in before.items() for what, count in held.items())
+
+        wait_until(nothing_added, 20, f"{before} grew to { ({name: leftovers(pid) for name, pid in pids.items()}) }")
     finally:
         codes = running.stop()
     assert set(codes.values()) == {0}, f"{codes}\n{running.logs()}"
     assert not any(psutil.pid_exists(pid) for pid in pids.values())
     assert not [c for c in psutil.Process(os.getpid()).children(recursive=True) if c.pid in pids.values()]
-    deadline_s = time.monotonic() + 10
-    wait_until(
-        lambda: shmem_bytes() < shmem_before + 32 * 2**20,
-        max(1.0, deadline_s - time.monotonic()),
-        "Shmem is given back",
-    )
+    wait_until(lambda: shmem_bytes() < shmem_before + 2 * 2**20, 10, "Shmem is given back")
