@@ -15,7 +15,6 @@ import os
 import secrets
 import shutil
 import signal
-import socket
 import tempfile
 import threading
 import traceback
@@ -30,7 +29,8 @@ import psutil
 from tandem.client import Client
 from tandem.clock import now_s
 from tandem.config import Config, dump_config, load_config
-from tandem.errors import Cancelled, DeadlineExceeded, TandemError, error_from_code
+from tandem.errors import Cancelled, ConfigError, DeadlineExceeded, TandemError, error_from_code
+from tandem.ports import busy_ports, with_free_ports
 
 log = logging.getLogger(__name__)
 
@@ -45,6 +45,9 @@ ENTRY_POINTS: Mapping[str, str] = {
 OBJECT_STORE_BYTES = 80 * 2**20
 """Ray's smallest object store is 75 MiB; nothing of ours goes through it."""
 
+_MAX_PAUSE_S = 30.0
+_STEADY_S = 60.0
+"""A role that ran for so long did not die at once: its next restart is not delayed."""
 _STOP_S = 10.0
 _ASK_S = 5.0
 _RAY_DIR_PREFIX = "tandem-ray-"
@@ -58,6 +61,30 @@ class Placed:
     role: str
     pid: int
     error: TandemError | None = None
+
+
+@dataclass(slots=True)
+class _Restarts:
+    """When a role that ended with an error is started again. Pauses double from one second while it goes on dying at once."""
+
+    count: int = 0
+    last_s: float = 0.0
+    at_s: float | None = None
+    """When the pending restart is due; None if none is."""
+    ended_pid: int = 0
+    """The process that the last restart ended: what it still says is old."""
+
+    def plan(self, time_s: float) -> float:
+        """Takes note that the role ended now; returns the pause before its restart, in seconds."""
+        if time_s - self.last_s > _STEADY_S:
+            self.count = 0
+        pause_s = min(_MAX_PAUSE_S, 2.0 ** (self.count - 1)) if self.count else 0.0
+        self.at_s = time_s + pause_s
+        return pause_s
+
+    def done(self, time_s: float, pid: int) -> None:
+        """Takes note that the role is being started again in place of process `pid`."""
+        self.count, self.last_s, self.at_s, self.ended_pid = min(self.count + 1, 16), time_s, None, pid
 
 
 class RoleProcess:
@@ -112,14 +139,19 @@ class RoleProcess:
 
 
 class Cluster:
-    """One cluster, in Ray, on this machine. Not thread-safe; one per process at a time. Use it as a context manager."""
+    """One cluster, in Ray, on this machine. Not thread-safe; one per process at a time. Use it as a context manager.
+
+    Raises ConfigError for a configuration that can never be ready.
+    """
 
     def __init__(self, config: Config, *, entry_points: Mapping[str, str] = ENTRY_POINTS) -> None:
+        check_replicas(config)
         self.config = with_free_ports(config)
         self._entry_points = entry_points
         self._actors: dict[str, Any] = {}
         self._roles: dict[str, str] = {}
         self._pids: dict[str, int] = {}
+        self._restarts: dict[str, _Restarts] = {}
         self._ray_dir: Path | None = None
         self._ray_processes: list[psutil.Process] = []
 
@@ -152,12 +184,14 @@ class Cluster:
     ) -> None:
         """Starts everything and returns when the router says that the whole cluster is ready. On any error all is stopped.
 
-        Raises the error of the role that failed, with its name, DeadlineExceeded naming what is missing, or Cancelled when `stop`
-        was set meanwhile. `on_ray_dir` is told Ray's temporary folder before Ray starts in it, so that somebody can remove it
-        should this process be killed.
+        Raises ConfigError before anything runs if a port is taken, the error of the role that failed, with its name,
+        DeadlineExceeded naming what is missing, or Cancelled when `stop` was set meanwhile. `on_ray_dir` is told Ray's temporary
+        folder before Ray starts in it, so that somebody can remove it should this process be killed.
         """
         deadline_s = now_s() + timeout_s
         pause = stop or threading.Event()
+        if busy := busy_ports(self.config):
+            raise ConfigError("; ".join(busy))
         try:
             progress("starting Ray")
             self._start_ray(on_ray_dir)
@@ -194,22 +228,44 @@ class Cluster:
         return found
 
     def supervise(self) -> list[str]:
-        """Looks once after everything; a role that ended with an error is started again. Returns what happened, for people."""
-        ray = _ray()
-        lines = []
+        """Looks once after everything; a role that ended with an error is started again, after a pause of up to 30 s if it dies
+        at once each time. Returns what happened, for people; a role is back when the router lists it again."""
+        lines, returning = [], []
         for placed in self.processes():
-            before = self._pids.get(placed.name, 0)
+            restarts = self._restarts[placed.name]
             if placed.error is not None:
-                lines.append(f"{placed.error}; starting it again")
-                ray.kill(self._actors[placed.name], no_restart=False)
+                if placed.pid != restarts.ended_pid:
+                    lines += self._restart(placed, placed.error, restarts)
             elif not placed.pid:
-                if before:
+                if self._pids.get(placed.name, 0):
                     lines.append(f"{placed.name} is gone; Ray is starting it again")
                     self._pids[placed.name] = 0
-            elif placed.pid != before:
+            elif placed.pid not in (self._pids.get(placed.name, 0), restarts.ended_pid):
+                returning.append(placed)
+        listed = self._listed() if returning else None
+        for placed in returning:
+            if listed is not None and (placed.role == "router" or listed.get(placed.name) == placed.pid):
                 lines.append(f"{placed.name} is back as process {placed.pid}")
                 self._pids[placed.name] = placed.pid
         return lines
+
+    def _restart(self, placed: Placed, error: TandemError, restarts: _Restarts) -> list[str]:
+        """Starts a role that ended with an error again when its pause is over. Returns what to say of it, once an end."""
+        lines = []
+        if restarts.at_s is None:
+            pause_s = restarts.plan(now_s())
+            lines.append(f"{error}; starting it again" + (f" in {pause_s:.0f} s" if pause_s else ""))
+            self._pids[placed.name] = 0
+        if restarts.at_s is not None and now_s() >= restarts.at_s:
+            _ray().kill(self._actors[placed.name], no_restart=False)
+            restarts.done(now_s(), placed.pid)
+        return lines
+
+    def _listed(self) -> dict[str, int] | None:
+        """The pid of each process that the router lists; None if it does not answer."""
+        with Client(self.target) as client, contextlib.suppress(TandemError):
+            return {process.name: process.pid for process in client.cluster(timeout_s=1.0).processes}
+        return None
 
     def stop(self) -> None:
         """Stops every role, workers first, then Ray, within a bounded time; leaves no process and no file but the logs."""
@@ -234,6 +290,7 @@ class Cluster:
         self._actors.clear()
         self._roles.clear()
         self._pids.clear()
+        self._restarts.clear()
         self._ray_processes = []
         if self._ray_dir is not None:
             shutil.rmtree(self._ray_dir, ignore_errors=True)
@@ -283,6 +340,7 @@ class Cluster:
             )
         )
         self._roles[name] = role
+        self._restarts[name] = _Restarts()
         self._actors[name] = actor.remote(
             self._entry_points[role], role, name, dump_config(self.config), str(self.log_dir / f"{name}.log")
         )
@@ -295,9 +353,11 @@ class Cluster:
         stop: threading.Event,
         names: set[str],
     ) -> None:
-        """Until the router answers and, if there are `names`, lists them all and says that it is ready."""
+        """Until the router answers and, if there are `names`, lists our processes of these names and says that it is ready."""
         announced: set[str] = set()
         while True:
+            if stop.is_set():
+                raise Cancelled("stopped while the cluster was starting")
             for placed in self.processes():
                 if placed.error is not None:
                     raise placed.error
@@ -307,7 +367,8 @@ class Cluster:
             except TandemError:
                 missing = "no answer from the router"
             else:
-                present = {process.name for process in seen.processes}
+                # A name alone is no proof: every cluster has a decode-0, and another one may answer at this port.
+                present = {process.name for process in seen.processes if process.pid == self._pids.get(process.name)}
                 for name in sorted((present & names) - announced):
                     progress(f"{name} is up")
                     announced.add(name)
@@ -317,21 +378,13 @@ class Cluster:
                     return
             if now_s() > deadline_s:
                 raise DeadlineExceeded(f"the cluster did not start in time: {missing}; the logs are in {self.log_dir}")
-            if stop.wait(0.1):
-                raise Cancelled("stopped while the cluster was starting")
+            stop.wait(0.1)
 
 
-def with_free_ports(config: Config) -> Config:
-    """`config` with each of the router's gRPC and control ports that is 0 replaced by one that is free now."""
-    router = config.router
-    with contextlib.ExitStack() as held:
-        updates = {}
-        for field in ("grpc_port", "control_port"):
-            if getattr(router, field) == 0:
-                probe = held.enter_context(socket.socket())
-                probe.bind((router.host, 0))
-                updates[field] = probe.getsockname()[1]
-    return config.model_copy(update={"router": router.model_copy(update=updates)})
+def check_replicas(config: Config) -> None:
+    """Raises ConfigError if the cluster could never answer: a whole cluster needs a decode worker."""
+    if config.decode.replicas < 1:
+        raise ConfigError("decode.replicas is 0, must be at least 1 to serve")
 
 
 def remove_stale_ray_dir(path: str) -> None:

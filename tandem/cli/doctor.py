@@ -10,7 +10,6 @@ import os
 import platform
 import resource
 import shutil
-import socket
 from collections.abc import Callable
 from pathlib import Path
 
@@ -22,6 +21,7 @@ from tandem.cli.run_file import RunFile
 from tandem.clock import now_s
 from tandem.config import Config, cache_dir, load_config
 from tandem.errors import TandemError
+from tandem.ports import busy_ports
 
 MiB = 2**20
 Finding = tuple[bool, str]
@@ -127,24 +127,9 @@ def check_ports(config: Config) -> Finding:
     if running is not None:
         return True, f"a cluster of this configuration serves at {running.target} (process {running.pid})"
     router = config.router
-    busy = [
-        f"router.{name} {getattr(router, name)}"
-        for name in ("grpc_port", "control_port", "metrics_port")
-        if getattr(router, name) and not _is_free(router.host, getattr(router, name))
-    ]
-    if busy:
-        return False, f"{', '.join(busy)} on {router.host} in use by another process: stop it or configure other ports"
+    if busy := busy_ports(config):
+        return False, f"{'; '.join(busy)}: stop what has it or configure another"
     return True, f"{router.grpc_port}, {router.control_port} and {router.metrics_port} are free on {router.host}"
-
-
-def _is_free(host: str, port: int) -> bool:
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((host, port))
-        except OSError:
-            return False
-    return True
 
 
 def check_model(config: Config) -> Finding:

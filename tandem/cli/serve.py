@@ -68,9 +68,10 @@ def serve(
     timeout_s: Annotated[float, typer.Option(min=1, help="Seconds until the whole cluster must be ready.")] = 180.0,
 ) -> None:
     """Run a whole cluster in the foreground; Ctrl-C or `tandem down` stops all of it."""
-    from tandem.cluster import Cluster, remove_stale_ray_dir
+    from tandem.cluster import Cluster, check_replicas, remove_stale_ray_dir
 
     config = load_config(config_path, {"model": {"path": model}} if model else None)
+    check_replicas(config)
     check_model(config)
     run_file = RunFile(config.run_path)
     left_behind = run_file.acquire()

@@ -50,3 +50,17 @@ def run_broken_worker(config: Config, name: str, stop: threading.Event) -> None:
 def run_stubborn_worker(config: Config, name: str, stop: threading.Event) -> None:
     (config.run_path / f"{name}.worker").write_text(str(os.getpid()))
     threading.Event().wait()
+
+
+def run_absent_worker(config: Config, name: str, stop: threading.Event) -> None:
+    stop.wait()
+
+
+def run_once(config: Config, name: str, stop: threading.Event) -> None:
+    """Works until there is a file `fail`, and fails at once where there is one."""
+    file = config.run_path / f"{name}.worker"
+    file.write_text(str(os.getpid()))
+    while not stop.wait(0.02):
+        if (config.run_path / "fail").exists():
+            file.unlink()
+            raise ModelError("it was told to fail")

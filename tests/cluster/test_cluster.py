@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -17,9 +18,10 @@ import psutil
 import pytest
 
 from tandem.client import Client
-from tandem.cluster import Cluster, _ray, remove_stale_ray_dir, with_free_ports
+from tandem.cluster import Cluster, _ray, _Restarts, check_replicas, remove_stale_ray_dir
 from tandem.config import Config, dump_config, load_config
-from tandem.errors import Cancelled, DeadlineExceeded, ModelError, TandemError
+from tandem.errors import Cancelled, ConfigError, DeadlineExceeded, ModelError, TandemError
+from tandem.ports import with_free_ports
 
 HERE = Path(__file__).parent
 FAKES = {
@@ -180,3 +182,65 @@ def test_a_second_cluster_in_one_process_is_refused(config: Config, monkeypatch:
     monkeypatch.setattr(_ray(), "is_initialized", lambda: True)
     with pytest.raises(TandemError, match="one cluster per process"):
         Cluster(config)._start_ray(None)
+
+
+@pytest.mark.parametrize("key", ["grpc_port", "control_port", "metrics_port"])
+def test_a_taken_port_is_named_before_anything_starts(tmp_path: Path, key: str) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as busy:
+        port = busy.getsockname()[1]
+        ports = {"grpc_port": 0, "control_port": 0, "metrics_port": 0} | {key: port}
+        config = load_config(None, {"run_dir": str(tmp_path / "run"), "router": ports})
+        with pytest.raises(
+            ConfigError, match=rf"router\.{key}: can't listen on 127\.0\.0\.1:{port}: Address already in use"
+        ):
+            Cluster(config).start()
+    assert not (tmp_path / "run").exists()
+
+
+def test_two_keys_with_one_port_are_named(config: Config) -> None:
+    free = with_free_ports(config).router
+    same = load_config(None, {"router": {"grpc_port": free.grpc_port, "control_port": free.grpc_port}})
+    with pytest.raises(ConfigError, match=rf"router.control_port is {free.grpc_port}, and so is router.grpc_port"):
+        Cluster(same).start()
+
+
+def test_a_cluster_without_a_decode_worker_is_refused() -> None:
+    config = load_config(None, {"decode": {"replicas": 0}})
+    for refuse in (Cluster, check_replicas):
+        with pytest.raises(ConfigError, match=r"decode\.replicas is 0, must be at least 1"):
+            refuse(config)
+
+
+def test_the_workers_of_another_cluster_are_not_taken_for_ours(config: Config, tmp_path: Path) -> None:
+    (tmp_path / "decode-0.worker").write_text("1")  # listed by the router, with a pid that is not ours
+    cluster = Cluster(config, entry_points=FAKES | {"decode": "fake_roles:run_absent_worker"})
+    with pytest.raises(DeadlineExceeded, match="waiting for decode-0"):
+        cluster.start(timeout_s=12)
+
+
+def test_pauses_between_restarts_grow_to_half_a_minute_and_shrink_after_a_steady_run() -> None:
+    restarts, time_s, pauses = _Restarts(), 100.0, []
+    for pid in range(1, 9):
+        pauses.append(restarts.plan(time_s))
+        time_s += pauses[-1]
+        restarts.done(time_s, pid)
+        time_s += 1
+    assert pauses == [0, 1, 2, 4, 8, 16, 30, 30]
+    assert restarts.plan(time_s + 100) == 0
+
+
+def test_a_role_that_dies_at_once_is_never_called_back_and_is_started_ever_more_slowly(
+    config: Config, tmp_path: Path
+) -> None:
+    with Cluster(config, entry_points=FAKES | {"decode": "fake_roles:run_once"}) as cluster:
+        cluster.start(timeout_s=60)
+        (tmp_path / "fail").touch()
+        said: list[str] = []
+
+        def third_end_is_said() -> bool:
+            said.extend(cluster.supervise())
+            return len(said) >= 3
+
+        wait_for(third_end_is_said, "the role ends three times", timeout_s=40)
+    again = "decode-0: it was told to fail; starting it again"
+    assert said == [again, f"{again} in 1 s", f"{again} in 2 s"]

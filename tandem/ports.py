@@ -1,0 +1,63 @@
+"""The router's ports on this machine: choosing free ones, and saying which are not.
+
+Owns nothing that lasts: every probe is closed before it returns, so an answer is true for that moment only.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import socket
+
+from tandem.config import Config
+from tandem.errors import ConfigError
+
+KEYS = ("grpc_port", "control_port", "metrics_port")
+"""The keys of `router` that are ports; 0 means any free one for the first two, and off for the last."""
+
+
+def with_free_ports(config: Config) -> Config:
+    """`config` with each of the router's gRPC and control ports that is 0 replaced by one that is free now.
+
+    Raises ConfigError if `router.host` is not an address of this machine.
+    """
+    router = config.router
+    with contextlib.ExitStack() as held:
+        updates = {}
+        for key in ("grpc_port", "control_port"):
+            if getattr(router, key) == 0:
+                try:
+                    probe = held.enter_context(_bound(router.host, 0))
+                except OSError as error:
+                    raise ConfigError(f"router.host: can't listen on {router.host}: {error.strerror}") from error
+                updates[key] = probe.getsockname()[1]
+    return config.model_copy(update={"router": router.model_copy(update=updates)})
+
+
+def busy_ports(config: Config) -> list[str]:
+    """A sentence for each of the router's ports that can't be listened on now, or that another of its keys has too."""
+    found, seen = [], dict[int, str]()
+    for key in KEYS:
+        port, host = getattr(config.router, key), config.router.host
+        if not port:
+            continue
+        if port in seen:
+            found.append(f"router.{key} is {port}, and so is router.{seen[port]}; they must differ")
+            continue
+        seen[port] = key
+        try:
+            _bound(host, port).close()
+        except OSError as error:
+            found.append(f"router.{key}: can't listen on {host}:{port}: {error.strerror}")
+    return found
+
+
+def _bound(host: str, port: int) -> socket.socket:
+    probe = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
+    try:
+        # As the servers do: a port that was left a moment ago is free.
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        probe.bind((host, port))
+    except OSError:
+        probe.close()
+        raise
+    return probe
