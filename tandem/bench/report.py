@@ -20,13 +20,13 @@ import psutil
 
 @dataclass(frozen=True, slots=True)
 class Metric:
-    """One number. `spread` is (largest - smallest) / median of the repetitions, 0 for one; `ratio` is value / reference_value;
+    """One number. `spread` is (largest - smallest) / median of the repetitions, None for one; `ratio` is value / reference_value;
     `goal` is what the value must reach, None if there is none; `ok` says whether it does and nothing failed."""
 
     metric: str
     value: float
     unit: str
-    spread: float
+    spread: float | None
     reference: str
     reference_value: float | None
     ratio: float | None
@@ -51,13 +51,20 @@ def metric(
         metric=name,
         value=value,
         unit=unit,
-        spread=(max(values) - min(values)) / value if value else 0.0,
+        spread=_spread(values),
         reference=reference,
         reference_value=against,
         ratio=value / against if against else None,
         goal=goal,
         ok=ok,
     )
+
+
+def _spread(values: Sequence[float]) -> float | None:
+    middle = median(values)
+    if len(values) < 2:
+        return None
+    return (max(values) - min(values)) / middle if middle else 0.0
 
 
 def as_line(result: Metric) -> dict[str, object]:

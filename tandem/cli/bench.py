@@ -28,7 +28,8 @@ def engine(
     repetitions: Annotated[int, typer.Option(min=1, help="How often each measurement is made.")] = 3,
     as_json: JsonOption = False,
 ) -> None:
-    """Tokens a second of the engine alone, in this process, on one thread."""
+    """Tokens a second of the engine alone, in this process, on one thread. Takes about a minute with the default model; it grows
+    with --repetitions."""
     from tandem.bench import engine as bench
     from tandem.model_files import resolve_model
 
@@ -49,11 +50,18 @@ def serve(
     seconds: Annotated[float, typer.Option(min=1, help="How long they go on sending.")] = 60.0,
     as_json: JsonOption = False,
 ) -> None:
-    """Latency and throughput of a real cluster under concurrent clients. Any error makes the exit code 1."""
+    """Latency and throughput of a real cluster under concurrent clients. Any error makes the exit code 1.
+
+    Takes --seconds, the time of one to three waves of all clients for the reference in each of three rounds, and the start of
+    a cluster where no --target is given.
+    """
     from tandem.bench import serve as bench
+    from tandem.cluster import check_replicas
     from tandem.model_files import resolve_model
 
     config = load_config(config_path)
+    if not target:
+        check_replicas(config)
     path = resolve_model(config.model.path)
     if as_json:
         print_json(header())
@@ -99,7 +107,7 @@ def _print(results: Iterable[Metric], as_json: bool) -> None:
             result.metric,
             f"{result.value:.4g}",
             result.unit,
-            f"{result.spread:.0%}",
+            "" if result.spread is None else f"{result.spread:.0%}",
             ratio,
             "yes" if result.ok else "NO",
             reference,

@@ -11,8 +11,8 @@ from typing import Annotated
 import typer
 
 from protos import tandem_pb2 as pb
-from tandem.cli.common import ConfigOption, report_lines, stdout
-from tandem.cli.generate import Answer, stream
+from tandem.cli.common import ConfigOption, report_lines, stderr, stdout
+from tandem.cli.generate import Answer, check_prompt, say_cut, stream
 from tandem.cli.models import pull_with_bar
 from tandem.cli.serve import stop_on_signals
 from tandem.client import Client
@@ -36,18 +36,21 @@ def demo(
     from tandem.cluster import Cluster
     from tandem.model_files import KNOWN_MODELS
 
+    check_prompt(prompt)
     with tempfile.TemporaryDirectory(prefix="tandem-demo-") as folder:
         ports = {"grpc_port": 0, "control_port": 0, "metrics_port": 0}
         config = load_config(config_path, {"run_dir": folder, "router": ports})
+        cluster = Cluster(config)
         if config.model.path in KNOWN_MODELS:
             pull_with_bar(config.model.path)
-        with stop_on_signals() as stop, Cluster(config) as cluster:
-            cluster.start(progress=_dim, stop=stop)
+        with stop_on_signals() as stop, cluster:
+            cluster.start(progress=_progress, stop=stop)
             with Client(cluster.target) as client:
                 _heading(prompt)
                 sampling = pb.SamplingParams(max_tokens=max_tokens)
                 answer = stream(client, [("user", prompt)], sampling, echo=True, timeout_s=300)
                 print()
+                say_cut(answer)
                 _report(answer)
                 if stop.is_set():
                     return
@@ -58,13 +61,10 @@ def demo(
                 )
                 _report(first)
                 _report(second)
-                print(
-                    f"time to first token: {first.ttft_s * 1000:.0f} ms, then {second.ttft_s * 1000:.0f} ms "
-                    f"({first.ttft_s / second.ttft_s:.1f} times faster)"
-                )
+                _compare(first, second)
                 if first.token_ids != second.token_ids:
                     raise TandemError(f"the two answers differ: {first.texts!r} and {second.texts!r}")
-            _dim("stopping everything")
+            _progress("stopping everything")
 
 
 def _long_prompt() -> str:
@@ -75,6 +75,18 @@ def _long_prompt() -> str:
         for day in range(1, _LONG_TOKENS // _REPORT_TOKENS)
     ]
     return "".join(days) + "What did the keeper see most often?"
+
+
+def _compare(first: Answer, second: Answer) -> None:
+    """Says how much sooner the second answer began, on the router's clock, like the reports above it."""
+    if first.completed is not None and second.completed is not None:
+        before_s, after_s = first.completed.ttft_s, second.completed.ttft_s
+        ratio = f" ({before_s / after_s:.1f} times faster)" if after_s else ""
+        print(f"time to first token: {before_s * 1000:.0f} ms, then {after_s * 1000:.0f} ms{ratio}")
+
+
+def _progress(line: str) -> None:
+    stderr.print(line, style="dim", highlight=False, markup=False, soft_wrap=True)
 
 
 def _dim(line: str) -> None:

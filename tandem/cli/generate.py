@@ -17,10 +17,11 @@ from tandem.cli.common import (
     configured_target,
     print_json,
     report_lines,
+    stderr,
 )
 from tandem.client import Client, Prompt
 from tandem.clock import now_s
-from tandem.errors import InvalidRequest, TandemError
+from tandem.errors import DeadlineExceeded, InvalidRequest, TandemError
 
 _INTERRUPTED = 130
 """The exit code of a command that Ctrl-C ended."""
@@ -45,6 +46,8 @@ class Answer:
     times_s: list[float] = field(default_factory=list)
     """Seconds since `sent_s`, one per token of any sample."""
     token_ids: dict[int, list[int]] = field(default_factory=dict)
+    cut: list[int] = field(default_factory=list)
+    """The samples that ended at their limit of tokens, not by themselves."""
     completed: pb.Completed | None = None
 
     @property
@@ -68,24 +71,51 @@ def stream(
     timeout_s: float | None = None,
 ) -> Answer:
     """Sends one request and collects its answer; `echo` writes the first sample's text to stdout as it comes, `as_json`
-    each event as a line. Raises the TandemError that ended the request, also when the stream lacks its terminal message."""
+    each event as a line. Raises the TandemError that ended the request, also when the stream lacks its terminal message;
+    what was echoed before it ends with a newline."""
     answer = Answer(now_s())
-    for event in client.generate(prompt, sampling, timeout_s=timeout_s):
-        if as_json:
-            print_json(as_dict(event))
-        if event.HasField("chunk"):
-            chunk = event.chunk
-            answer.times_s.extend([now_s() - answer.sent_s] * len(chunk.token_ids))
-            answer.token_ids.setdefault(chunk.index, []).extend(chunk.token_ids)
-            answer.texts[chunk.index] = answer.texts.get(chunk.index, "") + chunk.text
-            if echo and chunk.index == 0:
-                sys.stdout.write(chunk.text)
-                sys.stdout.flush()
-        elif event.HasField("completed"):
-            answer.completed = event.completed
-    if answer.completed is None:
-        raise TandemError("the stream ended without its terminal message")
+    try:
+        for event in client.generate(prompt, sampling, timeout_s=timeout_s):
+            if as_json:
+                print_json(as_dict(event))
+            if event.HasField("chunk"):
+                _take(answer, event.chunk, echo)
+            elif event.HasField("completed"):
+                answer.completed = event.completed
+        if answer.completed is None:
+            raise TandemError("the stream ended without its terminal message")
+    except TandemError:
+        if echo and answer.texts.get(0):
+            print(flush=True)
+        raise
     return answer
+
+
+def _take(answer: Answer, chunk: pb.Chunk, echo: bool) -> None:
+    answer.times_s.extend([now_s() - answer.sent_s] * len(chunk.token_ids))
+    answer.token_ids.setdefault(chunk.index, []).extend(chunk.token_ids)
+    answer.texts[chunk.index] = answer.texts.get(chunk.index, "") + chunk.text
+    if chunk.finish_reason == "length":
+        answer.cut.append(chunk.index)
+    if echo and chunk.index == 0:
+        sys.stdout.write(chunk.text)
+        sys.stdout.flush()
+
+
+def check_prompt(prompt: str) -> None:
+    """Raises InvalidRequest if there is nothing to answer."""
+    if not prompt:
+        raise InvalidRequest("the prompt is empty")
+
+
+def explained(error: TandemError, *, raw: bool, waited_s: float, timeout_s: float | None) -> TandemError:
+    """`error` in the words of the command's options, where one of them has to do with it."""
+    # The server may see the client's deadline a little before the client does.
+    if isinstance(error, DeadlineExceeded) and timeout_s is not None and waited_s > 0.9 * timeout_s:
+        return DeadlineExceeded(f"gave up after {timeout_s:g} s (--timeout-s)")
+    if isinstance(error, InvalidRequest) and not raw and "chat template" in str(error):
+        return InvalidRequest(f"{error}; use --raw")
+    return error
 
 
 def generate(
@@ -117,6 +147,7 @@ def generate(
 ) -> None:
     """Send one prompt and stream the answer."""
     text = sys.stdin.read() if prompt == "-" else prompt
+    check_prompt(text)
     if raw and system:
         raise InvalidRequest("--system needs the chat template; it can't be used with --raw")
     sampling = pb.SamplingParams(
@@ -134,6 +165,7 @@ def generate(
     )
     whole: Prompt = text if raw else [*([("system", system)] if system else []), ("user", text)]
     with Client(configured_target(target, config_path)) as client:
+        began_s = now_s()
         try:
             answer = stream(
                 client, whole, sampling, echo=samples == 1 and not as_json, as_json=as_json, timeout_s=timeout_s
@@ -141,12 +173,18 @@ def generate(
         except KeyboardInterrupt:
             print()
             raise typer.Exit(_INTERRUPTED) from None
+        except TandemError as error:
+            told = explained(error, raw=raw, waited_s=now_s() - began_s, timeout_s=timeout_s)
+            if as_json:
+                print_json({"error": {"code": told.code, "message": str(told)}})
+            raise told from error
     if not as_json:
         if samples > 1:
             for index in sorted(answer.texts):
                 print(f"--- {index}\n{answer.texts[index]}")
         else:
             print()
+        say_cut(answer)
     if report:
         print_report(answer)
 
@@ -172,7 +210,13 @@ def chat(
         client.cluster()  # a wrong address is said before the first question
         try:
             while True:
-                question = input(prompt)
+                try:
+                    question = input(prompt)
+                except KeyboardInterrupt:
+                    if not prompt:  # nobody types: the signal means the end
+                        raise
+                    print("\nCtrl-D ends the conversation")
+                    continue
                 if question.strip():
                     _turn(client, messages, question, sampling, report)
         except (EOFError, KeyboardInterrupt):
@@ -189,9 +233,18 @@ def _turn(
         print("\n(interrupted)")
         return
     print()
+    say_cut(answer)
     messages += [("user", question), ("assistant", answer.texts.get(0, ""))]
     if report:
         print_report(answer)
+
+
+def say_cut(answer: Answer) -> None:
+    """Says on stderr which samples ended at their limit, and at how many tokens."""
+    for index in sorted(answer.cut):
+        which = f"sample {index} " if len(answer.texts) > 1 else ""
+        note = f"({which}cut at {len(answer.token_ids[index])} tokens)"
+        stderr.print(note, style="dim", highlight=False, markup=False)
 
 
 def print_report(answer: Answer) -> None:

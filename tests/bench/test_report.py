@@ -25,6 +25,10 @@ def test_a_metric_is_the_median_with_its_spread_beside_the_median_of_its_referen
     }
 
 
+def test_a_single_repetition_has_no_spread() -> None:
+    assert metric("speed", [2.0], "tokens/s").spread is None
+
+
 def test_the_header_says_machine_versions_and_commit() -> None:
     first = header()
     assert set(first) == {"machine", "versions", "commit"}

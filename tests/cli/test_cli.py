@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
+import pty
+import select
 import signal
 import socket
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from concurrent import futures
 from pathlib import Path
@@ -15,9 +19,11 @@ from typing import Any
 
 import grpc
 import pytest
+from rich.console import Console
 
 from protos import tandem_pb2 as pb
 from protos import tandem_pb2_grpc
+from tandem.cli.common import cluster_table
 from tandem.cli.run_file import RunFile, Running
 from tandem.errors import ConfigError
 
@@ -42,17 +48,25 @@ class ScriptedRouter(tandem_pb2_grpc.TandemServicer):
     def __init__(self) -> None:
         self.requests: list[pb.GenerateRequest] = []
         self.ready = True
+        self.pause = threading.Event()
 
     def Generate(self, request: pb.GenerateRequest, context: Any) -> Iterator[pb.GenerateResponse]:
         self.requests.append(request)
+        if request.chat.messages and request.chat.messages[-1].content == "no template":
+            context.abort(grpc.StatusCode.INVALID_ARGUMENT, "the model has no chat template: send a plain prompt")
         if request.sampling.max_tokens == 999:
             context.abort(grpc.StatusCode.INVALID_ARGUMENT, "max_tokens is 999, the limit is 100")
         yield pb.GenerateResponse(accepted=pb.Accepted(request_id="r-1", seed=2**63 - 1, num_prompt_tokens=3))
+        ends = "length" if request.sampling.max_tokens == 2 else "stop"
         for index in range(request.sampling.n or 1):
             yield pb.GenerateResponse(chunk=pb.Chunk(index=index, position=0, token_ids=[1], text="good"))
             yield pb.GenerateResponse(
-                chunk=pb.Chunk(index=index, position=1, token_ids=[2], text=" day", finish_reason="stop")
+                chunk=pb.Chunk(index=index, position=1, token_ids=[2], text=" day", finish_reason=ends)
             )
+        if request.sampling.max_tokens == 500:
+            context.abort(grpc.StatusCode.UNAVAILABLE, "decode-0 was lost")
+        while request.sampling.max_tokens == 600 and context.is_active():
+            self.pause.wait(0.05)
         if request.sampling.max_tokens == 13:
             return
         source = pb.FetchedFrom(process="prefill-0", tier="DEVICE", transport="shm", num_blocks=2, num_bytes=2**20)
@@ -63,6 +77,7 @@ class ScriptedRouter(tandem_pb2_grpc.TandemServicer):
 
     def GetCluster(self, request: pb.GetClusterRequest, context: Any) -> pb.GetClusterResponse:
         process = pb.ProcessStatus(name="decode-0", role="decode", pid=7, num_blocks=10, free_blocks=9)
+        process.counters.update({"steps": 3, "aborted_waiting": 0, "finished": 2**60})
         return pb.GetClusterResponse(router="router", model="tiny", ready=self.ready, processes=[process])
 
     def Audit(self, request: pb.AuditRequest, context: Any) -> pb.AuditResponse:
@@ -132,13 +147,83 @@ def test_json_is_one_event_a_line(router: Any) -> None:
     result = tandem("generate", "hello", "--json", "--target", router.target)
     events = [json.loads(line) for line in result.stdout.splitlines()]
     assert [list(event) for event in events] == [["accepted"], ["chunk"], ["chunk"], ["completed"]]
-    assert events[0]["accepted"]["seed"] == str(2**63 - 1)  # a string: not every reader holds 64 bits
+    assert events[0]["accepted"]["seed"] == 2**63 - 1
     assert events[2]["chunk"]["finish_reason"] == "stop"
 
 
 def test_a_refused_request_shows_the_servers_sentence(router: Any) -> None:
     result = tandem("generate", "hello", "--max-tokens", "999", "--target", router.target)
     assert (result.returncode, result.stderr) == (1, "error: max_tokens is 999, the limit is 100\n")
+
+
+def test_an_error_after_text_begins_a_line_of_its_own(router: Any) -> None:
+    result = tandem("generate", "hello", "--max-tokens", "500", "--target", router.target)
+    assert (result.returncode, result.stdout) == (1, "good day\n")
+    assert result.stderr == "error: decode-0 was lost\n"
+
+
+def test_the_clients_own_deadline_is_told_as_such(router: Any) -> None:
+    result = tandem("generate", "hello", "--max-tokens", "600", "--timeout-s", "0.5", "--target", router.target)
+    assert (result.returncode, result.stdout) == (1, "good day\n")
+    assert result.stderr == "error: gave up after 0.5 s (--timeout-s)\n"
+
+
+def test_with_json_an_error_is_the_last_line(router: Any) -> None:
+    result = tandem("generate", "hello", "--json", "--max-tokens", "500", "--target", router.target)
+    assert result.returncode == 1
+    assert json.loads(result.stdout.splitlines()[-1]) == {
+        "error": {"code": "unavailable", "message": "decode-0 was lost"}
+    }
+
+
+def test_a_model_without_a_chat_template_leads_to_raw(router: Any) -> None:
+    result = tandem("generate", "no template", "--target", router.target)
+    assert result.returncode == 1
+    assert result.stderr == "error: the model has no chat template: send a plain prompt; use --raw\n"
+
+
+def test_an_answer_that_was_cut_is_marked_beside_its_text(router: Any) -> None:
+    result = tandem("generate", "hello", "--max-tokens", "2", "--target", router.target)
+    assert (result.returncode, result.stdout, result.stderr) == (0, "good day\n", "(cut at 2 tokens)\n")
+    assert tandem("generate", "hello", "--target", router.target).stderr == ""
+    chat = tandem("chat", "--max-tokens", "2", "--target", router.target, stdin="hello\n")
+    assert (chat.stdout, chat.stderr) == ("good day\n\n", "(cut at 2 tokens)\n")
+
+
+@pytest.mark.parametrize("command", [("generate", ""), ("generate", "-"), ("demo", "")], ids=" ".join)
+def test_an_empty_prompt_is_refused_at_once(command: tuple[str, ...]) -> None:
+    result = tandem(*command)
+    assert (result.returncode, result.stdout, result.stderr) == (1, "", "error: the prompt is empty\n")
+
+
+@pytest.mark.parametrize("command", [("serve",), ("demo",), ("bench", "serve")], ids=" ".join)
+def test_a_cluster_without_a_decode_worker_is_refused_at_once(
+    command: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TANDEM_DECODE__REPLICAS", "0")
+    result = tandem(*command)
+    assert (result.returncode, result.stderr) == (1, "error: decode.replicas is 0, must be at least 1 to serve\n")
+
+
+def test_the_table_of_a_narrow_terminal_has_fewer_columns_and_whole_numbers() -> None:
+    process = pb.ProcessStatus(name="prefill-0", pid=4_194_303, num_blocks=10**9, prefill_tokens=10**15)
+    cluster = pb.GetClusterResponse(router="router-default", model="m" * 100, processes=[process])
+    for width, absent in ((200, ()), (80, ("fetched", "hits", "beat", "tokens")), (50, ("tokens", "pid", "wait"))):
+        console = Console(width=width, file=io.StringIO(), record=True)
+        console.print(cluster_table(cluster, console))
+        rows = console.export_text().splitlines()
+        assert "…" not in "".join(rows)
+        (line,) = [row for row in rows if row.strip().startswith("prefill-0")]
+        assert f"{10**9}/{10**9}" in line
+        assert (str(10**15) in line) == ("tokens" not in absent)
+        (head,) = [row for row in rows if "KV blocks" in row]
+        assert not any(name in head for name in absent)
+        assert absent or "fetched" in head
+
+
+def test_what_is_piped_is_not_cut_to_a_terminals_width(router: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "40")
+    assert "fetched" in tandem("status", "--target", router.target).stdout
 
 
 def test_a_stream_without_a_terminal_message_is_an_error(router: Any) -> None:
@@ -159,7 +244,13 @@ def test_a_chat_sends_the_whole_conversation_each_turn(router: Any) -> None:
 def test_status_and_audit_are_zero_only_if_all_is_ok(router: Any) -> None:
     status = tandem("status", "--json", "--target", router.target)
     assert status.returncode == 0
-    assert json.loads(status.stdout)["processes"][0]["num_running"] == 0  # zeros are there to read
+    process = json.loads(status.stdout)["processes"][0]
+    assert (process["num_running"], process["num_blocks"]) == (
+        0,
+        10,
+    )  # zeros are there to read, wide integers are numbers
+    assert list(process)[:4] == ["name", "role", "epoch", "pid"]
+    assert list(process["counters"].items()) == [("aborted_waiting", 0), ("finished", 2**60), ("steps", 3)]
     audit = tandem("audit", "--json", "--target", router.target)
     assert audit.returncode == 0
     assert json.loads(audit.stdout).items() >= {"check": "blocks", "ok": True, "evidence": "10 of 10"}.items()
@@ -249,3 +340,28 @@ def test_ctrl_c_ends_a_chat_cleanly(router: Any) -> None:
         chat.send_signal(signal.SIGINT)
         _, errors = chat.communicate(timeout=20)
     assert (chat.returncode, errors) == (0, b"")
+
+
+def read_until(terminal: int, text: bytes) -> bytes:
+    seen = b""
+    while text not in seen:
+        assert select.select([terminal], [], [], 20)[0], f"{text!r} did not come after {seen!r}"
+        seen += os.read(terminal, 4096)
+    return seen
+
+
+def test_ctrl_c_at_an_empty_prompt_of_a_chat_says_how_to_leave_and_goes_on(router: Any) -> None:
+    master, slave = pty.openpty()
+    with subprocess.Popen(
+        [*COMMAND, "chat", "--target", router.target], stdin=slave, stdout=slave, stderr=slave
+    ) as chat:
+        os.close(slave)
+        read_until(master, b"> ")
+        chat.send_signal(signal.SIGINT)
+        read_until(master, b"Ctrl-D ends the conversation")
+        os.write(master, b"hello\n")
+        read_until(master, b"good day")
+        read_until(master, b"> ")
+        os.write(master, b"\x04")
+        assert chat.wait(20) == 0
+    os.close(master)
