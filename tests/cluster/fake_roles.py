@@ -58,9 +58,11 @@ def run_absent_worker(config: Config, name: str, stop: threading.Event) -> None:
 
 def run_once(config: Config, name: str, stop: threading.Event) -> None:
     """Works until there is a file `fail`, and fails at once where there is one."""
-    file = config.run_path / f"{name}.worker"
-    file.write_text(str(os.getpid()))
-    while not stop.wait(0.02):
-        if (config.run_path / "fail").exists():
-            file.unlink()
-            raise ModelError("it was told to fail")
+    file, fail = config.run_path / f"{name}.worker", config.run_path / "fail"
+    if not fail.exists():
+        file.write_text(str(os.getpid()))
+        while not (fail.exists() or stop.wait(0.02)):
+            pass
+        file.unlink()
+    if not stop.is_set():
+        raise ModelError("it was told to fail")
