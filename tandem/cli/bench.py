@@ -28,8 +28,8 @@ def engine(
     repetitions: Annotated[int, typer.Option(min=1, help="How often each measurement is made.")] = 3,
     as_json: JsonOption = False,
 ) -> None:
-    """Tokens a second of the engine alone, in this process, on one thread. Takes about a minute with the default model; it grows
-    with --repetitions."""
+    """Tokens a second of the engine alone, in this process, on one thread. Takes about half a minute with the default model, and
+    grows with --repetitions."""
     from tandem.bench import engine as bench
     from tandem.model_files import resolve_model
 

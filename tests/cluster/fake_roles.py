@@ -64,5 +64,7 @@ def run_once(config: Config, name: str, stop: threading.Event) -> None:
         while not (fail.exists() or stop.wait(0.02)):
             pass
         file.unlink()
-    if not stop.is_set():
+        if not stop.is_set():
+            raise ModelError("it was told to fail")
+    elif not stop.wait(1.0):  # alive for a while and never listed, like a worker that fails while it loads
         raise ModelError("it was told to fail")

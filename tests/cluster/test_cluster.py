@@ -213,8 +213,8 @@ def test_a_cluster_without_a_decode_worker_is_refused() -> None:
 
 def test_the_workers_of_another_cluster_are_not_taken_for_ours(config: Config, tmp_path: Path) -> None:
     (tmp_path / "decode-0.worker").write_text("1")  # listed by the router, with a pid that is not ours
-    cluster = Cluster(config, entry_points=FAKES | {"decode": "fake_roles:run_absent_worker"})
-    with pytest.raises(DeadlineExceeded, match="waiting for decode-0"):
+    absent = FAKES | {"decode": "fake_roles:run_absent_worker"}
+    with Cluster(config, entry_points=absent) as cluster, pytest.raises(DeadlineExceeded, match="waiting for decode-0"):
         cluster.start(timeout_s=12)
 
 
