@@ -70,11 +70,6 @@ class Arena:
         """`checksum_of` the whole slab: unused slots must be zero before."""
         return checksum_of(self.slab(block_id))
 
-    def zero(self, block_id: int) -> None:
-        """Zeroes one slab."""
-        self.slab(block_id)  # bounds
-        self.array[block_id].fill(0)
-
     def close(self) -> None:
         """Gives the memory up: at once, or when the last view somebody made of `array` is gone. Idempotent."""
         if self.fd < 0:

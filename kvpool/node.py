@@ -11,7 +11,7 @@ import logging
 import os
 import secrets
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import msgspec
 import zmq
@@ -322,29 +322,28 @@ class PoolNode:
             pass  # the worker doesn't take messages now; the follower asks again
 
     def _hear_replay(self, worker: _Worker) -> None:
-        while (frames := _next(worker.replay)) is not None:
-            try:
-                _, seq_frame, payload = frames
-                seq = kv_events.decode_seq(seq_frame)
-            except ValueError as error:
-                self._drop_frame(worker, error)
-                continue
-            if seq_frame == kv_events.END_OF_REPLAY:
+        for seq, payload in self._publications(worker, worker.replay):
+            if seq < 0:
                 worker.follower.on_replay_end(now_s())
             else:
                 worker.follower.on_replay(seq, self._decoded(worker, payload), now_s())
         worker.keeper.take_in()
 
     def _hear_events(self, worker: _Worker) -> None:
-        while (frames := _next(worker.events)) is not None:
+        for seq, payload in self._publications(worker, worker.events):
+            worker.follower.on_live(seq, self._decoded(worker, payload), now_s())
+        worker.keeper.take_in()
+
+    def _publications(self, worker: _Worker, socket: Socket) -> Iterator[tuple[int, bytes]]:
+        """What waits on an event or replay socket; frames that are no publication are dropped."""
+        while (frames := _next(socket)) is not None:
             try:
                 _, seq_frame, payload = frames
                 seq = kv_events.decode_seq(seq_frame)
             except ValueError as error:
                 self._drop_frame(worker, error)
                 continue
-            worker.follower.on_live(seq, self._decoded(worker, payload), now_s())
-        worker.keeper.take_in()
+            yield seq, payload
 
     def _decoded(self, worker: _Worker, payload: bytes) -> kv_events.EventBatch | None:
         try:
