@@ -1,4 +1,4 @@
-"""`tandem bench engine` and `tandem bench serve`: run a benchmark, print it for people or programs.
+"""`tandem bench engine`, `serve` and `ladder`: run a benchmark, print it for people or programs.
 
 Owns the printing and the exit code; what is measured is in `tandem.bench`.
 """
@@ -7,13 +7,15 @@ from __future__ import annotations
 
 import contextlib
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
 from typing import Annotated
 
 import typer
 from rich.box import SIMPLE
 from rich.table import Table
 
+from tandem.bench.ladder.results import Step
 from tandem.bench.report import Metric, as_line, header
 from tandem.bench.serve import Load
 from tandem.cli.common import ConfigOption, JsonOption, print_json, stderr, stdout
@@ -77,6 +79,61 @@ def serve(
             for error in cluster.errors:
                 stderr.print(f"error: {error}", highlight=False, markup=False, soft_wrap=True)
     _print(bench.metrics(measured), as_json)
+
+
+@app.command()
+def ladder(
+    config_path: ConfigOption = None,
+    picture: Annotated[Path | None, typer.Option(help="Also draw it, as an SVG file.")] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """What each technique buys on one workload, from no KV cache to a cluster. Takes some three to six minutes with the default
+    model. Needs a checkout. The exit code is 1 if any rung's tokens differ or paging wastes more than 4 % of its memory."""
+    from tandem.bench.ladder.climb import climb
+    from tandem.bench.ladder.picture import draw
+    from tandem.bench.ladder.results import Results
+    from tandem.model_files import resolve_model
+
+    config = load_config(config_path)
+    path = resolve_model(config.model.path)
+    if as_json:
+        print_json(header())
+    results, every_ok = Results(), True
+    for rung, run in climb(path, config, _own_cluster):
+        step = results.add(rung, run)
+        for result in results.metrics():
+            every_ok &= result.ok
+            if as_json:
+                print_json(as_line(result))
+        stderr.print(f"{step.title}: {step.tokens_per_s:.4g} tokens/s", style="dim", highlight=False, markup=False)
+        if picture is not None:
+            picture.write_text(draw(results.steps), encoding="utf-8")
+    if not as_json:
+        stdout.print(_ladder_table(results.steps))
+    if not every_ok:
+        raise typer.Exit(1)
+
+
+def _ladder_table(steps: Sequence[Step]) -> Table:
+    """A rung a row; `ratio` is tokens/s against the rung before."""
+    table = Table(box=SIMPLE, pad_edge=False)
+    table.add_column("rung", no_wrap=True)
+    for column in ("tokens/s", "ratio", "TTFT p50", "p95", "TPOT p50", "p95", "gap p99", "KV wasted", "same tokens"):
+        table.add_column(column, justify="right", no_wrap=True)
+    for before, step in zip([None, *steps], steps, strict=False):
+        table.add_row(
+            step.title,
+            f"{step.tokens_per_s:.4g}",
+            "" if before is None else f"{step.tokens_per_s / before.tokens_per_s:.2f}",
+            f"{step.ttft_p50_s:.2f} s",
+            f"{step.ttft_p95_s:.2f} s",
+            f"{1000 * step.tpot_p50_s:.0f} ms",
+            f"{1000 * step.tpot_p95_s:.0f} ms",
+            f"{1000 * step.gap_p99_s:.0f} ms",
+            "" if step.wasted is None else f"{step.wasted:.1%}" + ("" if step.waste_ok else " NO"),
+            "" if step.same_tokens is None else "yes" if step.same_tokens == 1 else f"NO: {step.same_tokens:.0%}",
+        )
+    return table
 
 
 @contextlib.contextmanager
