@@ -3,6 +3,7 @@
 #   make test                the tests, at most ten minutes      make test-full   the slow ones too
 #   make check               format, lint, types, import arrows, generated code
 #   make proto               regenerate protos/tandem_pb2*       make clean       remove what was built
+#   make peers               llama.cpp and vLLM's CPU build, for `tandem bench engine --against` (some minutes, 3 GB)
 
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
@@ -10,15 +11,16 @@ SHELL := /bin/bash
 VENV := .venv
 STAMP := $(VENV)/.tandem-setup
 BIN := $(VENV)/bin
+PEERS := .peers
 # The demo's prompt, passed through the environment as it is: make expands no dollar sign in it, the shell no quote.
 PROMPT ?= Write one sentence about the sea.
 override PROMPT := $(value PROMPT)
 export PROMPT
 
-.PHONY: help setup platform model demo test test-full check proto clean
+.PHONY: help setup platform model demo test test-full check proto peers clean
 
 help:
-	@sed -n 's/^# \{0,1\}//; 1,5p' Makefile
+	@sed -n 's/^# \{0,1\}//; 1,6p' Makefile
 
 platform:
 	@found="$$(uname -s) $$(uname -m)"; \
@@ -63,6 +65,26 @@ check: setup
 proto: setup
 	@$(BIN)/python -m protos.generate
 
+# What the engine is compared with, each in a virtual environment of its own: none of it is Tandem's. pip brings cmake by itself.
+PEERS_CHECK_llama-cpp = for tool in cc c++; do command -v $$tool >/dev/null || \
+	    { echo "error: llama.cpp is compiled here and needs a C and C++ compiler: there is no '$$tool' (Debian: build-essential)" >&2; exit 1; }; done
+PEERS_CHECK_vllm = :
+PEERS_AFTER_llama-cpp = :
+# They don't match the torch that vLLM comes with, and importing vLLM fails while they are there.
+PEERS_AFTER_vllm = $(PEERS)/vllm/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+
+peers: $(PEERS)/llama-cpp/.installed $(PEERS)/vllm/.installed
+
+$(PEERS)/%/.installed: benchmarks/peers/%.txt | setup
+	@$(PEERS_CHECK_$*)
+	@echo "Installing $* into $(@D) (minutes: llama.cpp is compiled, vLLM brings its own torch) …"
+	@rm -rf $(@D)
+	@$(BIN)/python -m venv $(@D)
+	@$(@D)/bin/python -m pip install --quiet --disable-pip-version-check -r $< || \
+	    { echo "error: $* could not be installed; pip's words are above. 'make peers' tries again" >&2; exit 1; }
+	@$(PEERS_AFTER_$*)
+	@touch $@
+
 clean:
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
+	rm -rf $(VENV) $(PEERS) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,91 +1,179 @@
-"""The engine alone, in this process: tokens a second of prefill and decode, beside what one core allows at best.
+"""The engine alone, in this process: tokens a second of prefill and decode, beside what the cores allow at best.
 
-Owns the workloads. A decode step of one sequence can't be faster than reading every weight once; a prefill can't be faster than
-its multiplications at the speed of a plain matrix product.
+Owns which batches and contexts are measured, in which order and with how much memory. A decode step can't be faster than
+reading every weight and its sequences' KV once; a prefill can't be faster than its multiplications at the speed of a plain
+matrix product.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Generator, Iterator, Sequence
 from pathlib import Path
-from random import Random
 from typing import Literal
 
-from protos.control import Sampling
+import psutil
+
+from kernels.linear import WeightFormat
+from kvpool.layout import DTYPE_BYTES, KVLayout
+from tandem.bench.breakdown import breakdown
+from tandem.bench.cases import DECODE_TOKENS, Case, kv_tokens, plan
 from tandem.bench.limits import MemoryReader, matmul_flops_per_s
 from tandem.bench.report import Metric, metric
+from tandem.bench.roofline import kv_read_bytes, prefill_flops, weight_read_bytes
+from tandem.bench.workload import EngineLoad
+from tandem.clock import now_s
 from tandem.config import WorkerConfig
-from tandem.engine.local import LocalEngine, LocalOutput
+from tandem.engine.local import LocalEngine
 from tandem.models.config import ModelConfig
-from tandem.models.loader import TORCH_DTYPES
+from tandem.models.loader import TORCH_DTYPES, open_weights
 
-_PROMPT_TOKENS = 512
-_DECODE_PROMPT_TOKENS = 32
-_DECODE_TOKENS = 64
-_BATCH = 8
-_SEED = 7
+BATCHES = (1, 4, 8, 16)
+CONTEXTS = (128, 512, 2048, 6000)
+_ARENA_SHARE = 0.5
+"""Of the memory that is available, what the KV of a run may take."""
 
-
-def weights_per_token(config: ModelConfig) -> int:
-    """Weights of all linears that one token meets, the output head included: multiplications, and values read from memory."""
-    attention = config.hidden * config.head_dim * (2 * config.num_heads + 2 * config.num_kv_heads)
-    return config.num_layers * (attention + 3 * config.hidden * config.intermediate) + config.vocab_size * config.hidden
+Dtype = Literal["bf16", "fp32"]
+Say = Callable[[str], None]
 
 
-def run(path: Path, dtype: Literal["bf16", "fp32"], worker: WorkerConfig, repetitions: int) -> Iterator[Metric]:
-    """Measures and yields the metrics; the limits are measured between the repetitions of what they limit."""
-    engine = LocalEngine(path, dtype=dtype, worker=worker)
-    config = engine.parts.model.config
-    weights = weights_per_token(config)
-    value_bytes = TORCH_DTYPES[dtype].itemsize
-    reader = MemoryReader()
-    random = Random(_SEED)
+def fitted_engine(
+    path: Path, dtype: Dtype, weights: WeightFormat, worker: WorkerConfig, num_tokens: int, max_batch: int, max_len: int
+) -> LocalEngine:
+    """The engine of `worker`, with an arena for `num_tokens` of KV, and a block to spare for each sequence at each end."""
+    layout = _layout(open_weights(path).config, dtype, worker)
+    num_blocks = layout.num_blocks_for(num_tokens) + 4 * max_batch + 2
+    arena_bytes = max(2**20, num_blocks * layout.slab_bytes)
+    fitted = worker.model_copy(update={"arena_bytes": arena_bytes, "max_running": max(worker.max_running, max_batch)})
+    return LocalEngine(path, dtype=dtype, weights=weights, worker=fitted, max_len=max_len)
 
-    def prompts(count: int, num_tokens: int) -> list[list[int]]:
-        return [[random.randrange(config.vocab_size) for _ in range(num_tokens)] for _ in range(count)]
 
-    def answer(count: int, num_prompt_tokens: int, num_tokens: int) -> list[LocalOutput]:
-        sampling = Sampling(max_tokens=num_tokens)
-        outputs = engine.generate(prompts(count, num_prompt_tokens), [sampling] * count)
-        return [samples[0] for samples in outputs]
+def _layout(model: ModelConfig, dtype: Dtype, worker: WorkerConfig) -> KVLayout:
+    return KVLayout(model.num_layers, model.num_kv_heads, model.head_dim, worker.block_size, dtype)
 
-    answer(1, _PROMPT_TOKENS, 2)  # first calls build and warm what later ones reuse
-    prefill, decode, batch, reads, products = [], [], [], [], []
+
+class Roofline:
+    """What the machine could do, measured anew before every repetition of what is held against it."""
+
+    def __init__(self, model: ModelConfig, dtype: Dtype, weights: WeightFormat, threads: int) -> None:
+        self._model = model
+        self._dtype: Dtype = dtype
+        self._weight_bytes = weight_read_bytes(model, weights)
+        self._threads = threads
+        self._reader = MemoryReader(threads)
+        self.read_bytes_per_s: list[float] = []
+        self.flops_per_s: list[float] = []
+
+    @property
+    def cores(self) -> str:
+        """For the text of references."""
+        return "one core" if self._threads == 1 else f"{self._threads} cores"
+
+    def bound(self, case: Case) -> float:
+        """Tokens a second that `case` can't exceed, from one new measurement."""
+        if case.what == "prefill":
+            self.flops_per_s.append(matmul_flops_per_s(TORCH_DTYPES[self._dtype], self._threads))
+            flops = prefill_flops(self._model, case.batch, case.context)
+            return case.batch * case.context * self.flops_per_s[-1] / flops
+        self.read_bytes_per_s.append(self._reader.bytes_per_s())
+        return case.batch * self.read_bytes_per_s[-1] / (self._weight_bytes + self.kv_bytes(case))
+
+    def kv_bytes(self, case: Case) -> int:
+        """What attention reads in the average step of a decode case."""
+        context = case.context + DECODE_TOKENS // 2
+        return kv_read_bytes(self._model, case.batch, context, DTYPE_BYTES[self._dtype])
+
+    def text(self, case: Case) -> str:
+        """What `bound` stands for."""
+        if case.what == "prefill":
+            return (
+                f"all multiplications, attention's too, at the speed of a {self._dtype} matrix product on {self.cores}"
+            )
+        return f"every weight and the KV of all sequences read once from memory by {self.cores}"
+
+    def metrics(self) -> Iterator[Metric]:
+        """The measurements themselves, as far as there were any."""
+        where = self.cores.replace(" ", "_")
+        if self.read_bytes_per_s:
+            yield metric(f"memory_read_{where}", [rate / 1e9 for rate in self.read_bytes_per_s], "GB/s")
+        if self.flops_per_s:
+            yield metric(f"matmul_{self._dtype}_{where}", [rate / 1e9 for rate in self.flops_per_s], "GFLOP/s")
+
+
+def run(
+    path: Path,
+    dtype: Dtype,
+    weights: WeightFormat,
+    worker: WorkerConfig,
+    *,
+    batches: Sequence[int] = BATCHES,
+    contexts: Sequence[int] = CONTEXTS,
+    repetitions: int,
+    max_seconds: float,
+    say: Say,
+) -> Iterator[Metric]:
+    """Measures case by case and yields the metrics, the machine's limits last; `say` hears what is skipped and why. Nothing
+    begins after `max_seconds`, nor if computing its prompts would last longer. The smallest and the largest batch come with
+    a breakdown of their steps."""
+    began_s = now_s()
+    model = open_weights(path).config
+    slab_bytes = _layout(model, dtype, worker).slab_bytes
+    limit_tokens = int(psutil.virtual_memory().available * _ARENA_SHARE) // slab_bytes * worker.block_size
+    planned = plan(
+        batches,
+        contexts,
+        max_position=model.max_position,
+        step_tokens=worker.max_step_tokens,
+        block_size=worker.block_size,
+        limit_tokens=limit_tokens,
+    )
+    for reason in planned.skipped:
+        say(f"skipped: {reason}")
+    if not planned.cases:
+        return
+    engine = fitted_engine(path, dtype, weights, worker, kv_tokens(planned.cases), planned.max_batch, planned.max_len)
+    load = EngineLoad(engine, planned.max_batch)
+    roofline = Roofline(model, dtype, weights, worker.threads)
+    load.rate(Case("prefill", 1, planned.cases[0].context))  # first calls build and warm what later ones reuse
+    slowest = 0.0
+    for case in planned.cases:
+        elapsed_s = now_s() - began_s
+        needed_s = load.missing_tokens(case) / slowest if slowest else 0.0
+        if elapsed_s + needed_s > max_seconds:
+            say(
+                f"skipped: {case.name}: after {elapsed_s:.0f} s its prompts would take another {needed_s:.0f} s to compute, "
+                f"the limit is {max_seconds:g} s"
+            )
+            continue
+        if case.what == "prefill":
+            rates = yield from _measure_prefill(case, load, roofline, repetitions)
+            slowest = min(slowest or rates[0], *rates)
+        else:
+            yield from _measure_decode(
+                case, load, roofline, repetitions, case.batch in (min(batches), planned.max_batch)
+            )
+    yield from roofline.metrics()
+
+
+def _measure_prefill(
+    case: Case, load: EngineLoad, roofline: Roofline, repetitions: int
+) -> Generator[Metric, None, list[float]]:
+    rates, bounds = [], []
     for _ in range(repetitions):
-        products.append(matmul_flops_per_s(TORCH_DTYPES[dtype]))
-        prefill.append(_PROMPT_TOKENS / answer(1, _PROMPT_TOKENS, 1)[0].token_times_s[0])
-        reads.append(reader.bytes_per_s())
-        decode.append(_decode_rate(answer(1, _DECODE_PROMPT_TOKENS, _DECODE_TOKENS)))
-        batch.append(_decode_rate(answer(_BATCH, _DECODE_PROMPT_TOKENS, _DECODE_TOKENS)))
-    yield metric("memory_read_one_core", [rate / 1e9 for rate in reads], "GB/s")
-    yield metric(f"matmul_{dtype}_one_core", [rate / 1e9 for rate in products], "GFLOP/s")
-    yield metric(
-        f"prefill_{_PROMPT_TOKENS}_tokens",
-        prefill,
-        "tokens/s",
-        reference="all linears at the speed of a plain matrix product on one core",
-        reference_values=[rate / (2 * (weights - config.vocab_size * config.hidden)) for rate in products],
-    )
-    bound = "every weight read once from memory by one core"
-    yield metric(
-        "decode_1_sequence",
-        decode,
-        "tokens/s",
-        reference=bound,
-        reference_values=[rate / (weights * value_bytes) for rate in reads],
-    )
-    yield metric(
-        f"decode_{_BATCH}_sequences",
-        batch,
-        "tokens/s",
-        reference=f"{bound}, for {_BATCH} tokens",
-        reference_values=[_BATCH * rate / (weights * value_bytes) for rate in reads],
-    )
+        bounds.append(roofline.bound(case))
+        rates.append(load.rate(case))
+    yield metric(case.name, rates, "tokens/s", reference=roofline.text(case), reference_values=bounds)
+    return rates
 
 
-def _decode_rate(outputs: list[LocalOutput]) -> float:
-    """Tokens a second between the time when every sequence has its first token and the time when the first one ends."""
-    began_s = max(output.token_times_s[0] for output in outputs)
-    ended_s = min(output.token_times_s[-1] for output in outputs)
-    drawn = sum(sum(began_s < time_s <= ended_s for time_s in output.token_times_s) for output in outputs)
-    return drawn / (ended_s - began_s)
+def _measure_decode(
+    case: Case, load: EngineLoad, roofline: Roofline, repetitions: int, with_breakdown: bool
+) -> Iterator[Metric]:
+    load.prepare(case)
+    runs, bounds = [], []
+    for _ in range(repetitions):
+        bounds.append(roofline.bound(case))
+        runs.append(load.decode(case))
+    rates = [case.batch / run.seconds for run in runs]
+    yield metric(case.name, rates, "tokens/s", reference=roofline.text(case), reference_values=bounds)
+    if with_breakdown:
+        yield from breakdown(case, runs, roofline.kv_bytes(case), roofline.read_bytes_per_s[-repetitions:])

@@ -9,7 +9,7 @@ import contextlib
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 from rich.box import SIMPLE
@@ -20,6 +20,7 @@ from tandem.bench.report import Metric, as_line, header
 from tandem.bench.serve import Load
 from tandem.cli.common import ConfigOption, JsonOption, print_json, stderr, stdout
 from tandem.config import Config, load_config
+from tandem.errors import ConfigError
 
 app = typer.Typer(no_args_is_help=True, help="Measure this machine; every number beside a reference of the same run.")
 
@@ -27,19 +28,89 @@ app = typer.Typer(no_args_is_help=True, help="Measure this machine; every number
 @app.command()
 def engine(
     config_path: ConfigOption = None,
-    repetitions: Annotated[int, typer.Option(min=1, help="How often each measurement is made.")] = 3,
+    batches: Annotated[str, typer.Option(help="Sequences in a step, separated by commas.")] = "1,4,8,16",
+    contexts: Annotated[
+        str, typer.Option(help="Tokens of each sequence's prompt, separated by commas.")
+    ] = "128,512,2048,6000",
+    weights: Annotated[
+        Literal["bf16", "int8", "int4"] | None,
+        typer.Option(
+            help="How linears keep their weights. Default: the configuration's model.weights, else model.dtype."
+        ),
+    ] = None,
+    threads: Annotated[
+        int | None, typer.Option(min=1, max=256, help="Default: the configuration's decode.threads.")
+    ] = None,
+    repetitions: Annotated[
+        int | None, typer.Option(min=1, help="How often each measurement is made. Default: 3, with --against 5.")
+    ] = None,
+    max_seconds: Annotated[
+        float,
+        typer.Option(
+            min=1, help="No measurement begins later, nor if computing its prompts would take longer; it is said which."
+        ),
+    ] = 300.0,
+    against: Annotated[
+        str,
+        typer.Option(
+            help="llama.cpp, vllm or both, separated by a comma: measured in turns with Tandem on the same weights, threads "
+            "and cores, at batch 1 and 8 and 512 tokens (--batches, --contexts and --max-seconds don't apply). "
+            "`make peers` installs them."
+        ),
+    ] = "",
     as_json: JsonOption = False,
 ) -> None:
-    """Tokens a second of the engine alone, in this process, on one thread. Takes about half a minute with the default model, and
-    grows with --repetitions."""
+    """Tokens a second of the engine alone, in this process: prefill and decode by batch and context, each beside what the cores
+    of this machine allow at best, measured in the same run; where the time of a decode step goes, for the smallest and the
+    largest batch.
+
+    A decode step reads every weight of the linears and of the output head once, and the keys and values of all its sequences
+    once: those bytes at the measured speed of memory are the reference. A prefill multiplies in the linears, in attention
+    and, for each prompt's last token, in the head: those at the measured speed of a plain matrix product are its reference.
+    Every sequence has a prompt of its own. Takes some five minutes with the default model, at most --max-seconds; with
+    --against some three minutes. The exit code is 1 if a goal isn't reached.
+    """
+    from tandem.bench import against as comparison
     from tandem.bench import engine as bench
     from tandem.model_files import resolve_model
 
     config = load_config(config_path)
+    worker = config.decode if threads is None else config.decode.model_copy(update={"threads": threads})
+    sizes = _numbers("--batches", batches), _numbers("--contexts", contexts)
+    peers = comparison.named([name.strip() for name in against.split(",")]) if against else []
+    if peers and config.model.dtype != "bf16":
+        raise ConfigError(f"model.dtype is {config.model.dtype}, --against compares bf16 alone")
     path = resolve_model(config.model.path)
+    form = weights or config.model.weights
     if as_json:
-        print_json(header())
-    _print(bench.run(path, config.model.dtype, config.decode, repetitions), as_json)
+        print_json(header() | {"engine": {"weights": form or config.model.dtype, "threads": worker.threads}})
+    if peers:
+        results = comparison.run(path, form or "bf16", worker, peers, rounds=repetitions or 5, say=_say)
+    else:
+        results = bench.run(
+            path,
+            config.model.dtype,
+            form or config.model.dtype,
+            worker,
+            batches=sizes[0],
+            contexts=sizes[1],
+            repetitions=repetitions or 3,
+            max_seconds=max_seconds,
+            say=_say,
+        )
+    _print(results, as_json)
+
+
+def _numbers(option: str, text: str) -> list[int]:
+    parts = [part.strip() for part in text.split(",")]
+    if not all(part.isascii() and part.isdigit() and int(part) > 0 for part in parts):
+        raise ConfigError(f"{option} is {text!r}, must be whole numbers of at least 1, separated by commas")
+    return [int(part) for part in parts]
+
+
+def _say(line: str) -> None:
+    """Progress and reasons, on stderr."""
+    stderr.print(line, style="dim", highlight=False, markup=False, soft_wrap=True)
 
 
 @app.command()
@@ -158,7 +229,7 @@ def _print(results: Iterable[Metric], as_json: bool) -> None:
         every_ok &= result.ok
         if as_json:
             print_json(as_line(result))
-        reference = "" if result.reference_value is None else f"{result.reference_value:.4g} {result.reference}"
+        limit = "" if result.reference_value is None else f"{result.reference_value:.4g} "
         ratio = "" if result.ratio is None else f"{result.ratio:.2f}"
         table.add_row(
             result.metric,
@@ -166,8 +237,8 @@ def _print(results: Iterable[Metric], as_json: bool) -> None:
             result.unit,
             "" if result.spread is None else f"{result.spread:.0%}",
             ratio,
-            "yes" if result.ok else "NO",
-            reference,
+            ("yes" if result.ok else "NO") + ("" if result.goal is None else f" (goal {result.goal})"),
+            limit + result.reference,
         )
     if not as_json:
         stdout.print(table)

@@ -10,6 +10,8 @@ from typing import Any
 
 import pytest
 
+from tandem.cli.main import main
+
 REPOSITORY = Path(__file__).resolve().parents[2]
 
 
@@ -40,10 +42,38 @@ def test_bench_serve_against_nobody_fails_with_the_reason() -> None:
 
 @pytest.mark.timeout(180)
 def test_bench_engine_measures_beside_the_machines_limits() -> None:
-    code, lines, stderr = bench("engine", "--repetitions", "1", timeout_s=170)
+    options = ("--repetitions", "1", "--batches", "1,2", "--contexts", "40,9000", "--threads", "2")
+    code, lines, stderr = bench("engine", *options, timeout_s=170)
     assert code == 0, stderr
-    assert all(line["value"] > 0 for line in lines[1:])
-    assert any(line["reference_value"] for line in lines[1:])
+    assert lines[0]["engine"] == {"weights": "bf16", "threads": 2}
+    found = {line["metric"]: line for line in lines[1:]}
+    for name in ("prefill_batch_1", "prefill_batch_2", "decode_batch_1", "decode_batch_2"):
+        line = found[f"{name}_context_40"]
+        assert line["value"] > 0
+        assert line["reference_value"] > 0
+    assert {"memory_read_2_cores", "matmul_bf16_2_cores"} <= set(found)
+    assert all(line["ok"] for line in lines[1:])
+    assert "skipped: context 9000" in stderr
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--batches", "1,x"), "--batches is '1,x', must be whole numbers of at least 1"),
+        (("--contexts", "0"), "--contexts is '0', must be whole numbers of at least 1"),
+        (("--against", "gemma.cpp"), "'gemma.cpp' is no peer"),
+    ],
+)
+def test_bench_engine_refuses_what_it_can_not_measure(
+    options: tuple[str, ...], message: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["tandem", "bench", "engine", *options, "--json"])
+    with pytest.raises(SystemExit) as caught:
+        main()
+    assert caught.value.code == 1
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert message in printed.err
 
 
 @pytest.mark.slow

@@ -1,0 +1,237 @@
+"""Other engines as long-lived child processes, so that they can be measured in turns with Tandem.
+
+Owns the child: its start, its lines, its deadlines, its end. Speaks JSON lines: the child says `ready` once, then answers each
+`prefill` or `decode` on stdin with `measured` or `failed` on stdout. What it writes to stderr is kept for the message of its
+error. The other half is `benchmarks/peers`, which runs in the peer's own virtual environment and knows nothing of Tandem.
+"""
+
+from __future__ import annotations
+
+import os
+import select
+import signal
+import subprocess
+import tempfile
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Annotated, TypeVar
+
+import msgspec
+from msgspec import Meta, Struct
+
+from tandem.bench.cases import DECODE_TOKENS, Case
+from tandem.clock import now_s
+from tandem.errors import TandemError
+
+_REPOSITORY = Path(__file__).resolve().parents[2]
+START_S = 600.0
+"""A peer may compile itself the first time it starts."""
+ANSWER_S = 300.0
+_END_S = 10.0
+_MAX_LINE = 65_536
+_LAST_WORDS = 2_000
+_LAST_LINES = 4
+_OURS = (
+    "PYTHONPATH",
+    "PYTHONHOME",
+    "VIRTUAL_ENV",
+    "OMP_NUM_THREADS",
+    "OMP_WAIT_POLICY",
+    "KMP_AFFINITY",
+    "GOMP_CPU_AFFINITY",
+)
+"""What our environment says of our own process alone."""
+
+
+class Ready(Struct, tag="ready", tag_field="t"):
+    """Child → parent, first: the model is loaded."""
+
+    version: Annotated[str, Meta(max_length=100)]
+
+
+class Measured(Struct, tag="measured", tag_field="t"):
+    """Child → parent: what was asked for, and how long it took."""
+
+    tokens: Annotated[int, Meta(ge=1)]
+    seconds: Annotated[float, Meta(gt=0)]
+
+
+class Failed(Struct, tag="failed", tag_field="t"):
+    """Child → parent: why it could not."""
+
+    message: str
+
+
+class Prefill(Struct, tag="prefill", tag_field="t"):
+    """Parent → child: compute prompts that were never seen before."""
+
+    batch: int
+    context: int
+
+
+class Decode(Struct, tag="decode", tag_field="t"):
+    """Parent → child: `tokens` steps of sequences that each have a prompt of their own."""
+
+    batch: int
+    context: int
+    tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class Program:
+    """A peer that `make peers` installs: its folder in `.peers`, its script in `benchmarks/peers`."""
+
+    name: str
+    folder: str
+    script: str
+
+    def command(self, model: Path, vocab_size: int, cpus: Sequence[int], max_batch: int, max_len: int) -> list[str]:
+        """How to start it on these cores, a thread each. Raises TandemError if it isn't installed."""
+        python = _REPOSITORY / ".peers" / self.folder / "bin" / "python"
+        script = _REPOSITORY / "benchmarks" / "peers" / self.script
+        if not (python.parent.parent / ".installed").is_file() or not script.is_file():
+            raise TandemError(
+                f"{self.name} is not installed beside Tandem's source (looked for {python}): `make peers` installs it"
+            )
+        return [
+            str(python), str(script), "--model", str(model), "--vocab", str(vocab_size),
+            "--cpus", ",".join(map(str, cpus)), "--max-batch", str(max_batch), "--max-len", str(max_len),
+        ]  # fmt: skip
+
+
+LLAMA_CPP = Program("llama.cpp", "llama-cpp", "llama_cpp_peer.py")
+VLLM = Program("vllm", "vllm", "vllm_peer.py")
+PROGRAMS = {program.name: program for program in (LLAMA_CPP, VLLM)}
+
+
+_Answer = TypeVar("_Answer", Ready, Measured)
+
+
+class Peer:
+    """A running peer. Any failure is a TandemError and ends it: it answers nothing afterwards."""
+
+    def __init__(
+        self, name: str, command: Sequence[str], *, start_s: float = START_S, answer_s: float = ANSWER_S
+    ) -> None:
+        """Starts the child and waits until it has loaded its model."""
+        self.name = name
+        self._answer_s = answer_s
+        self._buffer = b""
+        self._stderr = tempfile.TemporaryFile()  # noqa: SIM115  closed by close()
+        try:
+            self._process = subprocess.Popen(
+                command,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=self._stderr,
+                env={key: value for key, value in os.environ.items() if key not in _OURS},
+                start_new_session=True,  # so that whatever it starts ends with it
+            )
+        except OSError as error:
+            self._stderr.close()
+            raise TandemError(f"{name} can't be started: {error}; `make peers` installs it") from error
+        try:
+            self.version = self._receive(Ready, start_s, "loaded its model").version
+        except BaseException:
+            self._kill()
+            self.close()
+            raise
+
+    def rate(self, case: Case) -> float:
+        """Tokens a second of one run of `case`."""
+        if case.what == "prefill":
+            measured = self._ask(Prefill(case.batch, case.context))
+        else:
+            measured = self._ask(Decode(case.batch, case.context, DECODE_TOKENS))
+        return measured.tokens / measured.seconds
+
+    def close(self) -> None:
+        """Ends the child, if need be by force."""
+        process = self._process
+        assert process.stdin is not None and process.stdout is not None  # noqa: PT018
+        with suppress(OSError):
+            process.stdin.close()  # which it takes as the end
+        try:
+            process.wait(_END_S)
+        except subprocess.TimeoutExpired:
+            self._kill()
+        process.stdout.close()
+        self._stderr.close()
+
+    def __enter__(self) -> Peer:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _ask(self, request: Prefill | Decode) -> Measured:
+        assert self._process.stdin is not None
+        try:
+            os.write(self._process.stdin.fileno(), msgspec.json.encode(request) + b"\n")
+        except (OSError, ValueError) as error:
+            raise self._ended() from error
+        what = type(request).__name__.lower()
+        return self._receive(Measured, self._answer_s, f"answered {what} of {request.batch} x {request.context} tokens")
+
+    def _receive(self, expected: type[_Answer], limit_s: float, what: str) -> _Answer:
+        line = self._line(limit_s, what)
+        try:
+            answer = msgspec.json.decode(line, type=Ready | Measured | Failed)
+        except msgspec.DecodeError as error:
+            raise self._fail(f"said {line[:80]!r}, which is no answer ({error})") from error
+        if isinstance(answer, Failed):
+            raise self._fail(f"has not {what}: {answer.message[:500]}")
+        if not isinstance(answer, expected):
+            raise self._fail(f"said {line[:80]!r} where it should have {what}")
+        return answer
+
+    def _line(self, limit_s: float, what: str) -> bytes:
+        assert self._process.stdout is not None
+        fd = self._process.stdout.fileno()
+        poll = select.poll()
+        poll.register(fd, select.POLLIN)
+        ends_s = now_s() + limit_s
+        while b"\n" not in self._buffer:
+            remaining_s = ends_s - now_s()
+            if remaining_s <= 0 or not poll.poll(remaining_s * 1000):
+                raise self._fail(f"has not {what} for {limit_s:g} s")
+            part = os.read(fd, _MAX_LINE)
+            if not part:
+                raise self._ended()
+            self._buffer += part
+            if len(self._buffer) > _MAX_LINE:
+                raise self._fail(f"said {len(self._buffer)} bytes, the limit is {_MAX_LINE}: {self._buffer[:80]!r}")
+        line, _, self._buffer = self._buffer.partition(b"\n")
+        return line
+
+    def _ended(self) -> TandemError:
+        """It closed its stdout or no longer reads: it is gone, or will be."""
+        try:
+            code = self._process.wait(_END_S)
+        except subprocess.TimeoutExpired:
+            return self._fail("closed its stdout")
+        how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
+        return self._fail(how)
+
+    def _fail(self, what: str) -> TandemError:
+        self._kill()
+        end = self._stderr.seek(0, os.SEEK_END)
+        self._stderr.seek(max(0, end - _LAST_WORDS))
+        lines = [line.strip() for line in self._stderr.read().decode("utf-8", "replace").splitlines()]
+        words = " | ".join([line for line in lines if line][-_LAST_LINES:])
+        self.close()
+        return TandemError(
+            f"{self.name} {what}; its last words: {words or 'none'}. If its installation is damaged, remove .peers and run "
+            "`make peers`"
+        )
+
+    def _kill(self) -> None:
+        if self._process.poll() is None:
+            with suppress(ProcessLookupError):
+                os.killpg(self._process.pid, signal.SIGKILL)
+            self._process.wait()
