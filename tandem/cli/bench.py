@@ -158,13 +158,15 @@ def ladder(
     picture: Annotated[Path | None, typer.Option(help="Also draw it, as an SVG file.")] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """What each technique buys on one workload, from no KV cache to a cluster. Takes some three to six minutes with the default
+    """What each technique buys on one workload, from no KV cache to a cluster. Takes some two to six minutes with the default
     model. Needs a checkout. The exit code is 1 if any rung's tokens differ or paging wastes more than 4 % of its memory."""
     from tandem.bench.ladder.climb import climb
     from tandem.bench.ladder.picture import draw
     from tandem.bench.ladder.results import Results
     from tandem.model_files import resolve_model
 
+    if picture is not None and not picture.parent.is_dir():
+        raise ConfigError(f"--picture {picture}: there is no folder {picture.parent}")
     config = load_config(config_path)
     path = resolve_model(config.model.path)
     if as_json:
