@@ -1,9 +1,11 @@
 """The native CPU kernels; everything else about the package is in pyproject.toml.
 
-They need a C++ compiler. Without one the installation goes on with a warning, and the kernels' torch references run instead.
+They need a C++ compiler. Without one the installation goes on with a warning, and torch computes instead. The same sources are
+compiled once for each instruction set; the best that the processor has is chosen at run time.
 """
 
 import hashlib
+import platform
 from pathlib import Path
 
 from setuptools import Extension, setup
@@ -12,11 +14,16 @@ FOLDER = Path("kernels/cpu")
 SOURCES = sorted(FOLDER.glob("*.cpp"))
 HEADERS = sorted(FOLDER.glob("*.h"))
 DIGEST = hashlib.sha256(b"".join(path.read_bytes() for path in [*SOURCES, *HEADERS])).hexdigest()
+AVX2 = ["-mavx2", "-mfma", "-mf16c"]
+AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512bf16", "-mavx512vnni"]
+VARIANTS = {"portable": []}
+if platform.machine() in ("x86_64", "AMD64"):
+    VARIANTS |= {"avx2": AVX2, "avx512": AVX512}
 
 setup(
     ext_modules=[
         Extension(
-            "kernels.cpu._native",
+            f"kernels.cpu._native_{variant}",
             sources=[str(path) for path in SOURCES],
             depends=[str(path) for path in HEADERS],
             language="c++",
@@ -24,12 +31,19 @@ setup(
             extra_compile_args=[
                 "-O3",
                 "-std=c++17",
+                "-pthread",
                 "-fno-math-errno",
                 "-ffp-contract=off",
+                "-fvisibility=hidden",
+                "-Wno-psabi",
+                "-Wno-uninitialized",
                 "-Wno-maybe-uninitialized",
+                *flags,
             ],
+            extra_link_args=["-pthread"],
             define_macros=[("TANDEM_SOURCES", f'"{DIGEST}"')],
             optional=True,
         )
+        for variant, flags in VARIANTS.items()
     ]
 )

@@ -1,87 +1,156 @@
-"""Linear layers whose rows don't depend on each other: packed oneDNN bf16, fp32, and bf16 computed in fp32.
+"""Linear layers: how their weights lie in memory, and what they compute.
 
-Owns how weights are packed, which form this machine can run, and how many rows a call needs so that a row's bits don't
-depend on how many there are: matrix-vector products and matrix-matrix products reduce in different orders, so a call
-never has fewer rows than `min_rows`.
+Owns the weight formats and their packing. A packed matrix is panels of 32 outputs, each one contiguous stream over the inputs,
+which is the order in which `cpu/linear.cpp` reads it; inputs and outputs are padded with zeros to multiples of 32. Formats:
+
+    fp32, bf16   as they are; bf16 in pairs of inputs
+    int8, int4   groups of 32 inputs with a scale (int4: and a minimum) in half precision: what GGUF calls Q8_0 and
+                 Q4_1, so files in those types keep their values exactly. A token's activations become signed bytes, a
+                 scale for each group of 32: the sum of a group is an exact integer, so no bit depends on the batch.
 """
 
 from __future__ import annotations
 
-from typing import Literal, Protocol
+from dataclasses import dataclass
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-WeightFormat = Literal["bf16-packed", "bf16-rounded", "fp32"]
-MIN_ROWS: dict[WeightFormat, int] = {"bf16-packed": 2, "bf16-rounded": 8, "fp32": 8}
-PACK_ROWS = 512
-"""The batch that oneDNN chooses its packing for; part of what decides the bits."""
+WeightFormat = Literal["fp32", "bf16", "int8", "int4"]
+PACK_VERSION = 1
+"""Changes whenever the bytes of a packed matrix do."""
+PANEL = 32
+GROUP = 32
+ALIGNMENT = 64
 
 
-class Linear(Protocol):
-    def __call__(self, x: Tensor) -> Tensor:
-        """x: [num_rows >= min_rows, in_features] contiguous, in the model's dtype → [num_rows, out_features], a new tensor."""
+@dataclass(frozen=True, slots=True, eq=False)
+class Matrix:
+    """A packed matrix of `out_features` by `in_features`. panels: [num_panels, bytes of a panel] uint8, 64-byte aligned;
+    bias: [num_panels * 32] fp32, zero past `out_features`, or None. Not changed after it is made; may lie in a file."""
+
+    panels: Tensor
+    bias: Tensor | None
+    out_features: int
+    in_features: int
+    format: WeightFormat
+
+    @property
+    def padded_in(self) -> int:
+        return padded(self.in_features)
 
 
-def linear_ref(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """x: [num_rows, in_features]; weight: [out_features, in_features] → fp32 product, rounded once to x's dtype."""
-    return F.linear(x.float(), weight.float(), None if bias is None else bias.float()).to(x.dtype)
+def padded(features: int) -> int:
+    """`features`, rounded up to a multiple of 32."""
+    return -(-features // PANEL) * PANEL
 
 
-class PackedLinear:
-    """bf16 weights in oneDNN's blocked layout."""
-
-    __slots__ = ("_bias", "_weight")
-
-    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
-        self._weight: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight.bfloat16(), PACK_ROWS)
-        self._bias = None if bias is None else bias.bfloat16()
-
-    def __call__(self, x: Tensor) -> Tensor:
-        out: Tensor = torch.ops.mkldnn._linear_pointwise(x, self._weight, self._bias, "none", [], "")
-        return out
+def panel_bytes(in_features: int, form: WeightFormat) -> int:
+    """Bytes of one panel of 32 outputs over `padded(in_features)` inputs."""
+    groups = padded(in_features) // GROUP
+    per_group = {"fp32": GROUP * 4, "bf16": GROUP * 2, "int8": 2 + GROUP, "int4": 4 + GROUP // 2}[form]
+    return groups * per_group * PANEL
 
 
-class RoundedLinear:
-    """bf16 rows through fp32 arithmetic: for machines without a packed bf16 kernel. Twice the memory, the same rounding."""
-
-    __slots__ = ("_bias", "_weight")
-
-    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
-        self._weight = weight.float()
-        self._bias = None if bias is None else bias.float()
-
-    def __call__(self, x: Tensor) -> Tensor:
-        return F.linear(x.float(), self._weight, self._bias).bfloat16()
+def _groups(weight: Tensor) -> Tensor:
+    """[out, in] → [out, num_groups, GROUP] fp32."""
+    return weight.float().unflatten(1, (-1, GROUP))
 
 
-class Fp32Linear:
-    """Plain fp32."""
-
-    __slots__ = ("_bias", "_weight")
-
-    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
-        self._weight = weight.float()
-        self._bias = None if bias is None else bias.float()
-
-    def __call__(self, x: Tensor) -> Tensor:
-        return F.linear(x, self._weight, self._bias)
+def quantize_int8(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """weight: [out, in], `in` a multiple of 32 → scales [out, groups] fp16 and integers [out, groups, 32] in -127…127: the
+    greatest magnitude of a group becomes 127."""
+    groups = _groups(weight)
+    scales = (groups.abs().amax(-1) / 127).half()
+    inverse = torch.where(scales > 0, 1 / scales.float(), 0)
+    return scales, (groups * inverse[..., None]).round().clamp(-127, 127).to(torch.int8)
 
 
-def weight_format(dtype: torch.dtype) -> WeightFormat:
-    """The form that this machine runs for a model of `dtype`, found by trying the packed kernel once."""
-    if dtype == torch.float32:
-        return "fp32"
-    try:
-        PackedLinear(torch.zeros((64, 64)), None)(torch.zeros((2, 64), dtype=torch.bfloat16))
-    except RuntimeError:
-        return "bf16-rounded"
-    return "bf16-packed"
+def quantize_int4(weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """weight: [out, in], `in` a multiple of 32 → scales and minima [out, groups] fp16, integers [out, groups, 32] in 0…15: the
+    least value of a group becomes 0, the greatest 15."""
+    groups = _groups(weight)
+    minima = groups.amin(-1).half()
+    scales = ((groups.amax(-1) - minima.float()) / 15).half()
+    inverse = torch.where(scales > 0, 1 / scales.float(), 0)
+    integers = ((groups - minima.float()[..., None]) * inverse[..., None]).round().clamp(0, 15)
+    return scales, minima, integers.to(torch.uint8)
 
 
-def make_linear(weight: Tensor, bias: Tensor | None, form: WeightFormat) -> Linear:
-    """weight: [out_features, in_features]; bias: [out_features] or None. Keeps its own copy."""
-    if form == "bf16-packed":
-        return PackedLinear(weight, bias)
-    return RoundedLinear(weight, bias) if form == "bf16-rounded" else Fp32Linear(weight, bias)
+def pack(weight: Tensor, form: WeightFormat) -> Tensor:
+    """weight: [out_features, in_features] → panels [num_panels, panel_bytes] uint8, of values rounded to `form`."""
+    rows, columns = weight.shape
+    full = F.pad(weight, (0, padded(columns) - columns, 0, padded(rows) - rows))
+    num_panels = full.shape[0] // PANEL
+    match form:
+        case "fp32":
+            stream = full.float().view(num_panels, PANEL, -1).transpose(1, 2)
+        case "bf16":
+            stream = full.bfloat16().view(num_panels, PANEL, -1, 2).transpose(1, 2)
+        case "int8":
+            scales, integers = quantize_int8(full)
+            values = (integers.to(torch.int16) + 128).to(torch.uint8)
+            return _join(num_panels, [scales], values.view(num_panels, PANEL, -1, GROUP // 4, 4).permute(0, 2, 3, 1, 4))
+        case "int4":
+            scales, minima, nibbles = quantize_int4(full)
+            # Eight inputs a dword: the first four in the low nibbles of its bytes, the next four in the high ones.
+            halves = nibbles.view(num_panels, PANEL, -1, GROUP // 8, 2, 4)
+            both = halves[..., 0, :] | (halves[..., 1, :] << 4)
+            return _join(num_panels, [scales, minima], both.permute(0, 2, 3, 1, 4))
+    return stream.contiguous().view(torch.uint8).view(num_panels, -1)
+
+
+def _join(num_panels: int, halves: list[Tensor], values: Tensor) -> Tensor:
+    """halves: [out, groups] fp16 each; values: [num_panels, groups, dwords, PANEL, 4] uint8 → group by group, halves first."""
+    groups = values.shape[1]
+    parts = [h.view(num_panels, PANEL, groups).transpose(1, 2).contiguous().view(torch.uint8) for h in halves]
+    return torch.cat([*parts, values.reshape(num_panels, groups, -1)], dim=2).view(num_panels, -1)
+
+
+def unpack(matrix: Matrix) -> Tensor:
+    """The values that the matrix stands for: [out_features, in_features] fp32."""
+    num_panels, wide = matrix.panels.shape[0], matrix.padded_in
+    groups = wide // GROUP
+    match matrix.format:
+        case "fp32":
+            values = matrix.panels.view(torch.float32).view(num_panels, wide, PANEL).transpose(1, 2)
+        case "bf16":
+            values = matrix.panels.view(torch.bfloat16).view(num_panels, wide // 2, PANEL, 2).transpose(1, 2).float()
+        case "int8":
+            parts = matrix.panels.view(num_panels, groups, -1)
+            scales = _half(parts[..., : PANEL * 2])
+            integers = parts[..., PANEL * 2 :].reshape(num_panels, groups, GROUP // 4, PANEL, 4).permute(0, 3, 1, 2, 4)
+            values = scales[..., None] * (integers.reshape(num_panels, PANEL, groups, GROUP).float() - 128)
+        case "int4":
+            parts = matrix.panels.view(num_panels, groups, -1)
+            scales, minima = _half(parts[..., : PANEL * 2]), _half(parts[..., PANEL * 2 : PANEL * 4])
+            both = parts[..., PANEL * 4 :].reshape(num_panels, groups, GROUP // 8, PANEL, 4).permute(0, 3, 1, 2, 4)
+            nibbles = torch.stack((both & 15, both >> 4), dim=-2).reshape(num_panels, PANEL, groups, GROUP)
+            values = scales[..., None] * nibbles.float() + minima[..., None]
+    return values.reshape(num_panels * PANEL, wide)[: matrix.out_features, : matrix.in_features].contiguous()
+
+
+def _half(part: Tensor) -> Tensor:
+    """[num_panels, groups, PANEL * 2] uint8 → [num_panels, PANEL, groups] fp32."""
+    return part.contiguous().view(torch.float16).float().transpose(1, 2)
+
+
+def quantize_rows_ref(x: Tensor) -> tuple[Tensor, Tensor]:
+    """x: [num_rows, in], `in` a multiple of 32 → scales [num_rows, groups] fp32 and integers [num_rows, groups, 32] int8."""
+    groups = _groups(x)
+    most = groups.abs().amax(-1)
+    factor = torch.where(most > 0, 127 / most, 0)
+    return most / 127, (groups * factor[..., None]).round().to(torch.int8)
+
+
+def linear_ref(x: Tensor, matrix: Matrix) -> Tensor:
+    """x: [num_rows, in_features] → [num_rows, out_features] fp32. int8 and int4: of the quantized rows."""
+    if matrix.format == "bf16":
+        x = x.bfloat16()
+    elif matrix.format in ("int8", "int4"):
+        scales, integers = quantize_rows_ref(F.pad(x.float(), (0, matrix.padded_in - matrix.in_features)))
+        x = (scales[..., None] * integers.float()).flatten(1)[:, : matrix.in_features]
+    bias = None if matrix.bias is None else matrix.bias[: matrix.out_features]
+    return F.linear(x.float(), unpack(matrix), bias)

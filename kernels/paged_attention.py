@@ -11,21 +11,18 @@ tiles are merged in position order. So a row meets the same operations on the sa
 A product has at least `MIN_ROWS` rows (BLAS reduces few rows in another order); a tile that a row doesn't see is an exact
 no-op. Slots that no token has written may hold anything, NaN included: they are cleared in the gathered copy.
 
-On a processor with AVX-512 BF16 a native kernel (cpu/attention.cpp) does all of it for bf16, in one pass with tiles of 64
-positions; what torch computes is then the reference and the way of other processors.
+This is torch's form of it; the native one is cpu/attention.cpp.
 """
 
 from __future__ import annotations
 
-import ctypes
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache
 
 import torch
 from torch import Tensor
 
-from kernels.cpu import HEAD_DIMS, OK, WORKSPACE_BYTES, AttentionStruct, SpanStruct, data, native
+from kernels.ops import Span
 
 TILE = 256
 MIN_ROWS = 8
@@ -33,17 +30,6 @@ MAX_PAIRS = 8
 """(sequence, tile) pairs in one product: bounds the fp32 copy of the KV to what a core's cache holds."""
 FLOOR = -1e30
 """Stands for the maximum of a tile that a row doesn't see: exp(-inf - FLOOR) is 0, where -inf - -inf would be NaN."""
-
-
-@dataclass(frozen=True, slots=True)
-class Span:
-    """One chunk: its tokens are `rows` rows of the step from `first_row`, at positions `start`…, in blocks `block_ids`
-    (int64, covering positions 0…start + rows - 1)."""
-
-    first_row: int
-    rows: int
-    start: int
-    block_ids: Tensor
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,27 +74,17 @@ class DecodePlan:
 
 
 @dataclass(frozen=True, slots=True)
-class NativePlan:
-    """The spans as the native kernel reads them; `tables` keeps their memory alive."""
-
-    spans: ctypes.Array[SpanStruct]
-    tables: tuple[Tensor, ...]
-
-
-@dataclass(frozen=True, slots=True)
 class AttentionPlan:
-    """What a step's attention needs besides the values; the same for all layers. Made by `plan_attention`: either `native`,
-    or products for torch."""
+    """What a step's attention needs besides the values; the same for all layers. Made by `plan_attention`."""
 
     num_rows: int
-    native: NativePlan | None
-    chunks: tuple[ChunkPlan, ...] = ()
-    decodes: tuple[DecodePlan, ...] = ()
+    chunks: tuple[ChunkPlan, ...]
+    decodes: tuple[DecodePlan, ...]
 
 
-def _tile_blocks(block_ids: Tensor, tile: int, blocks_per_tile: int) -> Tensor:
+def _tile_blocks(span: Span, tile: int, blocks_per_tile: int) -> Tensor:
     """The tile's blocks; past the end of the table its last one, whose content is cleared."""
-    part = block_ids[tile * blocks_per_tile : (tile + 1) * blocks_per_tile]
+    part = torch.from_numpy(span.block_ids[tile * blocks_per_tile : (tile + 1) * blocks_per_tile]).long()
     missing = blocks_per_tile - part.numel()
     return torch.cat((part, part[-1:].expand(missing))) if missing else part
 
@@ -126,7 +102,7 @@ def _plan_chunk(span: Span, group: int, block_size: int) -> ChunkPlan:
         if low + TILE - 1 > span.start or first < max(0, low - span.start) * group:
             hidden = (low + torch.arange(TILE))[None, :] > positions[first:, None]
             mask = torch.zeros(hidden.shape).masked_fill_(hidden, -torch.inf)
-        blocks = _tile_blocks(span.block_ids, tile, TILE // block_size)
+        blocks = _tile_blocks(span, tile, TILE // block_size)
         tiles.append(ChunkTile(blocks, min(TILE, end - low), first, mask))
     return ChunkPlan(span.first_row, span.rows, product_rows, tuple(tiles))
 
@@ -139,9 +115,7 @@ def _plan_window(spans: Sequence[Span], tiles: range, num_kv_heads: int, block_s
     return DecodeWindow(
         counts=tuple(sum(1 for _, other in pairs if other == tile) for tile in tiles),
         pair_sequence=torch.tensor([sequence for sequence, _ in pairs]),
-        block_ids=torch.cat(
-            [_tile_blocks(spans[sequence].block_ids, tile, TILE // block_size) for sequence, tile in pairs]
-        ),
+        block_ids=torch.cat([_tile_blocks(spans[sequence], tile, TILE // block_size) for sequence, tile in pairs]),
         mask=torch.zeros(hidden.shape).masked_fill_(hidden, -torch.inf)[:, None, None, :],
         unwritten=gathered.reshape(-1).nonzero().view(-1),
     )
@@ -162,18 +136,9 @@ def _plan_decodes(spans: Sequence[Span], num_kv_heads: int, block_size: int) -> 
     return DecodePlan(torch.tensor([span.first_row for span in spans]), tuple(windows))
 
 
-def plan_attention(
-    spans: Sequence[Span], num_heads: int, num_kv_heads: int, head_dim: int, block_size: int, dtype: torch.dtype
-) -> AttentionPlan:
-    """Cuts a step into work for the native kernel, where there is one for `dtype` and `head_dim`, else into products. `spans`
-    cover rows 0…n-1 in order; `block_size` divides `TILE`; `dtype` is the arena's."""
+def plan_attention(spans: Sequence[Span], num_heads: int, num_kv_heads: int, block_size: int) -> AttentionPlan:
+    """Cuts a step into products. `spans` cover rows 0…n-1 in order; `block_size` divides `TILE`."""
     num_rows = sum(span.rows for span in spans)
-    if native() is not None and dtype == torch.bfloat16 and head_dim in HEAD_DIMS:
-        tables = tuple(span.block_ids.to(torch.int32) for span in spans)
-        structs = (SpanStruct * len(spans))(
-            *(SpanStruct(s.first_row, s.rows, s.start, 0, data(t)) for s, t in zip(spans, tables, strict=True))
-        )
-        return AttentionPlan(num_rows, NativePlan(structs, tables))
     group = num_heads // num_kv_heads
     chunks = tuple(_plan_chunk(span, group, block_size) for span in spans if span.rows > 1)
     singles = sorted((span for span in spans if span.rows == 1), key=lambda span: -(span.start // TILE))
@@ -181,7 +146,7 @@ def plan_attention(
         _plan_decodes(singles[first : first + MAX_PAIRS], num_kv_heads, block_size)
         for first in range(0, len(singles), MAX_PAIRS)
     )
-    return AttentionPlan(num_rows, None, chunks, decodes)
+    return AttentionPlan(num_rows, chunks, decodes)
 
 
 def _gather(arena: Tensor, layer: int, block_ids: Tensor) -> Tensor:
@@ -281,37 +246,6 @@ def _attend_decodes(q: Tensor, arena: Tensor, layer: int, plan: DecodePlan, out:
     out.index_copy_(0, plan.rows, result.reshape(sequences, -1).to(out.dtype))
 
 
-@cache
-def _workspace() -> tuple[Tensor, int]:
-    """Scratch memory of the native kernel and the aligned address in it: one for the engine thread, which alone computes."""
-    memory = torch.empty(WORKSPACE_BYTES + 64, dtype=torch.uint8)
-    return memory, (memory.data_ptr() + 63) // 64 * 64
-
-
-def _attend_native(q: Tensor, arena: Tensor, layer: int, plan: NativePlan, out: Tensor) -> None:
-    arguments = AttentionStruct(
-        q=data(q),
-        out=data(out),
-        arena=data(arena),
-        block_stride=arena.stride(0),
-        layer_offset=layer * arena.stride(1),
-        value_offset=arena.stride(2),
-        spans=ctypes.addressof(plan.spans),
-        workspace=_workspace()[1],
-        workspace_bytes=WORKSPACE_BYTES,
-        num_spans=len(plan.spans),
-        num_heads=q.shape[1],
-        num_kv_heads=arena.shape[3],
-        head_dim=arena.shape[5],
-        block_size=arena.shape[4],
-    )
-    native_kernels = native()
-    assert native_kernels is not None
-    assert out.dtype == arena.dtype == torch.bfloat16, f"the native attention writes bf16, not {out.dtype}"
-    code = native_kernels.attention(ctypes.byref(arguments))
-    assert code == OK, f"the native attention refused its arguments ({code})"
-
-
 def paged_attention_ref(q: Tensor, arena: Tensor, layer: int, spans: Sequence[Span]) -> Tensor:
     """The textbook form, for tests: q: [num_rows, num_heads, head_dim] fp32, already scaled → fp32 of the same shape."""
     num_kv_heads, block_size = arena.shape[3], arena.shape[4]
@@ -320,7 +254,7 @@ def paged_attention_ref(q: Tensor, arena: Tensor, layer: int, spans: Sequence[Sp
     for span in spans:
         for row in range(span.rows):
             length = span.start + row + 1
-            blocks = arena[span.block_ids[: -(-length // block_size)], layer].float()
+            blocks = arena[torch.from_numpy(span.block_ids[: -(-length // block_size)]).long(), layer].float()
             k, v = blocks.permute(1, 2, 0, 3, 4).flatten(2, 3)[:, :, :length].repeat_interleave(group, dim=1)
             scores = torch.einsum("hd,htd->ht", q[span.first_row + row], k)
             out[span.first_row + row] = torch.einsum("ht,htd->hd", scores.softmax(-1), v)
@@ -334,8 +268,6 @@ def paged_attention(q: Tensor, arena: Tensor, layer: int, plan: AttentionPlan, d
     out = torch.empty((q.shape[0], q.shape[1] * q.shape[2]), dtype=dtype)
     if q.shape[0] > plan.num_rows:
         out[plan.num_rows :] = 0
-    if plan.native is not None:
-        _attend_native(q, arena, layer, plan.native, out)
     for chunk in plan.chunks:
         _attend_chunk(q, arena, layer, chunk, out)
     for decode in plan.decodes:

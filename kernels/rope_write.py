@@ -1,14 +1,12 @@
-"""RoPE of a step's queries and keys, and the write of its keys and values into their slots of the arena, in one pass."""
+"""RoPE of a step's queries and keys, and the write of its keys and values into their slots of the arena, in one pass.
+The native one is cpu/rope_write.cpp."""
 
 from __future__ import annotations
 
-import ctypes
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
-from kernels.cpu import HEAD_DIMS, OK, RopeStruct, data, native
 from kernels.kv_write import head_rows, kv_write, kv_write_ref
 from kernels.rope import rope, rope_ref
 
@@ -40,32 +38,6 @@ def rope_write(qkv: Tensor, plan: WritePlan, arena: Tensor, layer: int, num_head
     """As `rope_write_ref`. The arena is contiguous; queries of padding rows may be anything finite."""
     num_kv_heads, block_size, head_dim = arena.shape[3], arena.shape[4], arena.shape[5]
     num_rows, num_tokens = qkv.shape[0], plan.slots.numel()
-    kernels = native()
-    if kernels is not None and qkv.dtype == arena.dtype == torch.bfloat16 and head_dim in HEAD_DIMS:
-        q = torch.empty((num_rows, num_heads, head_dim))
-        q[num_tokens:] = 0
-        positions = torch.arange(num_tokens)
-        arguments = RopeStruct(
-            qkv=data(qkv),
-            cos=data(plan.cos),
-            sin=data(plan.sin),
-            positions=data(positions),
-            slots=data(plan.slots),
-            q=data(q),
-            arena=data(arena),
-            block_stride=arena.stride(0),
-            layer_offset=layer * arena.stride(1),
-            value_offset=arena.stride(2),
-            scale=scale,
-            rows=num_tokens,
-            num_heads=num_heads,
-            num_kv_heads=num_kv_heads,
-            head_dim=head_dim,
-            block_size=block_size,
-        )
-        code = kernels.rope_write(ctypes.byref(arguments))
-        assert code == OK
-        return q
     rotated = (num_heads + num_kv_heads) * head_dim
     turned = qkv[:, :rotated].float().view(num_rows, num_heads + num_kv_heads, head_dim)
     turned = rope(turned, plan.cos[:, None], plan.sin[:, None])

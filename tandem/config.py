@@ -27,6 +27,11 @@ def cache_dir() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tandem"
 
 
+def packed_dir() -> Path:
+    """Where weights lie as workers map them."""
+    return cache_dir() / "packed"
+
+
 class _Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -38,7 +43,10 @@ class ModelConfig(_Section):
         "smollm2-135m", description="a name that `tandem pull` knows, a GGUF file or a Hugging Face directory"
     )
     name: str = Field("", description="the name clients use; empty: taken from the path")
-    dtype: Literal["bf16", "fp32"] = "bf16"
+    dtype: Literal["bf16", "fp32"] = Field("bf16", description="of KV, and of weights unless `weights` says otherwise")
+    weights: Literal["bf16", "int8", "int4"] | None = Field(
+        None, description="how linears keep their weights in memory"
+    )
     max_len: int = Field(0, ge=0, description="tokens of prompt and answer; 0: the model's own context")
 
 

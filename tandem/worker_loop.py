@@ -73,6 +73,7 @@ class WorkerLoop:
             path,
             self._config.model.dtype,
             self._worker,
+            weights=self._config.model.weights,
             max_len=self._config.model.max_len,
             fetch_timeout_s=self._config.transfer.fetch_timeout_s,
         )

@@ -1,29 +1,37 @@
-// Paged causal attention for bf16 KV: one pass over the KV in tiles of 64 positions from position 0, online softmax.
+// Paged causal attention (flash-attention with a fixed split): one pass over the KV, in tiles of 64 positions from position 0,
+// online softmax; splits of 512 positions are computed by themselves and merged in order of position.
 //
-// Every row's arithmetic is the same whatever other rows are computed with it and however many there are:
-//   scores   s[t] = sum over pairs of dimensions i = 0, 1, … of dpbf16(s[t], q pair i, k[t] pair i), in this order
+// Every row's arithmetic is the same whatever other rows are computed with it, however many there are and however the work is
+// shared between threads:
+//   scores   s[t] = sum over the dimensions of q * k[t], in their order (pairs of them for bf16)
 //   softmax  per tile: m' = max(m, s), p = exp(s - m'), l and the value are scaled by exp(m - m')
-//   values   value += p[t] * v[t], t in order, one fused multiply-add each
+//   values   value += p[t] * v[t], in order of t (pairs of them for bf16, p rounded to bf16)
 // A masked position has p = 0, which changes no bit of l or value; exp(0) is exactly 1, so a tile that only others see is an
 // exact no-op. Memory that no token has written is never multiplied.
-#include <immintrin.h>
+#include <type_traits>
 
-#include <cmath>
-#include <cstdint>
-#include <cstring>
+#include "abi.h"
+#include "simd.h"
 
-#include "common.h"
-#include "vector.h"
-
+namespace tandem {
 namespace {
 
-constexpr int kTile = 64;      // positions
-constexpr int kGroups = kTile / 16;
-constexpr int kRowTile = 6;    // query rows in registers: 6 * 4 accumulators + 4 operands of 32 registers
+constexpr int kTile = 64;    // positions
+constexpr int kSplit = 512;  // positions
+constexpr int kNarrow = 4;   // rows up to which a chunk's splits may be shared between threads
+constexpr int kBlockRows = 192;  // rows of one head that meet a tile while it is in the nearest cache
+#if TANDEM_AVX512
+constexpr int kRowTile = 6;  // query rows in registers: 6 * 4 sums + 4 operands of 32
+constexpr int kVecs = 4;
+#else
+constexpr int kRowTile = 4;
+constexpr int kVecs = 2;
+#endif
 
-// 16 rows of 16 dwords, in place.
-TARGET inline void transpose16(__m512i r[16]) {
-  __m512i t[16];
+#if TANDEM_AVX512
+TANDEM_INLINE void transpose(vu m[16]) {
+  __m512i r[16], t[16];
+  for (int i = 0; i < 16; i++) r[i] = (__m512i)m[i];
   for (int i = 0; i < 8; i++) {
     t[2 * i] = _mm512_unpacklo_epi32(r[2 * i], r[2 * i + 1]);
     t[2 * i + 1] = _mm512_unpackhi_epi32(r[2 * i], r[2 * i + 1]);
@@ -41,209 +49,474 @@ TARGET inline void transpose16(__m512i r[16]) {
     t[i + 12] = _mm512_shuffle_i32x4(r[i + 8], r[i + 12], 0xdd);
   }
   for (int i = 0; i < 4; i++) {
-    r[i] = _mm512_shuffle_i32x4(t[i], t[i + 8], 0x88);
-    r[i + 8] = _mm512_shuffle_i32x4(t[i], t[i + 8], 0xdd);
-    r[i + 4] = _mm512_shuffle_i32x4(t[i + 4], t[i + 12], 0x88);
-    r[i + 12] = _mm512_shuffle_i32x4(t[i + 4], t[i + 12], 0xdd);
+    m[i] = (vu)_mm512_shuffle_i32x4(t[i], t[i + 8], 0x88);
+    m[i + 8] = (vu)_mm512_shuffle_i32x4(t[i], t[i + 8], 0xdd);
+    m[i + 4] = (vu)_mm512_shuffle_i32x4(t[i + 4], t[i + 12], 0x88);
+    m[i + 12] = (vu)_mm512_shuffle_i32x4(t[i + 4], t[i + 12], 0xdd);
   }
 }
+#elif TANDEM_AVX2
+TANDEM_INLINE void transpose(vu m[8]) {
+  __m256i t[8], r[8];
+  for (int i = 0; i < 4; i++) {
+    t[2 * i] = _mm256_unpacklo_epi32((__m256i)m[2 * i], (__m256i)m[2 * i + 1]);
+    t[2 * i + 1] = _mm256_unpackhi_epi32((__m256i)m[2 * i], (__m256i)m[2 * i + 1]);
+  }
+  for (int i = 0; i < 2; i++) {
+    r[4 * i] = _mm256_unpacklo_epi64(t[4 * i], t[4 * i + 2]);
+    r[4 * i + 1] = _mm256_unpackhi_epi64(t[4 * i], t[4 * i + 2]);
+    r[4 * i + 2] = _mm256_unpacklo_epi64(t[4 * i + 1], t[4 * i + 3]);
+    r[4 * i + 3] = _mm256_unpackhi_epi64(t[4 * i + 1], t[4 * i + 3]);
+  }
+  for (int i = 0; i < 4; i++) {
+    m[i] = (vu)_mm256_permute2x128_si256(r[i], r[i + 4], 0x20);
+    m[i + 4] = (vu)_mm256_permute2x128_si256(r[i], r[i + 4], 0x31);
+  }
+}
+#else
+TANDEM_INLINE void transpose(vu m[kLanes]) {
+  for (int i = 0; i < kLanes; i++)
+    for (int j = i + 1; j < kLanes; j++) {
+      const uint32_t kept = m[i][j];
+      m[i][j] = m[j][i];
+      m[j][i] = kept;
+    }
+}
+#endif
 
-template <int D>
+// 64 positions of one KV head, as the products read them.
+template <class T, int D>
 struct Tile {
-  alignas(64) uint32_t keys[D / 2][kTile];  // pairs of dimensions, transposed: keys[i][t]
-  alignas(64) float values[kTile][D];
+  static constexpr bool kPairs = std::is_same<T, uint16_t>::value;
+  static constexpr int kWords = kPairs ? D / 2 : D;         // dwords of a row of K
+  static constexpr int kSteps = kPairs ? kTile / 2 : kTile;  // positions, or pairs of them
+  alignas(64) uint32_t keys[kWords][kTile];
+  alignas(64) uint32_t values[kSteps][D];
 };
 
-// Brings 64 positions of one KV head into the core's cache; positions from `valid` on are zero.
+template <class T, int D>
+struct Row {  // one query row of one head, with its running softmax within a split
+  alignas(64) uint32_t q[Tile<T, D>::kWords];
+  alignas(64) float value[D];
+  alignas(64) float lanes[kLanes];
+  float peak;
+  int32_t position;
+
+  void clear() {
+    std::memset(value, 0, sizeof value);
+    std::memset(lanes, 0, sizeof lanes);
+    peak = -INFINITY;
+  }
+};
+
 template <int D>
-TARGET void load_tile(const uint16_t* const* rows_k, const uint16_t* const* rows_v, int valid, Tile<D>& tile) {
-  for (int group = 0; group < kGroups; group++) {
-    for (int part = 0; part < D / 32; part++) {
-      __m512i r[16];
-      for (int i = 0; i < 16; i++) {
-        const int t = group * 16 + i;
-        r[i] = t < valid ? _mm512_loadu_si512(rows_k[t] + part * 32) : _mm512_setzero_si512();
-      }
-      transpose16(r);
-      for (int i = 0; i < 16; i++) _mm512_store_si512(&tile.keys[part * 16 + i][group * 16], r[i]);
+struct Part {  // a softmax over some positions: its maximum, its sum, its weighted values
+  alignas(64) float value[D];
+  float total;
+  float peak;
+};
+
+template <int D>
+void clear(Part<D>& part) {
+  std::memset(part.value, 0, sizeof part.value);
+  part.total = 0;
+  part.peak = -INFINITY;
+}
+
+// Adds a later split to an earlier sum.
+template <int D>
+void merge(Part<D>& sum, const float* value, float total, float peak) {
+  if (peak == -INFINITY) return;
+  const float top = sum.peak > peak ? sum.peak : peak;
+  const vf keep = sum.peak == -INFINITY ? vf{} : exp_neg(splat(sum.peak - top));
+  const vf take = exp_neg(splat(peak - top));
+  for (int d = 0; d < D; d += kLanes) store(&sum.value[d], load(&sum.value[d]) * keep + load(value + d) * take);
+  sum.total = sum.total * keep[0] + total * take[0];
+  sum.peak = top;
+}
+
+// Where the K of the positions of a tile begins, for head 0. Past the last of `valid` positions: where some other one does.
+template <class T>
+struct Places {
+  const T* rows[kTile];
+  int valid;
+};
+
+template <class T>
+void find(const tandem_attention& a, const tandem_span& span, int low, int end, Places<T>& places) {
+  places.valid = end - low < kTile ? end - low : kTile;
+  if (places.valid <= 0) return;
+  int block = low / a.block_size, offset = low % a.block_size;
+  for (int t = 0; t < places.valid; block++, offset = 0) {
+    const T* base = (const T*)a.arena + span.block_table[block] * a.block_stride + a.layer_offset;
+    for (; offset < a.block_size && t < places.valid; offset++, t++) places.rows[t] = base + (int64_t)offset * a.head_dim;
+  }
+  for (int t = places.valid; t < kTile; t++) places.rows[t] = places.rows[0];
+}
+
+// Hints at KV that will be read soon, a few lines at a time between computations: a processor has few slots for outstanding
+// misses, and a burst of hints would only fill them.
+class Ahead {
+ public:
+  // The blocks of positions [low, end) of a tile of `span`, all heads of the layer.
+  template <class T>
+  void aim(const tandem_attention& a, const tandem_span& span, int low, int end) {
+    table_ = span.block_table + low / a.block_size;
+    last_ = span.block_table + (end - 1) / a.block_size;
+    layer_ = (const char*)((const T*)a.arena + a.layer_offset);
+    stride_ = a.block_stride * (int64_t)sizeof(T);
+    run_ = 2 * a.value_offset * (int64_t)sizeof(T);
+    at_ = layer_ + *table_ * stride_;
+    end_ = at_ + run_;
+  }
+  TANDEM_INLINE_MEMBER void some() {
+    if (at_ >= end_) {
+      if (table_ == last_) return;
+      at_ = layer_ + *++table_ * stride_;
+      end_ = at_ + run_;
+    }
+    for (int line = 0; line < 8; line++) __builtin_prefetch(at_ + line * 64, 0, 2);
+    at_ += 512;
+  }
+
+ private:
+  const int32_t* table_ = nullptr;
+  const int32_t* last_ = nullptr;
+  const char* layer_ = nullptr;
+  const char* at_ = nullptr;
+  const char* end_ = nullptr;
+  int64_t stride_ = 0, run_ = 0;
+};
+
+// Brings a tile of one head into the nearest cache; positions past the valid ones are zero.
+template <class T, int D>
+void load_tile(const Places<T>& places, int64_t key, int64_t value, Tile<T, D>& tile, Ahead& ahead) {
+  alignas(64) static const T zeros[D] = {};
+  const int valid = places.valid;
+  for (int t0 = 0; t0 < kTile; t0 += kLanes) {
+    for (int word = 0; word < Tile<T, D>::kWords; word += kLanes) {
+      vu m[kLanes];
+      for (int i = 0; i < kLanes; i++) m[i] = load_u((const uint32_t*)(places.rows[t0 + i] + key) + word);
+      if (t0 + kLanes > valid)
+        for (int i = 0; i < kLanes; i++)
+          if (t0 + i >= valid) m[i] = vu{};
+      ahead.some();
+      transpose(m);
+      for (int i = 0; i < kLanes; i++) store_u(&tile.keys[word + i][t0], m[i]);
     }
   }
-  for (int t = 0; t < kTile; t++) {
-    for (int part = 0; part < D / 16; part++) {
-      __m512i v = _mm512_setzero_si512();
-      if (t < valid) v = _mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)(rows_v[t] + part * 16))), 16);
-      _mm512_store_ps(&tile.values[t][part * 16], _mm512_castsi512_ps(v));
+  for (int t = 0; t < kTile; t += 2) {
+    const T* one = t < valid ? places.rows[t] + value : zeros;
+    const T* two = t + 1 < valid ? places.rows[t + 1] + value : zeros;
+    if (t % 8 == 0) ahead.some();
+    if constexpr (Tile<T, D>::kPairs) {
+      for (int d = 0; d < D; d += 2 * kLanes) pair_bf16(one + d, two + d, &tile.values[t / 2][d]);
+    } else {
+      for (int d = 0; d < D; d += kLanes) {
+        store_u(&tile.values[t][d], load_u(one + d));
+        store_u(&tile.values[t + 1][d], load_u(two + d));
+      }
     }
   }
 }
 
-template <int D>
-struct Row {  // one query row of one head, with its running softmax
-  alignas(64) uint32_t q[D / 2];
-  alignas(64) float value[D];
-  alignas(64) float total[16];
-  float peak;
-  int position;
-};
+// acc + w * x: pairs of bf16 or single floats, in dwords.
+template <class T>
+TANDEM_INLINE vf times(vf acc, vu w, vu x) {
+  if constexpr (std::is_same<T, uint16_t>::value)
+    return dot2(acc, w, x);
+  else
+    return fma((vf)w, (vf)x, acc);
+}
 
 // R rows meet one tile whose first position is `low`.
-template <int D, int R>
-TARGET void meet(Row<D>* rows, const Tile<D>& tile, int low) {
-  alignas(64) float p[R][kTile];
-  __m512 s[R][kGroups];
-  for (int r = 0; r < R; r++)
-    for (int g = 0; g < kGroups; g++) s[r][g] = _mm512_setzero_ps();
-  for (int i = 0; i < D / 2; i++) {
-    __m512bh k[kGroups];
-    for (int g = 0; g < kGroups; g++) k[g] = (__m512bh)_mm512_load_si512(&tile.keys[i][g * 16]);
-    for (int r = 0; r < R; r++) {
-      const __m512bh q = (__m512bh)_mm512_set1_epi32((int)rows[r].q[i]);
-      for (int g = 0; g < kGroups; g++) s[r][g] = _mm512_dpbf16_ps(s[r][g], q, k[g]);
-    }
-  }
-  const __m512i lane = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
-  const __m512 minus_inf = _mm512_set1_ps(-INFINITY);
-  for (int r = 0; r < R; r++) {
-    Row<D>& row = rows[r];
-    __m512 best = minus_inf;
-    for (int g = 0; g < kGroups; g++) {
-      const __m512i at = _mm512_add_epi32(lane, _mm512_set1_epi32(low + g * 16));
-      const __mmask16 seen = _mm512_cmple_epi32_mask(at, _mm512_set1_epi32(row.position));
-      s[r][g] = _mm512_mask_mov_ps(minus_inf, seen, s[r][g]);
-      best = _mm512_max_ps(best, s[r][g]);
-    }
-    const float peak = std::fmax(row.peak, _mm512_reduce_max_ps(best));
-    const __m512 top = _mm512_set1_ps(peak);
-    // The first tile has nothing to scale: exp(-inf) of the exp above would not be 0.
-    const __m512 keep = row.peak == -INFINITY ? _mm512_setzero_ps() : exp_ps(_mm512_sub_ps(_mm512_set1_ps(row.peak), top));
-    __m512 total = _mm512_mul_ps(_mm512_load_ps(row.total), keep);
-    for (int g = 0; g < kGroups; g++) {
-      const __mmask16 seen = _mm512_cmp_ps_mask(s[r][g], minus_inf, _CMP_NEQ_UQ);
-      const __m512 e = _mm512_maskz_mov_ps(seen, exp_ps(_mm512_sub_ps(s[r][g], top)));
-      _mm512_store_ps(&p[r][g * 16], e);
-      total = _mm512_add_ps(total, e);
-    }
-    _mm512_store_ps(row.total, total);
-    row.peak = peak;
-    for (int d = 0; d < D; d += 16)
-      _mm512_store_ps(&row.value[d], _mm512_mul_ps(_mm512_load_ps(&row.value[d]), keep));
-  }
-  for (int d = 0; d < D; d += 64) {
-    constexpr int kParts = D < 64 ? D / 16 : 4;
-    __m512 value[R][kParts];
-    for (int r = 0; r < R; r++)
-      for (int part = 0; part < kParts; part++) value[r][part] = _mm512_load_ps(&rows[r].value[d + part * 16]);
-    for (int t = 0; t < kTile; t++) {
-      __m512 v[kParts];
-      for (int part = 0; part < kParts; part++) v[part] = _mm512_load_ps(&tile.values[t][d + part * 16]);
+template <class T, int D, int R>
+void meet(Row<T, D>* rows, const Tile<T, D>& tile, int low, Ahead& ahead) {
+  constexpr int kGroups = kTile / kLanes;
+  alignas(64) float s[R][kTile];
+  for (int g = 0; g < kGroups; g += kVecs) {
+    vf sums[R][kVecs] = {};
+    for (int i = 0; i < Tile<T, D>::kWords; i++) {
+      if (i % 4 == 0) ahead.some();
+      vu k[kVecs];
+      for (int v = 0; v < kVecs; v++) k[v] = load_u(&tile.keys[i][(g + v) * kLanes]);
       for (int r = 0; r < R; r++) {
-        const __m512 weight = _mm512_set1_ps(p[r][t]);
-        for (int part = 0; part < kParts; part++) value[r][part] = _mm512_fmadd_ps(weight, v[part], value[r][part]);
+        const vu q = splat_u(rows[r].q[i]);
+        for (int v = 0; v < kVecs; v++) sums[r][v] = times<T>(sums[r][v], k[v], q);
       }
     }
     for (int r = 0; r < R; r++)
-      for (int part = 0; part < kParts; part++) _mm512_store_ps(&rows[r].value[d + part * 16], value[r][part]);
+      for (int v = 0; v < kVecs; v++) store(&s[r][(g + v) * kLanes], sums[r][v]);
   }
-}
-
-template <int D>
-TARGET void meet_some(Row<D>* rows, int count, const Tile<D>& tile, int low) {
-  while (count >= kRowTile) {
-    meet<D, kRowTile>(rows, tile, low);
-    rows += kRowTile;
-    count -= kRowTile;
-  }
-  switch (count) {
-    case 5: meet<D, 5>(rows, tile, low); break;
-    case 4: meet<D, 4>(rows, tile, low); break;
-    case 3: meet<D, 3>(rows, tile, low); break;
-    case 2: meet<D, 2>(rows, tile, low); break;
-    case 1: meet<D, 1>(rows, tile, low); break;
-    default: break;
-  }
-}
-
-// Where the K and V of up to 64 positions from `low` on lie, and a hint to fetch them. Returns how many there are.
-template <int D>
-TARGET int find_rows(const tandem_attention& a, const tandem_span& span, int head, int low, int end,
-                     const uint16_t** rows_k, const uint16_t** rows_v) {
-  const int valid = end - low < kTile ? end - low : kTile;
-  for (int t = 0; t < valid; t++) {
-    const int position = low + t;
-    const int64_t block = span.block_table[position / a.block_size];
-    const uint16_t* base =
-        a.arena + block * a.block_stride + a.layer_offset + ((int64_t)head * a.block_size + position % a.block_size) * D;
-    rows_k[t] = base;
-    rows_v[t] = base + a.value_offset;
-    for (int d = 0; d < D; d += 32) {
-      _mm_prefetch((const char*)(rows_k[t] + d), _MM_HINT_T0);
-      _mm_prefetch((const char*)(rows_v[t] + d), _MM_HINT_T0);
+  alignas(64) uint32_t p[R][Tile<T, D>::kSteps];
+  const vi lane = lanes();
+  const vf minus_inf = splat(-INFINITY);
+  for (int r = 0; r < R; r++) {
+    Row<T, D>& row = rows[r];
+    vf best = minus_inf;
+    for (int g = 0; g < kGroups; g++) {
+      const vi at = lane + splat_i(low + g * kLanes);
+      const vf value = at <= splat_i(row.position) ? load(&s[r][g * kLanes]) : minus_inf;
+      store(&s[r][g * kLanes], value);
+      best = max(best, value);
     }
+    const float here = largest(best);
+    const float peak = row.peak > here ? row.peak : here;
+    // The first tile has nothing to scale: exp(-inf) of the exp above would not be 0.
+    const vf keep = row.peak == -INFINITY ? vf{} : exp_neg(splat(row.peak - peak));
+    vf total = load(row.lanes) * keep;
+    for (int g = 0; g < kGroups; g++) {
+      const vf score = load(&s[r][g * kLanes]);
+      const vf e = score != minus_inf ? exp_neg(score - splat(peak)) : vf{};
+      if constexpr (Tile<T, D>::kPairs)
+        store_bf16((uint16_t*)p[r] + g * kLanes, e);
+      else
+        store((float*)p[r] + g * kLanes, e);
+      total += e;
+    }
+    store(row.lanes, total);
+    row.peak = peak;
+    for (int d = 0; d < D; d += kLanes) store(&row.value[d], load(&row.value[d]) * keep);
   }
-  return valid;
-}
-
-// One span: `rows` tokens of one sequence, one KV head at a time.
-template <int D>
-TARGET void attend_span(const tandem_attention& a, const tandem_span& span, Row<D>* rows) {
-  const int group = a.num_heads / a.num_kv_heads;
-  const int count = span.rows * group;
-  const int end = span.start + span.rows;
-  const uint16_t* rows_k[2][kTile];
-  const uint16_t* rows_v[2][kTile];
-  static thread_local Tile<D> tile;
-  for (int head = 0; head < a.num_kv_heads; head++) {
-    for (int r = 0; r < count; r++) {
-      Row<D>& row = rows[r];
-      const int token = r / group;
-      const int query_head = head * group + r % group;
-      const float* q = a.q + ((int64_t)(span.first_row + token) * a.num_heads + query_head) * D;
-      uint16_t half[D];
-      for (int d = 0; d < D; d++) half[d] = to_bf16(q[d]);
-      std::memcpy(row.q, half, sizeof half);
-      std::memset(row.value, 0, sizeof row.value);
-      std::memset(row.total, 0, sizeof row.total);
-      row.peak = -INFINITY;
-      row.position = span.start + token;
-    }
-    int valid = find_rows<D>(a, span, head, 0, end, rows_k[0], rows_v[0]);
-    for (int low = 0, turn = 0; low < end; low += kTile, turn ^= 1) {
-      const int next = find_rows<D>(a, span, head, low + kTile, end, rows_k[turn ^ 1], rows_v[turn ^ 1]);
-      load_tile<D>(rows_k[turn], rows_v[turn], valid, tile);
-      valid = next;
-      const int first = low > span.start ? (low - span.start) * group : 0;
-      meet_some<D>(rows + first, count - first, tile, low);
-    }
-    for (int r = 0; r < count; r++) {
-      const Row<D>& row = rows[r];
-      const __m512 inverse = _mm512_set1_ps(1.0f / _mm512_reduce_add_ps(_mm512_load_ps(row.total)));
-      uint16_t* out = a.out + ((int64_t)(span.first_row + r / group) * a.num_heads + head * group + r % group) * D;
-      for (int d = 0; d < D; d += 16) {
-        const __m512 value = _mm512_mul_ps(_mm512_load_ps(&row.value[d]), inverse);
-        _mm256_storeu_si256((__m256i*)(out + d), (__m256i)_mm512_cvtneps_pbh(value));
+  constexpr int kParts = D / kLanes < kVecs ? D / kLanes : kVecs;
+  for (int d = 0; d < D; d += kParts * kLanes) {
+    vf value[R][kParts];
+    for (int r = 0; r < R; r++)
+      for (int v = 0; v < kParts; v++) value[r][v] = load(&rows[r].value[d + v * kLanes]);
+    for (int t = 0; t < Tile<T, D>::kSteps; t++) {
+      if (t % 4 == 0) ahead.some();
+      vu w[kParts];
+      for (int v = 0; v < kParts; v++) w[v] = load_u(&tile.values[t][d + v * kLanes]);
+      for (int r = 0; r < R; r++) {
+        const vu weight = splat_u(p[r][t]);
+        for (int v = 0; v < kParts; v++) value[r][v] = times<T>(value[r][v], w[v], weight);
       }
     }
+    for (int r = 0; r < R; r++)
+      for (int v = 0; v < kParts; v++) store(&rows[r].value[d + v * kLanes], value[r][v]);
   }
 }
 
-template <int D>
-int run(const tandem_attention& a) {
-  int most = 0;
-  for (int i = 0; i < a.num_spans; i++) most = a.spans[i].rows > most ? a.spans[i].rows : most;
-  Row<D>* rows = (Row<D>*)a.workspace;
-  if ((int64_t)most * (a.num_heads / a.num_kv_heads) * (int64_t)sizeof(Row<D>) > a.workspace_bytes) return TANDEM_WORKSPACE;
-  for (int i = 0; i < a.num_spans; i++) attend_span<D>(a, a.spans[i], rows);
-  return TANDEM_OK;
+template <class T, int D, int R>
+struct Meet {
+  static void run(int count, Row<T, D>* rows, const Tile<T, D>& tile, int low, Ahead& ahead) {
+    if (count == R)
+      meet<T, D, R>(rows, tile, low, ahead);
+    else
+      Meet<T, D, R - 1>::run(count, rows, tile, low, ahead);
+  }
+};
+template <class T, int D>
+struct Meet<T, D, 0> {
+  static void run(int, Row<T, D>*, const Tile<T, D>&, int, Ahead&) {}
+};
+
+template <class T, int D>
+void meet_all(Row<T, D>* rows, int count, const Tile<T, D>& tile, int low, Ahead& ahead) {
+  for (; count > kRowTile; count -= kRowTile, rows += kRowTile) meet<T, D, kRowTile>(rows, tile, low, ahead);
+  Meet<T, D, kRowTile>::run(count, rows, tile, low, ahead);
+}
+
+// Tokens [first, last) of a span, KV heads [head, head_end): their rows are [head][token][query of the group].
+template <class T, int D>
+struct Work {
+  const tandem_attention& a;
+  const tandem_span& span;
+  int first, last, head, head_end;
+  const tandem_span* following;  // whose KV this thread will read next, or null
+  int group() const { return a.num_heads / a.num_kv_heads; }
+  int rows_per_head() const { return (last - first) * group(); }
+  int num_rows() const { return rows_per_head() * (head_end - head); }
+  int64_t step_row(int row) const { return span.first_row + first + row % rows_per_head() / group(); }
+  int64_t query_head(int row) const { return (head + row / rows_per_head()) * group() + row % rows_per_head() % group(); }
+};
+
+template <class T, int D>
+void begin(const Work<T, D>& work, Row<T, D>* rows) {
+  for (int r = 0; r < work.num_rows(); r++) {
+    const T* q = (const T*)work.a.q + (work.step_row(r) * work.a.num_heads + work.query_head(r)) * D;
+    std::memcpy(rows[r].q, q, D * sizeof(T));
+    rows[r].position = work.span.start + (int)(work.step_row(r) - work.span.first_row);
+  }
+}
+
+// The rows meet the positions [low, high) of one split.
+template <class T, int D>
+void attend(const Work<T, D>& work, Row<T, D>* rows, int low, int high, Tile<T, D>& tile) {
+  const int start = work.span.start + work.first, end = work.span.start + work.last;
+  if (high > end) high = end;
+  const int count = work.rows_per_head();
+  // Few rows pass over the KV once, at the memory's speed; many meet each tile for longer than it takes to arrive.
+  const bool once = work.head == 0 && work.head_end == work.a.num_kv_heads;
+  Places<T> places;
+  for (; low < high; low += kTile) {
+    Ahead ahead;
+    if (once && low + kTile < end)
+      ahead.aim<T>(work.a, work.span, low + kTile, low + 2 * kTile < end ? low + 2 * kTile : end);
+    else if (once && work.following)
+      ahead.aim<T>(work.a, *work.following, 0, kTile < work.following->start ? kTile : work.following->start + 1);
+    find(work.a, work.span, low, end, places);
+    const int skip = low > start ? (low - start) * work.group() : 0;
+    for (int head = work.head; head < work.head_end; head++) {
+      const int64_t offset = (int64_t)head * work.a.block_size * D;
+      load_tile<T, D>(places, offset, offset + work.a.value_offset, tile, ahead);
+      meet_all<T, D>(rows + (head - work.head) * count + skip, count - skip, tile, low, ahead);
+    }
+  }
+}
+
+template <class T, int D>
+void finish(const Work<T, D>& work, int row, const Part<D>& sum) {
+  const vf inverse = splat(1.0f / sum.total);
+  const int64_t at = work.step_row(row) * work.a.stride + work.query_head(row) * D;
+  for (int d = 0; d < D; d += kLanes) {
+    const vf value = load(&sum.value[d]) * inverse;
+    if (work.a.out_dtype == TANDEM_BF16)
+      store_bf16((uint16_t*)work.a.out + at + d, value);
+    else
+      store((float*)work.a.out + at + d, value);
+  }
+}
+
+// All splits, one after the other.
+template <class T, int D>
+void attend_whole(const Work<T, D>& work, Row<T, D>* rows, Part<D>* sums, Tile<T, D>& tile) {
+  const int end = work.span.start + work.last, count = work.num_rows();
+  begin(work, rows);
+  for (int r = 0; r < count; r++) clear(sums[r]);
+  for (int low = 0; low < end; low += kSplit) {
+    for (int r = 0; r < count; r++) rows[r].clear();
+    attend(work, rows, low, low + kSplit, tile);
+    for (int r = 0; r < count; r++) merge(sums[r], rows[r].value, sum(load(rows[r].lanes)), rows[r].peak);
+  }
+  for (int r = 0; r < count; r++) finish(work, r, sums[r]);
+}
+
+inline int num_splits(const tandem_span& span) { return (span.start + span.rows + kSplit - 1) / kSplit; }
+inline bool is_narrow(const tandem_span& span) { return span.rows <= kNarrow; }
+
+// What a thread needs for itself.
+template <class T, int D>
+struct Scratch {
+  static constexpr int most(const tandem_attention& a) {
+    const int narrow = kNarrow * a.num_heads, wide = kBlockRows + a.num_heads / a.num_kv_heads;
+    return narrow > wide ? narrow : wide;
+  }
+  static int64_t bytes(const tandem_attention& a) {
+    return (int64_t)sizeof(Tile<T, D>) + most(a) * (int64_t)(sizeof(Row<T, D>) + sizeof(Part<D>));
+  }
+  Tile<T, D>* tile;
+  Row<T, D>* rows;
+  Part<D>* sums;
+  Scratch(const tandem_attention& a, int index) {
+    char* at = (char*)a.workspace + index * bytes(a);
+    tile = (Tile<T, D>*)at;
+    rows = (Row<T, D>*)(at + sizeof(Tile<T, D>));
+    sums = (Part<D>*)(at + sizeof(Tile<T, D>) + most(a) * sizeof(Row<T, D>));
+  }
+};
+
+// Where the splits of narrow chunks leave their parts when several threads share them; null if there is no room, or one thread.
+template <class T, int D>
+Part<D>* shared_parts(const tandem_attention& a, const tandem_step& step, int threads) {
+  if (threads == 1) return nullptr;
+  int64_t parts = 0;
+  for (int i = 0; i < step.num_spans; i++)
+    if (is_narrow(step.spans[i])) parts += (int64_t)num_splits(step.spans[i]) * step.spans[i].rows * a.num_heads;
+  const int64_t used = threads * Scratch<T, D>::bytes(a);
+  if (used + parts * (int64_t)sizeof(Part<D>) > a.workspace_bytes) return nullptr;
+  return (Part<D>*)((char*)a.workspace + used);
+}
+
+template <class T, int D>
+void run(const tandem_attention& a, const tandem_step& step, Share share) {
+  const Scratch<T, D> mine(a, share.index);
+  Part<D>* parts = shared_parts<T, D>(a, step, share.count);
+  const int group = a.num_heads / a.num_kv_heads;
+  const int block = group < kBlockRows ? kBlockRows / group : 1;  // tokens
+  int64_t item = 0;
+  const auto is_mine = [&] { return item++ % share.count == share.index; };
+  for (int i = 0; i < step.num_spans; i++) {
+    const tandem_span& span = step.spans[i];
+    const tandem_span* following = share.count == 1 && i + 1 < step.num_spans ? &span + 1 : nullptr;
+    if (!is_narrow(span)) {
+      for (int first = 0; first < span.rows; first += block)
+        for (int head = 0; head < a.num_kv_heads; head++)
+          if (is_mine()) {
+            const int last = first + block < span.rows ? first + block : span.rows;
+            attend_whole<T, D>({a, span, first, last, head, head + 1, nullptr}, mine.rows, mine.sums, *mine.tile);
+          }
+    } else if (!parts) {
+      if (is_mine()) attend_whole<T, D>({a, span, 0, span.rows, 0, a.num_kv_heads, following}, mine.rows, mine.sums, *mine.tile);
+    } else {
+      const Work<T, D> work = {a, span, 0, span.rows, 0, a.num_kv_heads, nullptr};
+      for (int split = 0; split < num_splits(span); split++, parts += work.num_rows())
+        if (is_mine()) {
+          begin(work, mine.rows);
+          for (int r = 0; r < work.num_rows(); r++) mine.rows[r].clear();
+          attend(work, mine.rows, split * kSplit, (split + 1) * kSplit, *mine.tile);
+          for (int r = 0; r < work.num_rows(); r++) {
+            std::memcpy(parts[r].value, mine.rows[r].value, sizeof parts[r].value);
+            parts[r].total = sum(load(mine.rows[r].lanes));
+            parts[r].peak = mine.rows[r].peak;
+          }
+        }
+    }
+  }
+}
+
+template <class T, int D>
+void run_merge(const tandem_attention& a, const tandem_step& step, Share share) {
+  Part<D>* parts = shared_parts<T, D>(a, step, share.count);
+  if (!parts) return;
+  for (int i = 0; i < step.num_spans; i++) {
+    const tandem_span& span = step.spans[i];
+    if (!is_narrow(span)) continue;
+    const Work<T, D> work = {a, span, 0, span.rows, 0, a.num_kv_heads, nullptr};
+    const int count = work.num_rows(), splits = num_splits(span);
+    for (int r = 0; r < count; r++) {
+      if (r % share.count != share.index) continue;
+      Part<D> sum;
+      clear(sum);
+      for (int split = 0; split < splits; split++) {
+        const Part<D>& part = parts[split * count + r];
+        merge(sum, part.value, part.total, part.peak);
+      }
+      finish(work, r, sum);
+    }
+    parts += (int64_t)splits * count;
+  }
+}
+
+enum Phase { kAttend, kMerge };
+
+template <class T, int D>
+void phase(Phase which, const tandem_attention& a, const tandem_step& step, Share share) {
+  if (which == kAttend)
+    run<T, D>(a, step, share);
+  else
+    run_merge<T, D>(a, step, share);
+}
+
+template <class T>
+void pick(Phase which, const tandem_attention& a, const tandem_step& step, Share share) {
+  switch (a.head_dim) {
+    case 32: return phase<T, 32>(which, a, step, share);
+    case 64: return phase<T, 64>(which, a, step, share);
+    case 96: return phase<T, 96>(which, a, step, share);
+    case 128: return phase<T, 128>(which, a, step, share);
+    case 256: return phase<T, 256>(which, a, step, share);
+  }
 }
 
 }  // namespace
 
-extern "C" int tandem_attention_avx512(const tandem_attention* a) {
-  switch (a->head_dim) {
-    case 32: return run<32>(*a);
-    case 64: return run<64>(*a);
-    case 128: return run<128>(*a);
-    case 256: return run<256>(*a);
-    default: return TANDEM_UNSUPPORTED;
-  }
+void attention(const tandem_attention& a, const tandem_step& step, Share share) {
+  a.dtype == TANDEM_BF16 ? pick<uint16_t>(kAttend, a, step, share) : pick<float>(kAttend, a, step, share);
 }
+
+void attention_merge(const tandem_attention& a, const tandem_step& step, Share share) {
+  a.dtype == TANDEM_BF16 ? pick<uint16_t>(kMerge, a, step, share) : pick<float>(kMerge, a, step, share);
+}
+
+}  // namespace tandem

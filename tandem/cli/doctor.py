@@ -142,12 +142,16 @@ def check_model(config: Config) -> Finding:
 def check_numerics(config: Config) -> Finding:
     import torch
 
+    from kernels.cpu import native
+    from tandem.config import packed_dir
     from tandem.engine.numerics import numerics_class
     from tandem.model_files import resolve_model
     from tandem.models.loader import load_model
 
     torch.set_num_threads(1)
-    report = numerics_class(load_model(resolve_model(config.model.path), config.model.dtype))
+    kernels = native()
+    model = load_model(resolve_model(config.model.path), config.model.dtype, config.model.weights, packed_dir())
+    report = numerics_class(model, kernels)
     return report.deterministic, f"{report.evidence}; class {report.digest.hex()[:16]}"
 
 

@@ -10,11 +10,13 @@ from typing import Literal
 
 import torch
 
+from kernels.cpu import native
+from kernels.linear import WeightFormat
 from kvpool.arena import Arena
 from kvpool.block_pool import BlockPool
 from kvpool.layout import KVLayout
 from protos.control import RoutingGroup
-from tandem.config import WorkerConfig
+from tandem.config import WorkerConfig, packed_dir
 from tandem.engine.engine import Engine, EngineLimits
 from tandem.engine.memory import SlabMemory
 from tandem.engine.numerics import NumericsReport, numerics_class
@@ -30,6 +32,7 @@ class EngineParts:
     """An engine and what it is made of. The arena lives as long as anything uses its memory; `close` gives it up."""
 
     engine: Engine
+    runner: Runner
     model: LoadedModel
     layout: KVLayout
     arena: Arena
@@ -44,6 +47,7 @@ def build_engine(
     dtype: Literal["bf16", "fp32"],
     worker: WorkerConfig,
     *,
+    weights: WeightFormat | None = None,
     max_len: int = 0,
     fetch_timeout_s: float = 0.0,
     keep_events: bool = True,
@@ -53,7 +57,12 @@ def build_engine(
     `max_len` 0 is the model's own context; the arena may shorten it.
     """
     torch.set_num_threads(worker.threads)
-    model = load_model(model_path, dtype)
+    kernels = native()
+    if kernels is None:
+        log.warning(
+            "no native kernels (a C++ compiler is needed when Tandem is installed): torch computes, several times slower"
+        )
+    model = load_model(model_path, dtype, weights, packed_dir())
     layout = layout_for(model.config, dtype, worker.block_size)
     num_blocks = worker.arena_bytes // layout.slab_bytes
     if num_blocks < 2:
@@ -82,13 +91,14 @@ def build_engine(
     arena = Arena(num_blocks, layout.slab_bytes)
     pool = BlockPool(num_blocks, worker.block_size, "DEVICE", keep_events=keep_events)
     memory = SlabMemory(arena, layout)
-    numerics = numerics_class(model)
+    numerics = numerics_class(model, kernels, worker.threads)
     if not numerics.deterministic:
         log.error("streams are not bit-exact on this machine: %s", numerics.evidence)
+    runner = Runner(model, memory.tensor, layout, native=kernels, threads=worker.threads)
     engine = Engine(
         pool=pool,
         memory=memory,
-        runner=Runner(model, memory.tensor, layout),
+        runner=runner,
         limits=limits,
         new_fetch_id=lambda: uuid.uuid4().bytes,
     )
@@ -98,4 +108,4 @@ def build_engine(
         numerics_class=numerics.digest,
         block_size=worker.block_size,
     )
-    return EngineParts(engine, model, layout, arena, pool, limits, group, numerics)
+    return EngineParts(engine, runner, model, layout, arena, pool, limits, group, numerics)

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+from kernels.linear import WeightFormat
 from kvpool.keys import root_key, tokens_as_bytes
 from protos.control import Dispatch, Failed, Fence, FinishReason, Sampling, TokenLogprobs, Tokens
 from tandem.clock import now_s
@@ -38,10 +39,13 @@ class LocalEngine:
         model_path: Path,
         *,
         dtype: Literal["bf16", "fp32"] = "bf16",
+        weights: WeightFormat | None = None,
         worker: WorkerConfig | None = None,
         max_len: int = 0,
     ) -> None:
-        self.parts = build_engine(model_path, dtype, worker or WorkerConfig(), max_len=max_len, keep_events=False)
+        self.parts = build_engine(
+            model_path, dtype, worker or WorkerConfig(), weights=weights, max_len=max_len, keep_events=False
+        )
         group = self.parts.group
         self._root = root_key(
             model_fingerprint=group.model_fingerprint, kv_format=group.kv_format, numerics_class=group.numerics_class

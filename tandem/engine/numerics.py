@@ -18,10 +18,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kernels.cpu import native
-from kernels.linear import MIN_ROWS, PACK_ROWS
+from kernels.cpu import Native
+from kernels.linear import PACK_VERSION
 from kernels.paged_attention import MIN_ROWS as ATTENTION_MIN_ROWS
 from kernels.paged_attention import TILE
+from kernels.torch_linear import MIN_ROWS, PACK_ROWS, torch_form
 from tandem.engine.runner import Chunk, Runner, layout_for
 from tandem.models.loader import TORCH_DTYPES, LoadedModel
 
@@ -61,20 +62,29 @@ def _processor() -> str:
     return ", ".join(line.replace("\t", "") for line in lines if line.split("\t")[0].strip(": ") in wanted)
 
 
-def _ingredients(model: LoadedModel) -> list[str]:
-    form = model.model.form
+def _torch_ingredients(form: str) -> list[str]:
+    kind = torch_form(form)
     return [
-        "tandem/numerics/1",
         f"backend torch-cpu {torch.__version__}",
         f"build {torch.__config__.show()}",
-        f"numpy {np.__version__}",  # the sampler's exp and log
         f"capability {torch.backends.cpu.get_cpu_capability()}",
         f"processor {_processor()}",
         f"threads {torch.get_num_threads()}",
         *(f"{name} {os.environ.get(name, '')}" for name in _SWITCHES),
-        f"dtype {model.dtype}, weights {form} packed for {PACK_ROWS} rows, at least {MIN_ROWS[form]} rows",
-        f"native kernels {kernels.build if (kernels := native()) else 'none'}",
+        f"weights {kind} packed for {PACK_ROWS} rows, at least {MIN_ROWS[kind]} rows",
         f"attention tiles of {TILE} positions, at least {ATTENTION_MIN_ROWS} rows",
+    ]
+
+
+def _ingredients(model: LoadedModel, native: Native | None) -> list[str]:
+    # The native kernels' bits depend on nothing but their code: not on the processor, the number of threads or other libraries.
+    backend = [f"native {native.variant} {native.build}"] if native else _torch_ingredients(model.model.form)
+    return [
+        "tandem/numerics/2",
+        *backend,
+        f"rope tables torch {torch.__version__}",
+        f"numpy {np.__version__}",  # the sampler's exp and log
+        f"dtype {model.dtype}, weights {model.model.form} packed by version {PACK_VERSION}",
     ]
 
 
@@ -91,7 +101,7 @@ def _decode_again(runner: Runner, tokens: Sequence[int], table: Sequence[int], p
     return runner.run([Chunk(tokens[position : position + 1], position, table, True) for position in positions])
 
 
-def numerics_class(model: LoadedModel) -> NumericsReport:
+def numerics_class(model: LoadedModel, native: Native | None, threads: int = 1) -> NumericsReport:
     """Runs the probe on a small arena of its own and names the class. Takes about two prefills of 512 tokens.
 
     The same tokens are run as one chunk, as chunks of 63, 1, 2, 3, 63 and the rest in other blocks, and some of them once more as
@@ -102,7 +112,7 @@ def numerics_class(model: LoadedModel) -> NumericsReport:
     layout = layout_for(config, model.dtype, _BLOCK_SIZE)
     num_blocks = layout.num_blocks_for(length)
     arena = torch.full((2 * num_blocks, *layout.slab_shape), torch.nan, dtype=TORCH_DTYPES[model.dtype])
-    runner = Runner(model, arena, layout, max_rows=PROBE_TOKENS)
+    runner = Runner(model, arena, layout, native=native, max_rows=PROBE_TOKENS, threads=threads)
     # Any fixed tokens do; a multiplicative walk visits far-apart rows of the embedding.
     tokens = [(7919 * (index + 1)) % config.vocab_size for index in range(length)]
     first, second = list(range(num_blocks)), list(range(2 * num_blocks - 1, num_blocks - 1, -1))
@@ -126,10 +136,11 @@ def numerics_class(model: LoadedModel) -> NumericsReport:
     again = arena[second].permute(0, 4, 1, 2, 3, 5).flatten(0, 1)[written]
     found += _first_difference("KV in chunks and in one-row chunks", kv[1], again)
 
-    digest = hashlib.sha256("\n".join(_ingredients(model)).encode())
+    digest = hashlib.sha256("\n".join(_ingredients(model, native)).encode())
     digest.update(_bits(kv[0]).numpy())
     digest.update(_bits(singles).numpy())
+    backend = native.variant if native else "torch"
     sizes = ", ".join(str(size) for size in (length, *_PIECES))
-    evidence = f"{length} tokens in chunks of {sizes} and the rest, and batched one-row chunks ({model.model.form}): "
+    evidence = f"{length} tokens in chunks of {sizes} and the rest, and batched one-row chunks ({backend}, {model.model.form}): "
     evidence += f"different bits: {'; '.join(found)}" if found else "the same bits"
     return NumericsReport(digest.digest(), not found, evidence)

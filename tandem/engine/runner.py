@@ -1,7 +1,8 @@
 """Runner: chunks of tokens and block tables in, KV into the arena, logits out.
 
-Owns a step's metadata and the rope tables. Never allocates blocks, never schedules, never samples. A token's logits and KV
-depend on nothing but the tokens up to it: not on the batch, the chunking, the prefix hit or the block ids.
+Owns a step's metadata, the rope tables and the choice of backend: the native program where there is one, else torch. Never
+allocates blocks, never schedules, never samples. A token's logits and KV depend on nothing but the tokens up to it: not on the
+batch, the chunking, the prefix hit or the block ids.
 """
 
 from __future__ import annotations
@@ -9,15 +10,19 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from kernels.paged_attention import TILE, Span, plan_attention
+from kernels.cpu import Native
+from kernels.cpu.program import Heads, Program, supports
+from kernels.ops import Span, Step
+from kernels.paged_attention import TILE
 from kernels.rope import rope_tables
-from kernels.rope_write import WritePlan
+from kernels.torch_ops import TorchOps
 from kvpool.layout import KVLayout
 from tandem.models.config import ModelConfig
-from tandem.models.llama import StepInputs
 from tandem.models.loader import TORCH_DTYPES, Dtype, LoadedModel
 
 
@@ -48,7 +53,16 @@ class Runner:
     and nothing else. Slots that no token has written may hold anything.
     """
 
-    def __init__(self, model: LoadedModel, arena: Tensor, layout: KVLayout, max_rows: int = 512) -> None:
+    def __init__(
+        self,
+        model: LoadedModel,
+        arena: Tensor,
+        layout: KVLayout,
+        *,
+        native: Native | None,
+        max_rows: int = 512,
+        threads: int = 1,
+    ) -> None:
         expected = layout_for(model.config, model.dtype, layout.block_size)
         if layout != expected:
             raise ValueError(f"layout {layout} is not this model's {expected}")
@@ -60,13 +74,25 @@ class Runner:
             raise ValueError(
                 f"arena {tuple(arena.shape)} {arena.dtype} must be contiguous [num_blocks, {layout.slab_shape}] {model.dtype}"
             )
-        self._model = model.model
         self._config = model.config
         self._arena = arena
         self._layout = layout
         self._max_rows = max_rows
         positions = min(model.config.max_position, arena.shape[0] * layout.block_size)
         self._cos, self._sin = rope_tables(model.config.rope.inverse_frequencies(model.config.head_dim), positions)
+        self._model = model.model
+        self._program: Program | None = None
+        heads = model.config.num_heads
+        if native is not None and supports(heads, arena):
+            shape = Heads(heads, self._cos, self._sin, arena)
+            self._program = Program(native, model.model.form, shape, max_rows, threads)
+            model.model.forward(self._program)
+        else:
+            self._torch = TorchOps(model.model.form, heads, self._cos, self._sin, arena)
+        self._token_ids = np.zeros(max_rows, dtype=np.int32)
+        self._positions = np.zeros(max_rows, dtype=np.int32)
+        self._slots = np.zeros(max_rows, dtype=np.int64)
+        self._every_position = np.arange(positions, dtype=np.int32)
 
     @property
     def max_rows(self) -> int:
@@ -85,39 +111,38 @@ class Runner:
             if len(chunk.block_table) < self._layout.num_blocks_for(end):
                 raise ValueError(f"{len(chunk.block_table)} blocks don't cover {end} positions")
 
-    def _inputs(self, chunks: Sequence[Chunk]) -> StepInputs:
+    def _inputs(self, chunks: Sequence[Chunk]) -> Step:
         block_size = self._layout.block_size
         spans: list[Span] = []
-        tokens: list[int] = []
-        positions: list[Tensor] = []
-        slots: list[Tensor] = []
         logit_rows: list[int] = []
+        row = 0
         for chunk in chunks:
             count = len(chunk.token_ids)
             end = chunk.start + count
-            table = torch.as_tensor(chunk.block_table[: self._layout.num_blocks_for(end)], dtype=torch.int64)
-            spans.append(Span(len(tokens), count, chunk.start, table))
-            tokens.extend(chunk.token_ids)
-            position = torch.arange(chunk.start, end)
-            positions.append(position)
-            slots.append(table[position // block_size] * block_size + position % block_size)
+            table = np.array(chunk.block_table[: self._layout.num_blocks_for(end)], dtype=np.int32)
+            self._check_range("block ids", table, self._arena.shape[0])
+            spans.append(Span(row, count, chunk.start, table))
+            rows = slice(row, row + count)
+            if count == 1:
+                self._token_ids[row] = chunk.token_ids[0]
+                self._positions[row] = chunk.start
+                self._slots[row] = int(table[-1]) * block_size + chunk.start % block_size
+            else:
+                self._token_ids[rows] = chunk.token_ids
+                positions = self._positions[rows] = self._every_position[chunk.start : end]
+                blocks, offsets = np.divmod(positions, block_size)
+                self._slots[rows] = table[blocks].astype(np.int64) * block_size + offsets
+            row += count
             if chunk.want_logits:
-                logit_rows.append(len(tokens) - 1)
-        self._check_ids(tokens, spans)
-        padding = max(0, self._model.min_rows - len(tokens))
-        position = torch.cat((*positions, torch.zeros(padding, dtype=torch.int64)))
-        return StepInputs(
-            token_ids=torch.tensor(tokens + [0] * padding),
-            write=WritePlan(self._cos.index_select(0, position), self._sin.index_select(0, position), torch.cat(slots)),
-            plan=plan_attention(
-                spans,
-                self._config.num_heads,
-                self._config.num_kv_heads,
-                self._config.head_dim,
-                block_size,
-                self._arena.dtype,
-            ),
-            logit_rows=torch.tensor(logit_rows, dtype=torch.int64),
+                logit_rows.append(row - 1)
+        self._check_range("token ids", self._token_ids[:row], self._config.vocab_size)
+        return Step(
+            token_ids=self._token_ids[:row],
+            positions=self._positions[:row],
+            slots=self._slots[:row],
+            logit_rows=np.array(logit_rows, dtype=np.int32),
+            spans=tuple(spans),
+            logits=torch.empty((len(logit_rows), self._config.vocab_size)),
         )
 
     def run(self, chunks: Sequence[Chunk]) -> Tensor:
@@ -128,16 +153,19 @@ class Runner:
         IndexError for a token or block id out of range, before anything is written.
         """
         self._check(chunks)
-        # Not inference_mode: its tensors can't be changed in place outside it, and the logits are the caller's own.
-        with torch.no_grad():
-            return self._model.forward(self._inputs(chunks), self._arena)
+        step = self._inputs(chunks)
+        if self._program is not None:
+            self._program.run(step)
+        else:
+            self._torch.run(step, self._model.forward)
+        return step.logits
 
-    def _check_ids(self, tokens: Sequence[int], spans: Sequence[Span]) -> None:
-        low, high = min(tokens), max(tokens)
-        if low < 0 or high >= self._config.vocab_size:
-            raise IndexError(f"token ids {low} to {high}, must be within 0 to {self._config.vocab_size - 1}")
-        num_blocks = self._arena.shape[0]
-        for span in spans:
-            low, high = (int(value) for value in span.block_ids.aminmax())
-            if low < 0 or high >= num_blocks:
-                raise IndexError(f"block ids {low} to {high}, must be within 0 to {num_blocks - 1}")
+    def seconds(self) -> dict[str, float]:
+        """What all steps so far spent in "linear", "attention" and "rest" of the native program; empty where torch computes."""
+        return {} if self._program is None else self._program.seconds()
+
+    @staticmethod
+    def _check_range(what: str, ids: npt.NDArray[np.int32], limit: int) -> None:
+        low, high = int(ids.min()), int(ids.max())
+        if low < 0 or high >= limit:
+            raise IndexError(f"{what} {low} to {high}, must be within 0 to {limit - 1}")

@@ -92,12 +92,15 @@ class Scheduler:
 
         Sets `block_table`, `num_computed_tokens` and `num_published_blocks`; the caller sets the state. A sequence that
         draws keeps at least its last token to compute. None when nothing waits or there is no room for the first in line:
-        nobody overtakes, so nobody starves.
+        nobody overtakes, so nobody starves. Without anything to fetch it waits until a step has room for it: till then blocks
+        would lie reserved for nothing, and a prefix that is being computed just now would be missed.
         """
         if not self._waiting:
             return None
         sequence = self._waiting[0]
         if self._holding and self.num_running + sequence.num_future > self._max_running:
+            return None
+        if not sequence.job.dispatch.sources and self._backlog_tokens >= self._max_step_tokens:
             return None
         num_full = (sequence.num_tokens - sequence.draws) // self._block_size
         hits = self._pool.match(sequence.chain.keys[:num_full])
@@ -120,6 +123,11 @@ class Scheduler:
     def num_running(self) -> int:
         """Sequences that hold blocks for work still to do here, forks to come included."""
         return sum(sequence.num_future for sequence in self._holding if sequence.state is not State.HELD)
+
+    @property
+    def _backlog_tokens(self) -> int:
+        """Tokens that running sequences have still to compute."""
+        return sum(sequence.num_missing_tokens for sequence in self._holding if sequence.state is State.RUNNING)
 
     def plan(self) -> StepPlan | None:
         """What the next step computes; None if nothing can run. May preempt."""

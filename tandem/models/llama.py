@@ -1,25 +1,26 @@
 """The Llama family: Llama 2 and 3, Mistral without a window, Qwen2, SmolLM2.
 
-Owns the packed weights and the order of a step's operations; the runner owns the step's metadata, the kernels the arithmetic.
-The residual stream is fp32; what a matrix multiplies is in the model's dtype.
+Owns how a checkpoint's tensors become packed matrices, and the order of a step's operations. The runner owns the step's metadata,
+the kernels the arithmetic. The residual stream is fp32.
 """
 
 from __future__ import annotations
 
-import hashlib
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.linear import MIN_ROWS, Linear, WeightFormat, make_linear
-from kernels.paged_attention import AttentionPlan, paged_attention
-from kernels.rms_norm import rms_norm
-from kernels.rope_write import WritePlan, rope_write
-from kernels.silu_mul import WIDTH_MULTIPLE, silu_mul
+from kernels.linear import Matrix, WeightFormat, pack, padded
+from kernels.ops import Ops
+from kernels.silu_mul import GATE_RUN
+from kernels.torch_ops import padded_norm
 from tandem.models.config import ModelConfig
+
+A = TypeVar("A")
 
 
 class Weights(Protocol):
@@ -35,107 +36,107 @@ class Weights(Protocol):
 @dataclass(frozen=True, slots=True)
 class Layer:
     attention_norm: Tensor
-    qkv: Linear
-    o: Linear
+    qkv: Matrix
+    o: Matrix
     mlp_norm: Tensor
-    gate_up: Linear
-    down: Linear
+    gate_up: Matrix
+    down: Matrix
 
 
-@dataclass(frozen=True, slots=True)
-class StepInputs:
-    """One step's rows, padded to the model's `min_rows`. Rows past `plan.num_rows` are padding."""
+def embedding_format(form: WeightFormat) -> WeightFormat:
+    """Embedding and output head are more sensitive than the layers: of an int4 model they are int8."""
+    return "int8" if form == "int4" else form
 
-    token_ids: Tensor
-    """[num_rows] int64"""
-    write: WritePlan
-    plan: AttentionPlan
-    logit_rows: Tensor
-    """[num_logits] int64: rows whose logits are wanted."""
+
+def _interleaved(gate: Tensor, up: Tensor) -> Tensor:
+    """Runs of gates and of what they gate, in turns; each padded with zeros to whole runs. silu(0) * 0 is 0."""
+    missing = -gate.shape[0] % GATE_RUN
+    runs = [F.pad(part, (0, 0) * (part.dim() - 1) + (0, missing)).unflatten(0, (-1, GATE_RUN)) for part in (gate, up)]
+    return torch.stack(runs, dim=1).flatten(0, 2)
+
+
+def _padded_bias(bias: Tensor) -> Tensor:
+    return F.pad(bias.float(), (0, padded(bias.numel()) - bias.numel()))
+
+
+def packed_tensors(weights: Weights, form: WeightFormat) -> Iterator[tuple[str, Tensor]]:
+    """The model's packed matrices, biases and norms under the names that `LlamaModel` looks up, in a fixed order: a function of
+    the weights' values and `form`, the same from any file format."""
+    config = weights.config
+    hidden, width = config.hidden, config.intermediate
+    queries, keys = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+
+    def joined(parts: list[tuple[str, int]], columns: int, bias: bool) -> tuple[Tensor, Tensor | None]:
+        """Projections of the same input as one matrix."""
+        matrix = torch.cat([weights.tensor(f"{name}.weight", (rows, columns)) for name, rows in parts])
+        return matrix, torch.cat([weights.tensor(f"{name}.bias", (rows,)) for name, rows in parts]) if bias else None
+
+    def matrix(
+        name: str, value: Tensor, bias: Tensor | None, kind: WeightFormat = form
+    ) -> Iterator[tuple[str, Tensor]]:
+        yield name, pack(value, kind)
+        if bias is not None:
+            yield f"{name}.bias", _padded_bias(bias)
+
+    top = embedding_format(form)
+    embedding = weights.tensor("model.embed_tokens.weight", (config.vocab_size, hidden))
+    yield from matrix("embedding", embedding, None, top)
+    for index in range(config.num_layers):
+        here = f"model.layers.{index}"
+        yield f"{index}.attention_norm", padded_norm(weights.tensor(f"{here}.input_layernorm.weight", (hidden,)))
+        attention, mlp = f"{here}.self_attn", f"{here}.mlp"
+        parts = [(f"{attention}.q_proj", queries), (f"{attention}.k_proj", keys), (f"{attention}.v_proj", keys)]
+        yield from matrix(f"{index}.qkv", *joined(parts, hidden, config.qkv_bias))
+        yield from matrix(f"{index}.o", *joined([(f"{attention}.o_proj", hidden)], queries, config.o_bias))
+        yield f"{index}.mlp_norm", padded_norm(weights.tensor(f"{here}.post_attention_layernorm.weight", (hidden,)))
+        gate, gate_bias = joined([(f"{mlp}.gate_proj", width)], hidden, config.mlp_bias)
+        up, up_bias = joined([(f"{mlp}.up_proj", width)], hidden, config.mlp_bias)
+        both = None if gate_bias is None or up_bias is None else _interleaved(gate_bias, up_bias)
+        yield from matrix(f"{index}.gate_up", _interleaved(gate, up), both)
+        yield from matrix(f"{index}.down", *joined([(f"{mlp}.down_proj", hidden)], width, config.mlp_bias))
+    yield "norm", padded_norm(weights.tensor("model.norm.weight", (hidden,)))
+    if not config.tied:
+        yield from matrix("head", weights.tensor("lm_head.weight", (config.vocab_size, hidden)), None, top)
 
 
 class LlamaModel:
     """A model ready to run. Not changed after it is made; may be shared by runners."""
 
-    def __init__(self, weights: Weights, dtype: torch.dtype, form: WeightFormat) -> None:
-        config = weights.config
+    def __init__(self, config: ModelConfig, form: WeightFormat, tensors: Mapping[str, Tensor]) -> None:
+        """`tensors`: what `packed_tensors` yielded for that `config` and `form`."""
         self.config = config
-        self.dtype = dtype
         self.form: WeightFormat = form
-        self.min_rows = MIN_ROWS[form]
-        self._weights = weights
-        self._hash = hashlib.sha256()
-        self._embedding = self._take("model.embed_tokens.weight", (config.vocab_size, config.hidden))
-        self._layers = [self._make_layer(index) for index in range(config.num_layers)]
-        self._norm = self._take("model.norm.weight", (config.hidden,), torch.float32)
-        head = self._embedding if config.tied else self._take("lm_head.weight", (config.vocab_size, config.hidden))
-        self._head = make_linear(head, None, form)
-        self.weights_digest = self._hash.digest()
-        """SHA-256 over names, shapes and effective values, in a fixed order: the same from any file format."""
-        del self._weights, self._hash
 
-    def _take(self, name: str, shape: tuple[int, ...], dtype: torch.dtype | None = None) -> Tensor:
-        value = self._weights.tensor(name, shape).to(dtype or self.dtype).contiguous()
-        self._hash.update(f"{name}{shape}{value.dtype}".encode())
-        self._hash.update(value.view(torch.uint8).numpy())
-        return value
+        def matrix(name: str, out_features: int, in_features: int, kind: WeightFormat = form) -> Matrix:
+            return Matrix(tensors[name], tensors.get(f"{name}.bias"), out_features, in_features, kind)
 
-    def _joined(self, layer: str, parts: list[tuple[str, int]], width: int, bias: bool, multiple: int = 1) -> Linear:
-        """Projections of the same input as one matrix, each padded with zero rows to a multiple of `multiple`."""
-
-        def padded(value: Tensor) -> Tensor:
-            missing = -value.shape[0] % multiple
-            return F.pad(value, (0, 0) * (value.dim() - 1) + (0, missing)) if missing else value
-
-        weight = torch.cat([padded(self._take(f"{layer}.{name}.weight", (rows, width))) for name, rows in parts])
-        if not bias:
-            return make_linear(weight, None, self.form)
-        biases = torch.cat([padded(self._take(f"{layer}.{name}.bias", (rows,))) for name, rows in parts])
-        return make_linear(weight, biases, self.form)
-
-    def _make_layer(self, index: int) -> Layer:
-        config = self.config
-        name = f"model.layers.{index}"
-        queries, keys = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+        hidden, heads = config.hidden, config.num_heads * config.head_dim
         width = config.intermediate
-        attention_norm = self._take(f"{name}.input_layernorm.weight", (config.hidden,), torch.float32)
-        qkv = self._joined(
-            f"{name}.self_attn",
-            [("q_proj", queries), ("k_proj", keys), ("v_proj", keys)],
-            config.hidden,
-            config.qkv_bias,
-        )
-        o = self._joined(f"{name}.self_attn", [("o_proj", config.hidden)], queries, config.o_bias)
-        mlp_norm = self._take(f"{name}.post_attention_layernorm.weight", (config.hidden,), torch.float32)
-        gate_up = self._joined(
-            f"{name}.mlp", [("gate_proj", width), ("up_proj", width)], config.hidden, config.mlp_bias, WIDTH_MULTIPLE
-        )
-        down_weight = self._take(f"{name}.mlp.down_proj.weight", (config.hidden, width))
-        down_bias = self._take(f"{name}.mlp.down_proj.bias", (config.hidden,)) if config.mlp_bias else None
-        down = make_linear(F.pad(down_weight, (0, -width % WIDTH_MULTIPLE)), down_bias, self.form)
-        return Layer(attention_norm, qkv, o, mlp_norm, gate_up, down)
+        top = embedding_format(form)
+        self._embedding = matrix("embedding", config.vocab_size, hidden, top)
+        self._layers = [
+            Layer(
+                attention_norm=tensors[f"{index}.attention_norm"],
+                qkv=matrix(f"{index}.qkv", heads + 2 * config.num_kv_heads * config.head_dim, hidden),
+                o=matrix(f"{index}.o", hidden, heads),
+                mlp_norm=tensors[f"{index}.mlp_norm"],
+                gate_up=matrix(f"{index}.gate_up", -(-width // GATE_RUN) * GATE_RUN * 2, hidden),
+                down=matrix(f"{index}.down", hidden, width),
+            )
+            for index in range(config.num_layers)
+        ]
+        self._norm = tensors["norm"]
+        self._head = self._embedding if config.tied else matrix("head", config.vocab_size, hidden, top)
 
-    def forward(self, step: StepInputs, arena: Tensor) -> Tensor:
-        """Writes the step's KV into `arena` and returns fp32 logits [num_logits, vocab_size].
-
-        arena: [num_blocks, num_layers, 2, num_kv_heads, block_size, head_dim] in the model's dtype, contiguous.
-        """
-        config = self.config
-        heads, eps, scale = config.num_heads, config.norm_eps, config.head_dim**-0.5
-        x = self._embedding.index_select(0, step.token_ids).float()
-        delta: Tensor | None = None
+    def forward(self, ops: Ops[A]) -> None:
+        """One step: the KV of its tokens, and the logits that it asks for."""
+        eps, last = self.config.norm_eps, self.config.num_layers - 1
+        x = ops.embed(self._embedding)
         for index, layer in enumerate(self._layers):
-            qkv = layer.qkv(rms_norm(x, layer.attention_norm, eps, self.dtype, delta))
-            q = rope_write(qkv, step.write, arena, index, heads, scale)
-            attended = paged_attention(q, arena, index, step.plan, self.dtype)
-            gate_up = layer.gate_up(rms_norm(x, layer.mlp_norm, eps, self.dtype, layer.o(attended)))
-            delta = layer.down(silu_mul(gate_up))
-        assert delta is not None
-        x.add_(delta)
-        wanted = step.logit_rows.numel()
-        if wanted == 0:
-            return torch.empty((0, config.vocab_size))
-        x = rms_norm(x.index_select(0, step.logit_rows), self._norm, eps, self.dtype)
-        if wanted < self.min_rows:
-            x = F.pad(x, (0, 0, 0, self.min_rows - wanted))
-        return self._head(x)[:wanted].float()
+            attended = ops.attention(ops.norm_linear(x, layer.attention_norm, eps, layer.qkv), index)
+            if index == last:
+                # The last layer's KV is written: rows whose logits nobody wants are finished.
+                ops.keep_logit_rows(x, attended)
+            ops.add_linear(x, attended, layer.o)
+            ops.add_linear(x, ops.norm_gated(x, layer.mlp_norm, eps, layer.gate_up), layer.down)
+        ops.logits(x, self._norm, eps, self._head)

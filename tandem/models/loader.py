@@ -7,18 +7,21 @@ the network.
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 import torch
+from torch import Tensor
 
-from kernels.linear import WeightFormat, weight_format
+from kernels.linear import WeightFormat
 from tandem.errors import ModelError
 from tandem.models.config import ModelConfig
 from tandem.models.gguf_weights import GGUFWeights
 from tandem.models.hf_weights import HFWeights
-from tandem.models.llama import LlamaModel, Weights
+from tandem.models.llama import LlamaModel, Weights, packed_tensors
+from tandem.models.packed import pack_in_memory, packed_weights
 
 Dtype = Literal["bf16", "fp32"]
 TORCH_DTYPES: dict[Dtype, torch.dtype] = {"bf16": torch.bfloat16, "fp32": torch.float32}
@@ -26,8 +29,8 @@ TORCH_DTYPES: dict[Dtype, torch.dtype] = {"bf16": torch.bfloat16, "fp32": torch.
 
 @dataclass(frozen=True, slots=True)
 class LoadedModel:
-    """A model and its identity. `fingerprint` (32 bytes) covers effective weights, rope and every setting that changes KV;
-    how this machine computes is not in it (that is the numerics class)."""
+    """A model and its identity. `dtype` is that of its KV. `fingerprint` (32 bytes) covers effective weights, rope and every
+    setting that changes KV; how this machine computes is not in it (that is the numerics class)."""
 
     config: ModelConfig
     dtype: Dtype
@@ -35,11 +38,10 @@ class LoadedModel:
     model: LlamaModel
 
 
-def _fingerprint(model: LlamaModel, dtype: Dtype) -> bytes:
-    config = model.config
-    digest = hashlib.sha256(b"tandem/model/1")
-    digest.update(model.weights_digest)
-    settings = (dtype, config.num_heads, config.num_kv_heads, config.head_dim, config.norm_eps.hex(), config.tied)
+def _fingerprint(config: ModelConfig, dtype: Dtype, form: WeightFormat, weights_digest: bytes) -> bytes:
+    digest = hashlib.sha256(b"tandem/model/2")
+    digest.update(weights_digest)
+    settings = (dtype, form, config.num_heads, config.num_kv_heads, config.head_dim, config.norm_eps.hex(), config.tied)
     digest.update(repr(settings).encode())
     digest.update(config.rope.inverse_frequencies(config.head_dim).numpy())
     return digest.digest()
@@ -54,12 +56,20 @@ def open_weights(path: Path) -> Weights:
     raise ModelError(f"{path}: there is no such model file or directory")
 
 
-def load_model(path: Path, dtype: Dtype, form: WeightFormat | None = None) -> LoadedModel:
-    """Reads, dequantises, casts and packs. `form` overrides how linears compute (default: the best this machine runs).
+def load_model(path: Path, dtype: Dtype, form: WeightFormat | None = None, packed: Path | None = None) -> LoadedModel:
+    """Reads the model; its weights become `form` (default: as `dtype`), kept in a file in the folder `packed` where all
+    processes of this machine share them (None: a private copy).
 
     Raises ModelError: one sentence naming file and tensor or key.
     """
-    torch_dtype = TORCH_DTYPES[dtype]
-    with torch.inference_mode():
-        model = LlamaModel(open_weights(path), torch_dtype, form or weight_format(torch_dtype))
-    return LoadedModel(model.config, dtype, _fingerprint(model, dtype), model)
+    weights = open_weights(path)
+    chosen: WeightFormat = form or dtype
+
+    def source() -> Iterable[tuple[str, Tensor]]:
+        with torch.no_grad():
+            yield from packed_tensors(weights, chosen)
+
+    found = pack_in_memory(source) if packed is None else packed_weights(path, chosen, source, packed)
+    config = weights.config
+    model = LlamaModel(config, chosen, found.tensors)
+    return LoadedModel(config, dtype, _fingerprint(config, dtype, chosen, found.digest), model)

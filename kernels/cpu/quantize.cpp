@@ -1,0 +1,36 @@
+// Rows to signed bytes: one scale a group of 32, the greatest magnitude becomes 127. A group is computed by itself.
+#include "abi.h"
+#include "simd.h"
+
+namespace tandem {
+
+void quantize(const tandem_quantize& a, const tandem_step& step, Share share) {
+  constexpr int64_t kGroup = 32;
+  int64_t first, last;
+  const int64_t groups = a.stride / kGroup;
+  share.split((a.logit_rows ? step.num_logits : step.rows) * groups, &first, &last);
+  for (int64_t g = first; g < last; g++) {
+    const float* x = a.x + g * kGroup;
+    vf best = {};
+    for (int64_t i = 0; i < kGroup; i += kLanes) best = max(max(load(x + i), -load(x + i)), best);
+    const float most = largest(best);
+    const vf factor = splat(most > 0 ? 127.0f / most : 0.0f);
+    int8_t* q = a.q + g * kGroup;
+    vi total = {};
+    for (int64_t i = 0; i < kGroup; i += kLanes) {
+      // Adding 1.5 * 2^23 leaves the nearest integer in the low bits.
+      const vi rounded = (vi)(load(x + i) * factor + splat(12582912.0f)) - splat_i(0x4b400000);
+      total += rounded;
+      typedef int8_t bytes __attribute__((vector_size(kLanes)));
+      const bytes narrow = __builtin_convertvector(rounded, bytes);
+      std::memcpy(q + i, &narrow, sizeof narrow);
+    }
+    int32_t parts[kLanes], all = 0;
+    std::memcpy(parts, &total, sizeof parts);
+    for (int i = 0; i < kLanes; i++) all += parts[i];
+    a.scales[g] = most / 127.0f;
+    a.sums[g] = all;
+  }
+}
+
+}  // namespace tandem
