@@ -99,7 +99,9 @@ def test_a_quantised_file_is_within_half_a_step_of_every_weight(
 
 
 def test_rows_that_do_not_divide_into_blocks_stay_bf16(tmp_path: Path) -> None:
-    path = gguf_writer.write(tiny_models.build("llama", {}), tmp_path / "tiny.gguf", "llama")
+    path = gguf_writer.write(
+        tiny_models.build("llama", {"hidden_size": 48, "head_dim": 8}), tmp_path / "tiny.gguf", "llama"
+    )
     write_gguf(path, "Q8_0", tmp_path / "made.gguf")
     kinds = {entry.kind.name for entry in GGUFFile(tmp_path / "made.gguf").tensors.values() if len(entry.shape) == 2}
     assert kinds == {"BF16"}
@@ -112,6 +114,32 @@ def test_metadata_stays_but_for_the_type_of_file(tmp_path: Path) -> None:
     assert after.pop("general.file_type") == gguf.LlamaFileType.MOSTLY_Q8_0
     assert after.pop("general.quantization_version") == gguf.GGML_QUANT_VERSION
     assert after == before
+
+
+def test_metadata_keeps_its_types(tmp_path: Path) -> None:
+    writer = gguf.GGUFWriter(tmp_path / "model.gguf", "llama")
+    kinds = gguf.GGUFValueType
+    values: list[tuple[str, Any, Any, Any]] = [
+        ("a.u8", 200, kinds.UINT8, None),
+        ("a.i64", -5, kinds.INT64, None),
+        ("a.f32", 0.25, kinds.FLOAT32, None),
+        ("a.flag", True, kinds.BOOL, None),
+        ("a.words", ["x", "", "é"], kinds.ARRAY, kinds.STRING),
+        ("a.numbers", [1, -2, 3], kinds.ARRAY, kinds.INT32),
+        ("a.scores", [0.5, -1.5], kinds.ARRAY, kinds.FLOAT32),
+    ]
+    for name, value, kind, item_kind in values:
+        writer.add_key_value(name, value, kind, sub_type=item_kind)
+    writer.add_tensor("token_embd.weight", torch.ones(2, 32).numpy())
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    write_gguf(tmp_path / "model.gguf", "Q8_0", tmp_path / "made.gguf")
+    fields = gguf.GGUFReader(tmp_path / "made.gguf").fields
+    for name, value, kind, item_kind in values:
+        assert fields[name].types == ([kind] if item_kind is None else [kind, item_kind]), name
+        assert fields[name].contents() == value
 
 
 def test_a_file_is_made_once_and_a_changed_model_anew(tmp_path: Path, own_cache: Path) -> None:
@@ -153,6 +181,6 @@ def tiny_checkpoint_copy(tmp_path: Path) -> Path:
 
 def test_rope_factors_are_refused_for_vllm(tmp_path: Path) -> None:
     model = tiny_models.build("llama", {})
-    path = gguf_writer.write(model, tmp_path / "tiny.gguf", "llama", factors=torch.full((4,), 2.0).numpy())
+    path = gguf_writer.write(model, tmp_path / "tiny.gguf", "llama", factors=torch.full((16,), 2.0).numpy())
     with pytest.raises(ModelError, match="rope factors"):
         vllm_model(path, silent)

@@ -15,6 +15,7 @@ import pytest
 from tandem.bench import peers
 from tandem.bench.cases import DECODE_TOKENS, Case
 from tandem.bench.peers import LLAMA_CPP, Peer
+from tandem.clock import now_s
 from tandem.errors import TandemError
 
 HALF = Path(peers.__file__).resolve().parents[2] / "benchmarks" / "peers"
@@ -140,6 +141,14 @@ def test_a_peer_that_fails_later_is_an_error_in_time(start: Start, source: str, 
     peer = start(f"{READY}\n{source}", answer_s=0.5 if "sleep" in source else 30.0)
     assert expected in error_of(lambda: peer.rate(Case("prefill", 1, 64)))
     assert no_children()
+
+
+@pytest.mark.parametrize("source", ["time.sleep(600)", "while True: print('.', end='', flush=True); time.sleep(0.01)"])
+def test_a_deadline_holds_for_a_peer_that_is_silent_and_for_one_that_drips(start: Start, source: str) -> None:
+    peer = start(f"{READY}\nimport time\n{source}", answer_s=0.5)
+    began_s = now_s()
+    error_of(lambda: peer.rate(Case("prefill", 1, 64)))
+    assert 0.5 <= now_s() - began_s < 10
 
 
 def test_what_a_silent_peer_has_started_ends_with_it(start: Start, tmp_path: Path) -> None:
