@@ -66,6 +66,10 @@ def load(variant: Variant) -> Native | None:
     library.tandem_team_free.argtypes = [pointer]
     library.tandem_run.restype = None
     library.tandem_run.argtypes = [pointer, pointer, int64, pointer, pointer]
+    library.tandem_sample.restype = int32
+    library.tandem_sample.argtypes = [pointer, int64, int64, pointer, pointer, pointer, pointer, int64]
+    library.tandem_copy_blocks.restype = None
+    library.tandem_copy_blocks.argtypes = [pointer, int64, pointer, pointer, int64, pointer, int64, int64]
     return Native(variant, library.tandem_build().decode(), library)
 
 

@@ -7,7 +7,7 @@ import math
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +17,23 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from kernels.cpu import SWITCH, native
+from kernels.noise import exponential_noise
 from protos.control import Sampling
-from tandem.engine.noise import exponential_noise
 from tandem.engine.sampler import Sampled, SampleRequest, sample
 
 VOCAB = 49_152
+
+
+@pytest.fixture(scope="module", params=["native", "torch"], autouse=True)
+def kernels(request: pytest.FixtureRequest) -> Iterator[None]:
+    """With the native kernels, if this machine has them, and without."""
+    with pytest.MonkeyPatch.context() as patch:
+        if request.param == "torch":
+            patch.setenv(SWITCH, "torch")
+        elif native() is None:
+            pytest.skip("no native kernels were built")
+        yield
 
 
 def request(

@@ -6,7 +6,7 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tandem.engine.noise import exponential_noise
+from kernels.noise import exponential_noise
 
 VOCAB = 5000
 

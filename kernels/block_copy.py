@@ -1,0 +1,92 @@
+"""Copies of many blocks in one call, with the GIL released: from arena to arena, into one contiguous buffer and back.
+
+Owns the check of every bound: the native copy (cpu/block_copy.cpp) trusts its arguments. Memory is `[num_blocks, slab_bytes]`
+uint8, each block contiguous; blocks may lie further apart than they are long. One block alone is as fast in numpy.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kernels.cpu import Native
+
+Blocks = NDArray[np.uint8]
+BlockIds = Sequence[int] | NDArray[np.int64]
+
+
+def copy_blocks_ref(source: Blocks, source_ids: BlockIds, target: Blocks, target_ids: BlockIds) -> None:
+    """As `copy_blocks`, unchecked."""
+    target[np.asarray(target_ids, dtype=np.int64)] = source[np.asarray(source_ids, dtype=np.int64)]
+
+
+def copy_blocks(
+    native: Native | None, source: Blocks, source_ids: BlockIds, target: Blocks, target_ids: BlockIds
+) -> None:
+    """Copies block `source_ids[i]` of `source` to block `target_ids[i]` of `target`, for all i, in no promised order.
+
+    Raises, before anything is written, IndexError for an id out of range and ValueError for memory of other shapes, lists of
+    different lengths, a target that comes twice, or one that overlaps a source.
+    """
+    sources = _checked("source", source, source_ids)
+    targets = _checked("target", target, target_ids)
+    if source.shape[1] != target.shape[1]:
+        raise ValueError(f"source blocks of {source.shape[1]} bytes, target blocks of {target.shape[1]}")
+    if len(sources) != len(targets):
+        raise ValueError(f"{len(sources)} source blocks for {len(targets)} target blocks")
+    if not target.flags.writeable:
+        raise ValueError("the target is read-only")
+    ordered = np.sort(targets)
+    twice = ordered[1:][ordered[1:] == ordered[:-1]]
+    if len(twice):
+        raise ValueError(f"target block {twice[0]} comes twice")
+    if np.may_share_memory(source, target):
+        _check_apart(source, sources, target, targets)
+    if native is None:
+        copy_blocks_ref(source, sources, target, targets)
+        return
+    native.library.tandem_copy_blocks(
+        source.ctypes.data,
+        source.strides[0],
+        sources.ctypes.data,
+        target.ctypes.data,
+        target.strides[0],
+        targets.ctypes.data,
+        len(sources),
+        source.shape[1],
+    )
+
+
+def gather_blocks(native: Native | None, source: Blocks, ids: BlockIds, out: Blocks) -> None:
+    """Copies the blocks `ids` of `source` to `out` ([len(ids), slab_bytes]), in that order; as `copy_blocks`."""
+    copy_blocks(native, source, ids, out, np.arange(len(out), dtype=np.int64))
+
+
+def scatter_blocks(native: Native | None, blocks: Blocks, target: Blocks, ids: BlockIds) -> None:
+    """Copies `blocks` ([len(ids), slab_bytes]) to the blocks `ids` of `target`; as `copy_blocks`."""
+    copy_blocks(native, blocks, np.arange(len(blocks), dtype=np.int64), target, ids)
+
+
+def _checked(what: str, memory: Blocks, ids: BlockIds) -> NDArray[np.int64]:
+    if memory.ndim != 2 or memory.dtype != np.uint8:
+        raise ValueError(f"{what} is {memory.dtype} of shape {memory.shape}, must be uint8 [num_blocks, slab_bytes]")
+    if memory.shape[1] and (memory.strides[1] != 1 or memory.strides[0] < memory.shape[1]):
+        raise ValueError(f"{what} blocks of {memory.shape[1]} bytes with strides {memory.strides} are not contiguous")
+    found = np.ascontiguousarray(ids, dtype=np.int64)
+    if found.ndim != 1:
+        raise ValueError(f"{what} ids of shape {found.shape}, must be a list")
+    if len(found) and (found.min() < 0 or found.max() >= len(memory)):
+        raise IndexError(f"{what} blocks {found.min()} to {found.max()}, must be within 0 to {len(memory) - 1}")
+    return found
+
+
+def _check_apart(source: Blocks, sources: NDArray[np.int64], target: Blocks, targets: NDArray[np.int64]) -> None:
+    size = source.shape[1]
+    starts = np.sort(source.ctypes.data + sources * source.strides[0])
+    begins = target.ctypes.data + targets * target.strides[0]
+    before = np.searchsorted(starts, begins + size) - 1  # the last source that begins before the target's end
+    overlapping = np.flatnonzero((before >= 0) & (starts[before] + size > begins))
+    if len(overlapping):
+        raise ValueError(f"target block {targets[overlapping[0]]} overlaps a source block")
