@@ -14,7 +14,7 @@ from typing import Any
 
 from child import arguments, own_stdout, random_tokens, serve
 
-KV_GIB = 4
+KV_GIB = 1
 
 
 def prepare_environment(cpus: list[int]) -> None:
