@@ -13,6 +13,7 @@ import transformers
 from transformers.initialization import no_init_weights
 
 from kernels.linear import WeightFormat
+from tandem.config import packed_dir
 from tandem.model_files import resolve_model
 from tandem.models.loader import Dtype, LoadedModel, load_model
 
@@ -20,7 +21,7 @@ from tandem.models.loader import Dtype, LoadedModel, load_model
 @cache
 def smollm2(dtype: Dtype, form: WeightFormat | None = None) -> LoadedModel:
     """Tandem's own SmolLM2, loaded once for all tests of a run. Raises ModelError unless `tandem pull` fetched it."""
-    return load_model(resolve_model("smollm2-135m"), dtype, form)
+    return load_model(resolve_model("smollm2-135m"), dtype, form, packed_dir())
 
 
 def hf_reference(path: Path, dtype: str) -> Any:

@@ -45,7 +45,11 @@ def write(model: Any, path: Path, arch: str, keys: dict[str, Any] | None = None,
         "attention.head_count_kv": config.num_key_value_heads,
         "attention.layer_norm_rms_epsilon": float(config.rms_norm_eps),
         "rope.freq_base": float(config.rope_parameters["rope_theta"]),
-    } | (keys or {})
+    }
+    head_dim = getattr(config, "head_dim", None)
+    if head_dim and head_dim * config.num_attention_heads != config.hidden_size:
+        metadata |= {"attention.key_length": head_dim, "attention.value_length": head_dim}
+    metadata |= keys or {}
     for key, value in metadata.items():
         if isinstance(value, int):
             writer.add_uint32(f"{arch}.{key}", value)

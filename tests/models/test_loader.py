@@ -48,7 +48,7 @@ def refused(path: Path) -> str:
         ("tied", "llama", {}),
         ("bias", "llama", {}),
         ("mistral", "llama", {}),
-        ("wide-heads", "llama", {"attention.key_length": 20, "attention.value_length": 20}),
+        ("odd-heads", "llama", {"attention.key_length": 20, "attention.value_length": 20}),
         ("linear-rope", "llama", {"rope.scaling.type": "linear", "rope.scaling.factor": 4.0}),
         ("qwen2", "qwen2", {}),
     ],
@@ -72,10 +72,10 @@ def test_a_gguf_file_is_the_same_model_as_its_directory(
 def test_rope_factors_of_a_gguf_file_are_llama3_scaling(tmp_path: Path) -> None:
     reference = tiny_models.build(*tiny_models.VARIANTS["llama3-rope"])
     directory = load_model(tiny_models.save(reference, tmp_path / "hf"), "fp32")
-    plain = 10_000.0 ** (-torch.arange(0, 8, 2) / 8)
-    scaled = directory.config.rope.inverse_frequencies(8)
+    plain = 10_000.0 ** (-torch.arange(0, 32, 2) / 32)
+    scaled = directory.config.rope.inverse_frequencies(32)
     file = load_model(gguf_writer.write(reference, tmp_path / "m.gguf", "llama", factors=plain / scaled), "fp32")
-    torch.testing.assert_close(file.config.rope.inverse_frequencies(8), scaled)
+    torch.testing.assert_close(file.config.rope.inverse_frequencies(32), scaled)
     assert (plain / scaled).max() > 7
 
 
@@ -90,7 +90,7 @@ def test_rope_factors_of_a_gguf_file_are_llama3_scaling(tmp_path: Path) -> None:
         ({"attention.head_count_kv": 4}, "6 heads don't divide into 4"),
         ({"attention.head_count_kv": 3}, "tensor 'blk.0.attn_k.weight' has shape"),
         ({"rope.scaling.type": "yarn"}, "rope scaling 'yarn' is not supported"),
-        ({"rope.dimension_count": 4}, "4 of 8 dimensions"),
+        ({"rope.dimension_count": 4}, "4 of 32 dimensions"),
         ({"attention.sliding_window": 16}, "sliding window of 16 tokens, less than the context of 1024"),
         ({"expert_count": 8}, "mixtures of experts"),
         ({"rope.freq_base": -1.0}, "theta is -1.0"),
@@ -173,8 +173,8 @@ def test_a_hostile_gguf_header_is_refused(content: bytes, message: str, tmp_path
         ({"architectures": ["GemmaForCausalLM"]}, "architecture 'GemmaForCausalLM' is not supported"),
         ({"architectures": None}, "not supported"),
         ({"architectures": ["MistralForCausalLM"], "sliding_window": 64}, "sliding window of 64 tokens"),
-        ({"hidden_size": "48"}, "key 'hidden_size'"),
-        ({"hidden_size": 64}, "tensor 'model.embed_tokens.weight' has shape (101, 48), must be (101, 64)"),
+        ({"hidden_size": "192"}, "key 'hidden_size'"),
+        ({"hidden_size": 64}, "tensor 'model.embed_tokens.weight' has shape (101, 192), must be (101, 64)"),
         ({"num_hidden_layers": 3}, "tensor 'model.layers.2.input_layernorm.weight' is missing"),
         ({"num_hidden_layers": 10**9}, "num_layers is 1000000000"),
         ({"num_attention_heads": 0}, "num_attention_heads is 0"),

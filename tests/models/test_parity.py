@@ -10,20 +10,22 @@ import pytest
 import torch
 from torch import Tensor
 
-from kernels.linear import WeightFormat
+from kernels import torch_linear
+from kernels.cpu import Native
 from tandem.engine.runner import Chunk, Runner, layout_for
 from tandem.model_files import resolve_model
-from tandem.models.loader import LoadedModel, load_model
+from tandem.models.loader import TORCH_DTYPES, LoadedModel, load_model
+from tests import backends
 from tests.models import tiny_models
 from tests.reference import hf_reference, smollm2
 
 
-def logits_at(model: LoadedModel, tokens: list[int], positions: list[int]) -> Tensor:
+def logits_at(model: LoadedModel, native: Native | None, tokens: list[int], positions: list[int]) -> Tensor:
     """Logits after the tokens at `positions` (rising), each computed at the end of a chunk, over an arena of NaN."""
     layout = layout_for(model.config, model.dtype, 16)
     table = list(range(layout.num_blocks_for(len(tokens))))
-    arena = torch.full((len(table), *layout.slab_shape), torch.nan, dtype=model.model.dtype)
-    runner = Runner(model, arena, layout)
+    arena = torch.full((len(table), *layout.slab_shape), torch.nan, dtype=TORCH_DTYPES[model.dtype])
+    runner = Runner(model, arena, layout, native=native)
     found, start = [], 0
     for position in positions:
         found.append(runner.run([Chunk(tokens[start : position + 1], start, table, True)]))
@@ -31,10 +33,11 @@ def logits_at(model: LoadedModel, tokens: list[int], positions: list[int]) -> Te
     return torch.cat(found)
 
 
-def greedy(model: LoadedModel, prompt: list[int], num_tokens: int) -> list[int]:
+def greedy(model: LoadedModel, native: Native | None, prompt: list[int], num_tokens: int) -> list[int]:
     layout = layout_for(model.config, model.dtype, 16)
     table = list(range(layout.num_blocks_for(len(prompt) + num_tokens)))
-    runner = Runner(model, torch.zeros((len(table), *layout.slab_shape), dtype=model.model.dtype), layout)
+    arena = torch.zeros((len(table), *layout.slab_shape), dtype=TORCH_DTYPES[model.dtype])
+    runner = Runner(model, arena, layout, native=native)
     logits, tokens, start = runner.run([Chunk(prompt, 0, table, True)]), list(prompt), len(prompt)
     for _ in range(num_tokens):
         tokens.append(int(logits.argmax()))
@@ -50,26 +53,32 @@ def some_tokens(count: int, vocab: int) -> list[int]:
 POSITIONS = [0, 1, 40, 200, 255, 256, 330]
 
 
-@pytest.mark.parametrize("variant", tiny_models.VARIANTS)
-def test_a_tiny_model_agrees_with_transformers_in_fp32(variant: str, tmp_path: Path) -> None:
-    family, changes = tiny_models.VARIANTS[variant]
-    reference = tiny_models.build(family, changes)
-    model = load_model(tiny_models.save(reference, tmp_path), "fp32")
+@pytest.fixture(scope="module", params=tiny_models.VARIANTS)
+def tiny(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, LoadedModel]:
+    """The `transformers` model and Tandem's of one variant."""
+    reference = tiny_models.build(*tiny_models.VARIANTS[request.param])
+    return reference, load_model(tiny_models.save(reference, tmp_path_factory.mktemp("tiny")), "fp32")
+
+
+@pytest.mark.parametrize("backend", backends.ALL)
+def test_a_tiny_model_agrees_with_transformers_in_fp32(tiny: tuple[Any, LoadedModel], backend: str) -> None:
+    native = backends.backend(backend)
+    reference, model = tiny
     tokens = some_tokens(331, tiny_models.VOCAB)
     with torch.inference_mode():
         expected = reference(torch.tensor([tokens])).logits[0, POSITIONS]
         generated = reference.generate(
             torch.tensor([tokens[:90]]), do_sample=False, max_new_tokens=12, min_new_tokens=12, eos_token_id=None
         )
-    assert (logits_at(model, tokens, POSITIONS) - expected).abs().max() < 1e-4
-    assert greedy(model, tokens[:90], 12) == generated[0, 90:].tolist()
+    assert (logits_at(model, native, tokens, POSITIONS) - expected).abs().max() < 5e-6 * expected.abs().max()
+    assert greedy(model, native, tokens[:90], 12) == generated[0, 90:].tolist()
 
 
 def _regrouped(model: Any) -> None:
     """Pairs each query head with another KV head."""
     for layer in model.model.layers:
         heads = layer.self_attn.q_proj.weight
-        heads.data = heads.data.view(2, 3, 8, -1).transpose(0, 1).reshape(heads.shape)
+        heads.data = heads.data.view(2, 3, 32, -1).transpose(0, 1).reshape(heads.shape)
 
 
 def _without_biases(model: Any) -> None:
@@ -127,7 +136,8 @@ def test_shards_and_one_file_are_the_same_model(tiny_checkpoint: Path, tmp_path:
 
 def test_the_fingerprint_names_weights_dtype_and_rope(tiny_checkpoint: Path, tmp_path: Path) -> None:
     seen = {load_model(tiny_checkpoint, "fp32").fingerprint, load_model(tiny_checkpoint, "bf16").fingerprint}
-    assert load_model(tiny_checkpoint, "bf16", "bf16-rounded").fingerprint in seen
+    seen |= {load_model(tiny_checkpoint, "bf16", form).fingerprint for form in ("int8", "int4")}
+    assert load_model(tiny_checkpoint, "bf16", "bf16").fingerprint in seen
     for index, changes in enumerate(({"rms_norm_eps": 2e-5}, NO_SCALING, OTHER_THETA)):
         path = tiny_models.save(tiny_models.build("llama", changes), tmp_path / str(index))
         seen.add(load_model(path, "fp32").fingerprint)
@@ -135,7 +145,9 @@ def test_the_fingerprint_names_weights_dtype_and_rope(tiny_checkpoint: Path, tmp
     with torch.no_grad():
         other.model.layers[1].mlp.down_proj.weight[3, 4] += 1e-3
     seen.add(load_model(tiny_models.save(other, tmp_path / "weights"), "fp32").fingerprint)
-    assert len(seen) == 5  # fp32 and bf16, epsilon, theta, weights; the plain rope is the checkpoint's own
+    assert (
+        len(seen) == 7
+    )  # fp32 and bf16, int8 and int4, epsilon, theta, weights; the plain rope is the checkpoint's own
 
 
 def test_old_rope_settings_mean_the_same_as_new_ones(tmp_path: Path) -> None:
@@ -164,18 +176,22 @@ def smollm2_truth(smollm2_path: Path) -> tuple[list[int], Tensor, float]:
     return tokens, truth, float((rounded - truth).norm() / truth.norm())
 
 
-def test_smollm2_agrees_with_transformers_in_fp32(smollm2_truth: tuple[list[int], Tensor, float]) -> None:
+@pytest.mark.parametrize("backend", backends.ALL)
+def test_smollm2_agrees_with_transformers_in_fp32(smollm2_truth: tuple[list[int], Tensor, float], backend: str) -> None:
     tokens, truth, _ = smollm2_truth
-    found = logits_at(smollm2("fp32"), tokens, POSITIONS)
+    found = logits_at(smollm2("fp32"), backends.backend(backend), tokens, POSITIONS)
     assert (found - truth).norm() / truth.norm() < 1e-5
     assert (found - truth).abs().max() < 1e-3
     assert found.argmax(-1).tolist() == truth.argmax(-1).tolist()
 
 
-@pytest.mark.parametrize("form", ["bf16-packed", "bf16-rounded"])
+@pytest.mark.parametrize("backend", [*backends.ALL, "torch-rounded"])
 def test_smollm2_in_bf16_is_as_near_to_fp32_as_transformers(
-    smollm2_truth: tuple[list[int], Tensor, float], form: WeightFormat
+    smollm2_truth: tuple[list[int], Tensor, float], backend: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tokens, truth, reference_error = smollm2_truth
-    found = logits_at(smollm2("bf16", form), tokens, POSITIONS)
+    if backend == "torch-rounded":
+        monkeypatch.setattr(torch_linear, "bf16_form", lambda: "bf16-rounded")
+    native = None if backend == "torch-rounded" else backends.backend(backend)
+    found = logits_at(smollm2("bf16"), native, tokens, POSITIONS)
     assert (found - truth).norm() / truth.norm() <= 1.25 * reference_error

@@ -11,12 +11,12 @@ import transformers
 VOCAB = 101
 BASE: dict[str, Any] = {
     "vocab_size": VOCAB,
-    "hidden_size": 48,
+    "hidden_size": 192,
     "intermediate_size": 88,
     "num_hidden_layers": 2,
     "num_attention_heads": 6,
     "num_key_value_heads": 2,
-    "head_dim": 8,
+    "head_dim": 32,
     "max_position_embeddings": 1024,
     "rms_norm_eps": 1e-5,
     "rope_parameters": {"rope_type": "default", "rope_theta": 10_000.0},
@@ -38,18 +38,33 @@ FAMILIES = {
     "mistral": (transformers.MistralConfig, transformers.MistralForCausalLM),
     "qwen2": (transformers.Qwen2Config, transformers.Qwen2ForCausalLM),
 }
+# Head dimensions are such that the native kernels run; of "odd-heads" torch computes the attention, whatever was built.
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "gqa": ("llama", {}),
     "mha": ("llama", {"num_key_value_heads": 6}),
     "one-kv-head": ("llama", {"num_key_value_heads": 1}),
     "tied": ("llama", {"tie_word_embeddings": True}),
-    "wide-heads": ("llama", {"head_dim": 20}),
+    "odd-heads": ("llama", {"head_dim": 20}),
+    "wide-heads": ("llama", {"head_dim": 64, "num_attention_heads": 4, "num_key_value_heads": 1}),
+    "odd-widths": ("llama", {"hidden_size": 72, "intermediate_size": 57, "attention_bias": True, "mlp_bias": True}),
     "bias": ("llama", {"attention_bias": True, "mlp_bias": True}),
     "linear-rope": ("llama", {"rope_parameters": {"rope_type": "linear", "rope_theta": 10_000.0, "factor": 4.0}}),
     "llama3-rope": ("llama", {"rope_parameters": LLAMA3_ROPE}),
     "mistral": ("mistral", {"sliding_window": None}),
     "qwen2": ("qwen2", {"tie_word_embeddings": True}),
 }
+SMOLLM2_SHAPES: dict[str, Any] = {
+    "vocab_size": 512,
+    "hidden_size": 576,
+    "intermediate_size": 1536,
+    "num_attention_heads": 9,
+    "num_key_value_heads": 3,
+    "head_dim": 64,
+    "max_position_embeddings": 2048,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 100_000.0},
+    "tie_word_embeddings": True,
+}
+"""Two layers of SmolLM2-135M's shapes, with few words."""
 
 
 def build(family: str, changes: dict[str, Any], seed: int = 0) -> Any:
