@@ -21,8 +21,10 @@ from kernels.cpu import structs as c
 from kernels.linear import ALIGNMENT, GROUP, PANEL, Matrix, WeightFormat, padded
 from kernels.ops import Step
 
-WORKSPACE_BYTES = 64 * 2**20
-"""For the attention of 256 heads on one thread, or of fewer on several; pages are touched as needed."""
+THREAD_BYTES = 4 * 2**20
+"""Of attention's workspace for each thread: what 256 heads of 256 dimensions need. Pages are touched as needed."""
+SHARED_BYTES = 64 * 2**20
+"""Of the workspace for what threads give each other; where that is too little, they share less of the work."""
 _DTYPES = {torch.float32: c.F32, torch.bfloat16: c.BF16}
 
 
@@ -71,6 +73,7 @@ class Program:
     def __init__(self, native: Native, form: WeightFormat, heads: Heads, max_rows: int, threads: int) -> None:
         self._library = native.library
         self._team = self._library.tandem_team_new(threads)
+        self._workspace_bytes = threads * THREAD_BYTES + SHARED_BYTES
         if not self._team:
             raise ValueError(f"threads is {threads}, must be 1 to 256")
         self._heads = heads
@@ -224,7 +227,7 @@ class Program:
                 out=_address(out.memory),
                 arena=_address(arena),
                 workspace=_address(workspace),
-                workspace_bytes=WORKSPACE_BYTES,
+                workspace_bytes=self._workspace_bytes,
                 stride=out.memory.shape[1],
                 out_dtype=_DTYPES[out.memory.dtype],
                 **place,
@@ -233,9 +236,9 @@ class Program:
         return out
 
     def _workspace(self) -> Tensor:
-        key = (WORKSPACE_BYTES, torch.uint8, "workspace")
+        key = (self._workspace_bytes, torch.uint8, "workspace")
         if key not in self._buffers:
-            self._buffers[key] = _empty((WORKSPACE_BYTES,), torch.uint8)
+            self._buffers[key] = _empty((self._workspace_bytes,), torch.uint8)
         return self._buffers[key]
 
     def add_linear(self, x: Rows, y: Rows, matrix: Matrix) -> None:
