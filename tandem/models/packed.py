@@ -55,6 +55,7 @@ class _Entry(msgspec.Struct, forbid_unknown_fields=True):
 class _Header(msgspec.Struct, forbid_unknown_fields=True):
     digest: str
     checksum: str
+    """Of the tensors' bytes and of `_described`."""
     entries: list[_Entry]
 
 
@@ -64,6 +65,11 @@ class PackedWeights:
 
     tensors: Mapping[str, Tensor]
     digest: bytes
+
+
+def _described(digest: str, entries: list[_Entry]) -> bytes:
+    """What a header says of its tensors."""
+    return msgspec.json.encode((digest, entries))
 
 
 def _digest_of(name: str, value: Tensor) -> bytes:
@@ -141,6 +147,7 @@ def _write(path: Path, source: Source) -> None:
                 for part in (data.data, bytes(-len(data) % ALIGNMENT)):
                     checksum.update(part)
                     body.write(part)
+            checksum.update(_described(digest.hexdigest(), entries))
             header = msgspec.json.encode(_Header(digest.hexdigest(), checksum.hexdigest(), entries))
             begin = -(-(len(_MAGIC) + 8 + len(header)) // _PAGE) * _PAGE
             with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.stem}-", delete=False) as whole:
@@ -189,7 +196,9 @@ def _read(whole: npt.NDArray[np.uint8]) -> PackedWeights:
     except msgspec.DecodeError as error:
         raise _Damaged(str(error)) from error
     body = whole[-(-(prefix + length) // _PAGE) * _PAGE :]
-    if xxhash.xxh3_128_hexdigest(body.data) != header.checksum:
+    checksum = xxhash.xxh3_128(body.data)
+    checksum.update(_described(header.digest, header.entries))
+    if checksum.hexdigest() != header.checksum:
         raise _Damaged("its checksum is wrong")
     tensors = {}
     with warnings.catch_warnings():
