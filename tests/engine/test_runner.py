@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import shutil
+import subprocess
+import sysconfig
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,8 +15,11 @@ from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from kernels import torch_linear
+from kernels import cpu, paged_attention, torch_linear, torch_ops
+from kernels.cpu import Native
 from kernels.linear import WeightFormat
+from kernels.ops import Span
+from kernels.paged_attention import AttentionPlan
 from kvpool.layout import KVLayout
 from tandem.engine.runner import Chunk, Runner, layout_for
 from tandem.models.loader import TORCH_DTYPES, LoadedModel, load_model
@@ -23,16 +29,18 @@ from tests.models import tiny_models
 from tests.reference import smollm2
 
 
-def check_schedules(truth: Truth, count: int, threads: list[tuple[int, int]]) -> None:
+def check_schedules(
+    truth: Truth, count: int, threads: list[tuple[int, int]], single_rows: Sequence[float] = (0.1, 0.5, 0.9)
+) -> None:
     """Runs `count` schedules, all different."""
     seen = set()
 
     # A seed doesn't shrink: the first that fails is as good as any.
-    @settings(max_examples=count, phases=(Phase.explicit, Phase.reuse, Phase.generate), database=None)
+    @settings(max_examples=count, phases=[Phase.generate], database=None, report_multiple_bugs=False)
     @given(
         seed=st.integers(0, 2**64),
         step_rows=st.sampled_from([8, 64, 200, 512]),
-        single_rows=st.sampled_from([0.1, 0.5, 0.9]),
+        single_rows=st.sampled_from(single_rows),
         threads=st.sampled_from(threads),
     )
     def schedules(seed: int, step_rows: int, single_rows: float, threads: tuple[int, int]) -> None:
@@ -111,8 +119,77 @@ def test_two_layers_of_smollm2s_shapes_give_the_same_bits_in_any_schedule(
 
 @pytest.mark.parametrize(("form", "count"), [("bf16", 50), ("int8", 5), ("int4", 5)])
 def test_smollm2_gives_the_same_bits_in_any_schedule(form: WeightFormat, count: int) -> None:
-    truth = make_truth(smollm2("bf16", form), backends.best(), [2, 70, 560], [1, 33, 69, 300, 511, 513])
-    check_schedules(truth, count, [(1, 1), (1, 2)])
+    truth = make_truth(smollm2("bf16", form), backends.best(), [2, 40, 530], [1, 33, 300, 511, 513])
+    check_schedules(truth, count, [(1, 1), (1, 2)], single_rows=(0.1, 0.6))
+
+
+def test_tiles_of_torch_that_depend_on_the_batch_are_found(
+    tiny_truth: TinyTruth, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    truth = tiny_truth(Case("gqa", "fp32", "torch"))
+    right = torch_ops.plan_attention
+
+    def careless(spans: Sequence[Span], *shape: int) -> AttentionPlan:
+        monkeypatch.setattr(paged_attention, "TILE", 256 if len(spans) < 3 else 512)
+        return right(spans, *shape)
+
+    monkeypatch.setattr(torch_ops, "plan_attention", careless)
+    with pytest.raises(AssertionError, match="KV|logits"):
+        check_schedules(truth, 50, [(1, 1)])
+
+
+NATIVE_SPLIT = "constexpr int kSplit = 512;"
+CARELESS = {
+    NATIVE_SPLIT: "thread_local int kSplit = 512;",
+    "void attention(const tandem_attention& a, const tandem_step& step, Share share) {": "  kSplit = {split};",
+    "void attention_merge(const tandem_attention& a, const tandem_step& step, Share share) {": "  kSplit = {split};",
+}
+
+
+def careless_kernels(split: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> Native:
+    """The portable kernels, built from sources in which attention's split is that expression."""
+    sources = Path(cpu.__file__).parent
+    for path in [*sources.glob("*.cpp"), *sources.glob("*.h")]:
+        text = path.read_text()
+        if path.name == "attention.cpp":
+            for line, more in CARELESS.items():
+                assert text.count(line) == 1, line
+                text = text.replace(line, more if line == NATIVE_SPLIT else f"{line}\n{more.format(split=split)}")
+        (folder / path.name).write_text(text)
+    library = folder / f"_native_portable{sysconfig.get_config_var('EXT_SUFFIX')}"
+    flags = ["-O2", "-std=c++17", "-pthread", "-fPIC", "-shared", "-ffp-contract=off", "-fno-math-errno", "-w"]
+    files = [str(path) for path in sorted(folder.glob("*.cpp"))]
+    subprocess.run(["c++", *flags, '-DTANDEM_SOURCES="careless"', *files, "-o", str(library)], check=True, timeout=110)
+    monkeypatch.setattr(cpu, "__file__", str(folder / "__init__.py"))
+    found: Native | None = cpu.load.__wrapped__("portable")
+    assert found is not None
+    return found
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("c++") is None, reason="no C++ compiler")
+@pytest.mark.parametrize(
+    ("split", "found"),
+    [
+        ("512", False),
+        ("step.num_spans > 2 ? 256 : 512", True),
+        ("step.rows > 64 ? 512 : 256", True),
+        ("share.count > 1 ? 256 : 512", True),
+    ],
+    ids=["fixed", "by-the-spans", "by-the-rows", "by-the-threads"],
+)
+def test_a_native_split_that_depends_on_the_batch_is_found(
+    two_layers: Path, split: str, found: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The promise's tests are able to fail: kernels in which the split of attention depends on the step's company, its rows or
+    the threads break it. (With the fixed split the same build keeps it.)"""
+    native = careless_kernels(split, tmp_path, monkeypatch)
+    truth = make_truth(load_model(two_layers, "bf16"), native, LENGTHS, ENDS)
+    if not found:
+        check_schedules(truth, 20, [(1, 1), (1, 2)])
+        return
+    with pytest.raises(AssertionError, match="KV|logits"):
+        check_schedules(truth, 450, [(1, 1), (1, 2)])
 
 
 def fresh_runner(model: LoadedModel, num_blocks: int, block_size: int) -> tuple[Runner, Tensor, KVLayout]:
@@ -181,3 +258,31 @@ def test_an_arena_or_layout_of_another_model_is_refused(tiny: LoadedModel) -> No
     for block_size in (0, 48, 512):
         with pytest.raises(ValueError, match="must divide 256"):
             layout_for(tiny.config, "fp32", block_size)
+
+
+def test_native_steps_say_where_their_time_went(tiny: LoadedModel) -> None:
+    runner, _, _ = fresh_runner(tiny, 8, 16)
+    if backends.best() is None:
+        assert runner.seconds() == {}
+        return
+    assert runner.seconds() == {"linear": 0.0, "attention": 0.0, "rest": 0.0}
+    runner.run([Chunk([1, 2, 3], 0, [0], True)])
+    once = runner.seconds()
+    assert all(seconds > 0 for seconds in once.values())
+    runner.run([Chunk([1, 2, 3], 0, [0], True)])
+    assert all(runner.seconds()[name] > seconds for name, seconds in once.items())
+
+
+def test_heads_that_the_native_kernels_do_not_know_are_computed_by_torch(tmp_path: Path) -> None:
+    model = load_model(tiny_models.save(tiny_models.build(*tiny_models.VARIANTS["odd-heads"]), tmp_path), "fp32")
+    assert model.config.head_dim not in cpu.HEAD_DIMS
+    chunk = Chunk(range(1, 60), 0, range(4), True)
+    layout = layout_for(model.config, "fp32", 16)
+    arenas = [torch.zeros((4, *layout.slab_shape)) for _ in range(2)]
+    left, torchs = (
+        Runner(model, arena, layout, native=native)
+        for arena, native in zip(arenas, (backends.best(), None), strict=True)
+    )
+    assert left.seconds() == {}
+    assert torch.equal(bits(left.run([chunk])), bits(torchs.run([chunk])))
+    assert torch.equal(bits(arenas[0]), bits(arenas[1]))
