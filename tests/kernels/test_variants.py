@@ -11,7 +11,6 @@ from kernels import cpu
 from tandem.errors import ConfigError
 from tests import backends
 
-
 fresh: Callable[[cpu.Variant], cpu.Native | None] = cpu.load.__wrapped__
 """`load` without its memory."""
 
