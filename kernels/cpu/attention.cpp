@@ -4,9 +4,9 @@
 // Every row's arithmetic is the same whatever other rows are computed with it, however many there are and however the work is
 // shared between threads:
 //   scores   s[t] = sum over the dimensions of q * k[t], in their order (pairs of them for bf16)
-//   softmax  per tile: m' = max(m, s), p = exp(s - m'), l and the value are scaled by exp(m - m')
+//   softmax  per tile: m' = max(m, s), p = 2^(s - m'), l and the value are scaled by 2^(m - m'); log2(e) is in the queries' scale
 //   values   value += p[t] * v[t], in order of t (pairs of them for bf16, p rounded to bf16)
-// A masked position has p = 0, which changes no bit of l or value; exp(0) is exactly 1, so a tile that only others see is an
+// A masked position has p = 0, which changes no bit of l or value; 2^0 is exactly 1, so a tile that only others see is an
 // exact no-op. Memory that no token has written is never multiplied.
 #include <type_traits>
 
@@ -128,8 +128,8 @@ template <int D>
 void merge(Part<D>& sum, const float* value, float total, float peak) {
   if (peak == -INFINITY) return;
   const float top = sum.peak > peak ? sum.peak : peak;
-  const vf keep = sum.peak == -INFINITY ? vf{} : exp_neg(splat(sum.peak - top));
-  const vf take = exp_neg(splat(peak - top));
+  const vf keep = sum.peak == -INFINITY ? vf{} : exp2_neg(splat(sum.peak - top));
+  const vf take = exp2_neg(splat(peak - top));
   for (int d = 0; d < D; d += kLanes) store(&sum.value[d], load(&sum.value[d]) * keep + load(value + d) * take);
   sum.total = sum.total * keep[0] + total * take[0];
   sum.peak = top;
@@ -251,23 +251,34 @@ void meet(Row<T, D>* rows, const Tile<T, D>& tile, int low, Ahead& ahead) {
   alignas(64) uint32_t p[R][Tile<T, D>::kSteps];
   const vi lane = lanes();
   const vf minus_inf = splat(-INFINITY);
+  const bool all_seen = low + kTile - 1 <= rows[0].position;  // later rows see as much
+  float peaks[R];
+  float scales[(R + kLanes - 1) / kLanes * kLanes] = {};
   for (int r = 0; r < R; r++) {
-    Row<T, D>& row = rows[r];
     vf best = minus_inf;
     for (int g = 0; g < kGroups; g++) {
-      const vi at = lane + splat_i(low + g * kLanes);
-      const vf value = at <= splat_i(row.position) ? load(&s[r][g * kLanes]) : minus_inf;
-      store(&s[r][g * kLanes], value);
-      best = max(best, value);
+      vf value = load(&s[r][g * kLanes]);
+      if (!all_seen) {
+        value = lane + splat_i(low + g * kLanes) <= splat_i(rows[r].position) ? value : minus_inf;
+        store(&s[r][g * kLanes], value);
+      }
+      best = max(value, best);
     }
     const float here = largest(best);
-    const float peak = row.peak > here ? row.peak : here;
-    // The first tile has nothing to scale: exp(-inf) of the exp above would not be 0.
-    const vf keep = row.peak == -INFINITY ? vf{} : exp_neg(splat(row.peak - peak));
+    peaks[r] = rows[r].peak > here ? rows[r].peak : here;
+    scales[r] = rows[r].peak - peaks[r];
+  }
+  // Before the first tile the peak is -inf and what is scaled is 0.
+  for (int r = 0; r < R; r += kLanes) store(&scales[r], exp2_neg(load(&scales[r])));
+  for (int r = 0; r < R; r++) {
+    Row<T, D>& row = rows[r];
+    const vf keep = splat(scales[r]), peak = splat(peaks[r]);
+    for (int d = 0; d < D; d += kLanes) store(&row.value[d], load(&row.value[d]) * keep);
     vf total = load(row.lanes) * keep;
     for (int g = 0; g < kGroups; g++) {
       const vf score = load(&s[r][g * kLanes]);
-      const vf e = score != minus_inf ? exp_neg(score - splat(peak)) : vf{};
+      vf e = exp2_neg(score - peak);
+      if (!all_seen) e = score != minus_inf ? e : vf{};
       if constexpr (Tile<T, D>::kPairs)
         store_bf16((uint16_t*)p[r] + g * kLanes, e);
       else
@@ -275,10 +286,11 @@ void meet(Row<T, D>* rows, const Tile<T, D>& tile, int low, Ahead& ahead) {
       total += e;
     }
     store(row.lanes, total);
-    row.peak = peak;
-    for (int d = 0; d < D; d += kLanes) store(&row.value[d], load(&row.value[d]) * keep);
+    row.peak = peaks[r];
   }
-  constexpr int kParts = D / kLanes < kVecs ? D / kLanes : kVecs;
+  constexpr int kVectors = D / kLanes;
+  constexpr int kParts = kVectors % kVecs == 0 ? kVecs : kVectors % 3 == 0 ? 3 : kVectors;
+  static_assert(kVectors % kParts == 0, "a row's values are whole parts");
   for (int d = 0; d < D; d += kParts * kLanes) {
     vf value[R][kParts];
     for (int r = 0; r < R; r++)

@@ -24,7 +24,7 @@ constexpr int kRowsInt = 2;
 #endif
 // Vectors of outputs in one tile: low tiles are wide, so that enough sums are under way to hide what one takes.
 constexpr int vecs(int rows) { return rows <= 2 && kLanes < 16 ? 4 : 2; }
-constexpr int64_t kBlockBytes = 600 * 1024;    // activations that stay in a core's cache while panels pass by
+constexpr int64_t kTogetherBytes = 384 * 1024;  // panels that stay in a core's second cache while the rows pass by
 
 struct Rows {  // the activations of a tile
   const void* x;
@@ -229,20 +229,18 @@ void product(const tandem_linear& a, void* out, int64_t rows, Share share) {
   constexpr int kMost = F == TANDEM_W_INT8 || F == TANDEM_W_INT4 ? kRowsInt : kRows;
   const tandem_matrix& m = *a.matrix;
   const int64_t bytes = panel_bytes(F, m.in_features);
-  int64_t block = kBlockBytes / (a.x_stride * value_bytes(F)) / kMost * kMost;
-  block = block < kMost ? kMost : block;
+  int64_t together = kTogetherBytes / bytes;
+  together = together < 1 ? 1 : together;
   int64_t first, last;
   share.split(m.num_panels, &first, &last);
-  for (int64_t begin = 0; begin < rows; begin += block) {
-    const int64_t here = rows - begin < block ? rows - begin : block;
-    const int64_t tiles = (here + kMost - 1) / kMost;
-    for (int64_t panel = first; panel < last; panel++) {
-      const char* weights = (const char*)m.panels + panel * bytes;
-      // Tiles of nearly the same height: a low last one would use few registers.
-      for (int64_t i = 0; i < tiles; i++) {
-        const int64_t from = here * i / tiles, to = here * (i + 1) / tiles;
-        Pick<F, kMost>::run((int)(to - from), a, out, weights, panel, begin + from);
-      }
+  // Tiles of nearly the same height: a low last one would use few registers.
+  const int64_t tiles = (rows + kMost - 1) / kMost;
+  for (int64_t begin = first; begin < last; begin += together) {
+    const int64_t end = begin + together < last ? begin + together : last;
+    for (int64_t i = 0; i < tiles; i++) {
+      const int64_t from = rows * i / tiles, to = rows * (i + 1) / tiles;
+      for (int64_t panel = begin; panel < end; panel++)
+        Pick<F, kMost>::run((int)(to - from), a, out, (const char*)m.panels + panel * bytes, panel, from);
     }
   }
 }

@@ -215,7 +215,7 @@ class Program:
                 q=_address(q),
                 arena=_address(arena),
                 stride=qkv.memory.shape[1],
-                scale=head_dim**-0.5,
+                scale=head_dim**-0.5 * math.log2(math.e),  # the kernel takes powers of two
                 **place,
             ),
         )

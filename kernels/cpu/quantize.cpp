@@ -21,15 +21,10 @@ void quantize(const tandem_quantize& a, const tandem_step& step, Share share) {
       // Adding 1.5 * 2^23 leaves the nearest integer in the low bits.
       const vi rounded = (vi)(load(x + i) * factor + splat(12582912.0f)) - splat_i(0x4b400000);
       total += rounded;
-      typedef int8_t bytes __attribute__((vector_size(kLanes)));
-      const bytes narrow = __builtin_convertvector(rounded, bytes);
-      std::memcpy(q + i, &narrow, sizeof narrow);
+      store_bytes(q + i, rounded);
     }
-    int32_t parts[kLanes], all = 0;
-    std::memcpy(parts, &total, sizeof parts);
-    for (int i = 0; i < kLanes; i++) all += parts[i];
     a.scales[g] = most / 127.0f;
-    a.sums[g] = all;
+    a.sums[g] = int_sum(total);
   }
 }
 

@@ -70,7 +70,15 @@ TANDEM_INLINE vf fma(vf a, vf b, vf c) {
 }
 
 // The greater one of each lane; of NaN and a number the number b.
-TANDEM_INLINE vf max(vf a, vf b) { return a > b ? a : b; }
+TANDEM_INLINE vf max(vf a, vf b) {
+#if TANDEM_AVX512
+  return (vf)_mm512_max_ps((__m512)a, (__m512)b);
+#elif TANDEM_AVX2
+  return (vf)_mm256_max_ps((__m256)a, (__m256)b);
+#else
+  return a > b ? a : b;
+#endif
+}
 
 // bf16
 
@@ -151,6 +159,28 @@ TANDEM_INLINE vi dot4(vi acc, vu w, vu x) {
 #endif
 }
 
+TANDEM_INLINE int32_t int_sum(vi v) {
+#if TANDEM_AVX512
+  return _mm512_reduce_add_epi32((__m512i)v);
+#else
+  int32_t part[kLanes], all = 0;
+  std::memcpy(part, &v, sizeof part);
+  for (int i = 0; i < kLanes; i++) all += part[i];
+  return all;
+#endif
+}
+
+// The low bytes of integers in -128 … 127.
+TANDEM_INLINE void store_bytes(int8_t* p, vi v) {
+#if TANDEM_AVX512
+  _mm_storeu_si128((__m128i*)p, _mm512_cvtepi32_epi8((__m512i)v));
+#else
+  typedef int8_t bytes __attribute__((vector_size(kLanes)));
+  const bytes narrow = __builtin_convertvector(v, bytes);
+  std::memcpy(p, &narrow, sizeof narrow);
+#endif
+}
+
 // kLanes IEEE halves.
 TANDEM_INLINE vf load_half(const uint16_t* p) {
 #if TANDEM_AVX512
@@ -180,6 +210,10 @@ TANDEM_INLINE float sum(vf v) {
 TANDEM_INLINE float largest(vf v) {
 #if TANDEM_AVX512
   return _mm512_reduce_max_ps((__m512)v);
+#elif TANDEM_AVX2
+  __m128 half = _mm_max_ps(_mm256_castps256_ps128((__m256)v), _mm256_extractf128_ps((__m256)v, 1));
+  half = _mm_max_ps(half, _mm_movehl_ps(half, half));
+  return _mm_cvtss_f32(_mm_max_ss(half, _mm_shuffle_ps(half, half, 1)));
 #else
   float part[kLanes];
   std::memcpy(part, &v, sizeof part);
@@ -189,31 +223,32 @@ TANDEM_INLINE float largest(vf v) {
 #endif
 }
 
-// exp for x <= 0 with exp(0) == 1: 2^n * p(f), |f| <= 1/2; Cephes' expf polynomial, relative error < 2e-7.
-TANDEM_INLINE vf exp_neg(vf x) {
+// 2^x for x <= 0 with 2^0 == 1: 2^n * p(f), |f| <= 1/2; p interpolates at Chebyshev nodes, relative error < 2e-7.
+TANDEM_INLINE vf exp2_neg(vf x) {
 #if TANDEM_AVX512
-  x = max(x, splat(-104.0f));
-  const vf n = (vf)_mm512_roundscale_ps((__m512)(x * splat(1.44269504088896341f)), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+  x = max(x, splat(-150.0f));
+  const vf n = (vf)_mm512_roundscale_ps((__m512)x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
 #else
-  x = max(x, splat(-87.0f));
+  x = max(x, splat(-126.0f));
   // Adding and taking away 1.5 * 2^23 rounds to the nearest integer.
-  const vf shifted = x * splat(1.44269504088896341f) + splat(12582912.0f);
-  const vf n = shifted - splat(12582912.0f);
+  const vf n = (x + splat(12582912.0f)) - splat(12582912.0f);
 #endif
-  vf f = fma(n, splat(-0.693359375f), x);
-  f = fma(n, splat(2.12194440e-4f), f);
-  vf p = splat(1.9875691500e-4f);
-  p = fma(p, f, splat(1.3981999507e-3f));
-  p = fma(p, f, splat(8.3334519073e-3f));
-  p = fma(p, f, splat(4.1665795894e-2f));
-  p = fma(p, f, splat(1.6666665459e-1f));
-  p = fma(p, f, splat(5.0000001201e-1f));
-  p = fma(p, f * f, f + splat(1.0f));
+  const vf f = x - n;
+  vf p = splat(1.5461447765e-04f);
+  p = fma(p, f, splat(1.3390866807e-03f));
+  p = fma(p, f, splat(9.6180569381e-03f));
+  p = fma(p, f, splat(5.5503569543e-02f));
+  p = fma(p, f, splat(2.4022650719e-01f));
+  p = fma(p, f, splat(6.9314718246e-01f));
+  p = fma(p, f, splat(1.0f));
 #if TANDEM_AVX512
   return (vf)_mm512_scalef_ps((__m512)p, (__m512)n);
 #else
   return p * (vf)((__builtin_convertvector(n, vi) + 127) << 23);
 #endif
 }
+
+// e^x for x <= 0 with e^0 == 1.
+TANDEM_INLINE vf exp_neg(vf x) { return exp2_neg(x * splat(1.44269504088896341f)); }
 
 }  // namespace tandem

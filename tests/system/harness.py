@@ -6,6 +6,7 @@ Owns the processes it starts and leaves none behind. Logs go to files in the tes
 from __future__ import annotations
 
 import os
+import random
 import signal
 import socket
 import subprocess
@@ -30,9 +31,16 @@ _MODULES = {"router": "router", "prefill": "prefill_worker", "decode": "decode_w
 
 
 def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    """A port that nobody listens on, below those that the kernel hands to connections: none can take it before we bind it."""
+    first_ephemeral = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
+    for port in random.sample(range(10_000, first_ephemeral), 100):
+        with socket.socket() as probe:
+            try:
+                probe.bind(("127.0.0.1", port))
+            except OSError:
+                continue
+            return port
+    raise AssertionError("100 ports tried, none free")
 
 
 def wait_until(condition: Callable[[], Any], deadline_s: float, what: str) -> Any:
