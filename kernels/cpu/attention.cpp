@@ -19,6 +19,7 @@ namespace {
 constexpr int kTile = 64;    // positions
 constexpr int kSplit = 512;  // positions
 constexpr int kNarrow = 4;   // rows up to which a chunk's splits may be shared between threads
+constexpr int kLoadCost = 12;
 constexpr int kBlockRows = 192;  // rows of one head that meet a tile while it is in the nearest cache
 #if TANDEM_AVX512
 constexpr int kRowTile = 6;  // query rows in registers: 6 * 4 sums + 4 operands of 32
@@ -83,6 +84,9 @@ TANDEM_INLINE void transpose(vu m[kLanes]) {
     }
 }
 #endif
+
+// The greatest number up to `most` of which `all` is a multiple.
+constexpr int parts_of(int all, int most) { return most < 2 || all % most == 0 ? most : parts_of(all, most - 1); }
 
 // 64 positions of one KV head, as the products read them.
 template <class T, int D>
@@ -154,43 +158,16 @@ void find(const tandem_attention& a, const tandem_span& span, int low, int end, 
   for (int t = places.valid; t < kTile; t++) places.rows[t] = places.rows[0];
 }
 
-// Hints at KV that will be read soon, a few lines at a time between computations: a processor has few slots for outstanding
-// misses, and a burst of hints would only fill them.
-class Ahead {
- public:
-  // The blocks of positions [low, end) of a tile of `span`, all heads of the layer.
-  template <class T>
-  void aim(const tandem_attention& a, const tandem_span& span, int low, int end) {
-    table_ = span.block_table + low / a.block_size;
-    last_ = span.block_table + (end - 1) / a.block_size;
-    layer_ = (const char*)((const T*)a.arena + a.layer_offset);
-    stride_ = a.block_stride * (int64_t)sizeof(T);
-    run_ = 2 * a.value_offset * (int64_t)sizeof(T);
-    at_ = layer_ + *table_ * stride_;
-    end_ = at_ + run_;
-  }
-  TANDEM_INLINE_MEMBER void some() {
-    if (at_ >= end_) {
-      if (table_ == last_) return;
-      at_ = layer_ + *++table_ * stride_;
-      end_ = at_ + run_;
-    }
-    for (int line = 0; line < 8; line++) __builtin_prefetch(at_ + line * 64, 0, 2);
-    at_ += 512;
-  }
-
- private:
-  const int32_t* table_ = nullptr;
-  const int32_t* last_ = nullptr;
-  const char* layer_ = nullptr;
-  const char* at_ = nullptr;
-  const char* end_ = nullptr;
-  int64_t stride_ = 0, run_ = 0;
+// The KV of one head in a tile.
+template <class T>
+struct Slice {
+  const T* const* rows;
+  int64_t key, value;  // offsets from a row's begin
 };
 
 // Brings a tile of one head into the nearest cache; positions past the valid ones are zero.
 template <class T, int D>
-void load_tile(const Places<T>& places, int64_t key, int64_t value, Tile<T, D>& tile, Ahead& ahead) {
+void load_tile(const Places<T>& places, int64_t key, int64_t value, Tile<T, D>& tile) {
   alignas(64) static const T zeros[D] = {};
   const int valid = places.valid;
   for (int t0 = 0; t0 < kTile; t0 += kLanes) {
@@ -200,7 +177,6 @@ void load_tile(const Places<T>& places, int64_t key, int64_t value, Tile<T, D>& 
       if (t0 + kLanes > valid)
         for (int i = 0; i < kLanes; i++)
           if (t0 + i >= valid) m[i] = vu{};
-      ahead.some();
       transpose(m);
       for (int i = 0; i < kLanes; i++) store_u(&tile.keys[word + i][t0], m[i]);
     }
@@ -208,7 +184,6 @@ void load_tile(const Places<T>& places, int64_t key, int64_t value, Tile<T, D>& 
   for (int t = 0; t < kTile; t += 2) {
     const T* one = t < valid ? places.rows[t] + value : zeros;
     const T* two = t + 1 < valid ? places.rows[t + 1] + value : zeros;
-    if (t % 8 == 0) ahead.some();
     if constexpr (Tile<T, D>::kPairs) {
       for (int d = 0; d < D; d += 2 * kLanes) pair_bf16(one + d, two + d, &tile.values[t / 2][d]);
     } else {
@@ -229,26 +204,11 @@ TANDEM_INLINE vf times(vf acc, vu w, vu x) {
     return fma((vf)w, (vf)x, acc);
 }
 
-// R rows meet one tile whose first position is `low`.
+// From R rows' scores at the positions of a tile, `low` the first, to their weights: p[r][t], or pairs of them. The rows' sums and
+// values are scaled to their new maxima.
 template <class T, int D, int R>
-void meet(Row<T, D>* rows, const Tile<T, D>& tile, int low, Ahead& ahead) {
+TANDEM_INLINE void weigh(Row<T, D>* rows, float (*s)[kTile], int low, uint32_t (*p)[Tile<T, D>::kSteps]) {
   constexpr int kGroups = kTile / kLanes;
-  alignas(64) float s[R][kTile];
-  for (int g = 0; g < kGroups; g += kVecs) {
-    vf sums[R][kVecs] = {};
-    for (int i = 0; i < Tile<T, D>::kWords; i++) {
-      if (i % 4 == 0) ahead.some();
-      vu k[kVecs];
-      for (int v = 0; v < kVecs; v++) k[v] = load_u(&tile.keys[i][(g + v) * kLanes]);
-      for (int r = 0; r < R; r++) {
-        const vu q = splat_u(rows[r].q[i]);
-        for (int v = 0; v < kVecs; v++) sums[r][v] = times<T>(sums[r][v], k[v], q);
-      }
-    }
-    for (int r = 0; r < R; r++)
-      for (int v = 0; v < kVecs; v++) store(&s[r][(g + v) * kLanes], sums[r][v]);
-  }
-  alignas(64) uint32_t p[R][Tile<T, D>::kSteps];
   const vi lane = lanes();
   const vf minus_inf = splat(-INFINITY);
   const bool all_seen = low + kTile - 1 <= rows[0].position;  // later rows see as much
@@ -288,15 +248,34 @@ void meet(Row<T, D>* rows, const Tile<T, D>& tile, int low, Ahead& ahead) {
     store(row.lanes, total);
     row.peak = peaks[r];
   }
-  constexpr int kVectors = D / kLanes;
-  constexpr int kParts = kVectors % kVecs == 0 ? kVecs : kVectors % 3 == 0 ? 3 : kVectors;
-  static_assert(kVectors % kParts == 0, "a row's values are whole parts");
+}
+
+// R rows meet one tile whose first position is `low`.
+template <class T, int D, int R>
+void meet(Row<T, D>* rows, const Tile<T, D>& tile, int low) {
+  constexpr int kGroups = kTile / kLanes;
+  alignas(64) float s[R][kTile];
+  alignas(64) uint32_t p[R][Tile<T, D>::kSteps];
+  for (int g = 0; g < kGroups; g += kVecs) {
+    vf sums[R][kVecs] = {};
+    for (int i = 0; i < Tile<T, D>::kWords; i++) {
+      vu k[kVecs];
+      for (int v = 0; v < kVecs; v++) k[v] = load_u(&tile.keys[i][(g + v) * kLanes]);
+      for (int r = 0; r < R; r++) {
+        const vu q = splat_u(rows[r].q[i]);
+        for (int v = 0; v < kVecs; v++) sums[r][v] = times<T>(sums[r][v], k[v], q);
+      }
+    }
+    for (int r = 0; r < R; r++)
+      for (int v = 0; v < kVecs; v++) store(&s[r][(g + v) * kLanes], sums[r][v]);
+  }
+  weigh<T, D, R>(rows, s, low, p);
+  constexpr int kParts = parts_of(D / kLanes, kVecs);
   for (int d = 0; d < D; d += kParts * kLanes) {
     vf value[R][kParts];
     for (int r = 0; r < R; r++)
       for (int v = 0; v < kParts; v++) value[r][v] = load(&rows[r].value[d + v * kLanes]);
     for (int t = 0; t < Tile<T, D>::kSteps; t++) {
-      if (t % 4 == 0) ahead.some();
       vu w[kParts];
       for (int v = 0; v < kParts; v++) w[v] = load_u(&tile.values[t][d + v * kLanes]);
       for (int r = 0; r < R; r++) {
@@ -309,25 +288,73 @@ void meet(Row<T, D>* rows, const Tile<T, D>& tile, int low, Ahead& ahead) {
   }
 }
 
+// The same, for so few rows that a tile is met once: straight from the KV, without a copy of it. Bit for bit what `meet` does.
+template <class T, int D, int R>
+void meet_once(Row<T, D>* rows, Slice<T> now, Slice<T> next, int valid, int low) {
+  alignas(64) static const T zeros[D] = {};
+  alignas(64) float s[R][kTile];
+  alignas(64) uint32_t p[R][Tile<T, D>::kSteps];
+  for (int t0 = 0; t0 < kTile; t0 += kLanes) {
+    vf sums[R] = {};
+    for (int word = 0; word < Tile<T, D>::kWords; word += kLanes) {
+      vu k[kLanes];
+      for (int i = 0; i < kLanes; i++) {
+        __builtin_prefetch((const uint32_t*)(next.rows[t0 + i] + next.key) + word);
+        k[i] = load_u((const uint32_t*)(now.rows[t0 + i] + now.key) + word);
+      }
+      if (t0 + kLanes > valid)
+        for (int i = 0; i < kLanes; i++)
+          if (t0 + i >= valid) k[i] = vu{};
+      transpose(k);
+      for (int i = 0; i < kLanes; i++)
+        for (int r = 0; r < R; r++) sums[r] = times<T>(sums[r], k[i], splat_u(rows[r].q[word + i]));
+    }
+    for (int r = 0; r < R; r++) store(&s[r][t0], sums[r]);
+  }
+  weigh<T, D, R>(rows, s, low, p);
+  constexpr int kStep = Tile<T, D>::kPairs ? 2 : 1;  // positions
+  constexpr int kParts = Tile<T, D>::kPairs ? 2 * parts_of(D / kLanes / 2, kVecs / 2) : parts_of(D / kLanes, kVecs);
+  for (int d = 0; d < D; d += kParts * kLanes) {
+    vf value[R][kParts];
+    for (int r = 0; r < R; r++)
+      for (int v = 0; v < kParts; v++) value[r][v] = load(&rows[r].value[d + v * kLanes]);
+    for (int t = 0; t < kTile; t += kStep) {
+      for (int i = 0; i < kStep; i++)
+        for (size_t at = 0; at < kParts * kLanes * 4 / kStep; at += 64)
+          __builtin_prefetch((const char*)(next.rows[t + i] + next.value + d) + at);
+      const T* one = (t < valid ? now.rows[t] + now.value : zeros) + d;
+      vu w[kParts];
+      if constexpr (Tile<T, D>::kPairs) {
+        const T* two = (t + 1 < valid ? now.rows[t + 1] + now.value : zeros) + d;
+        for (int v = 0; v < kParts; v += 2) pair_bf16(one + v * kLanes, two + v * kLanes, (uint32_t*)&w[v]);
+      } else {
+        for (int v = 0; v < kParts; v++) w[v] = load_u((const uint32_t*)one + v * kLanes);
+      }
+      for (int r = 0; r < R; r++) {
+        const vu weight = splat_u(p[r][t / kStep]);
+        for (int v = 0; v < kParts; v++) value[r][v] = times<T>(value[r][v], w[v], weight);
+      }
+    }
+    for (int r = 0; r < R; r++)
+      for (int v = 0; v < kParts; v++) store(&rows[r].value[d + v * kLanes], value[r][v]);
+  }
+}
+
+// Chooses the form for `count` rows, at most R.
 template <class T, int D, int R>
 struct Meet {
-  static void run(int count, Row<T, D>* rows, const Tile<T, D>& tile, int low, Ahead& ahead) {
-    if (count == R)
-      meet<T, D, R>(rows, tile, low, ahead);
-    else
-      Meet<T, D, R - 1>::run(count, rows, tile, low, ahead);
+  static void tile(int count, Row<T, D>* rows, const Tile<T, D>& tile, int low) {
+    count == R ? meet<T, D, R>(rows, tile, low) : Meet<T, D, R - 1>::tile(count, rows, tile, low);
+  }
+  static void once(int count, Row<T, D>* rows, Slice<T> now, Slice<T> next, int valid, int low) {
+    count == R ? meet_once<T, D, R>(rows, now, next, valid, low) : Meet<T, D, R - 1>::once(count, rows, now, next, valid, low);
   }
 };
 template <class T, int D>
 struct Meet<T, D, 0> {
-  static void run(int, Row<T, D>*, const Tile<T, D>&, int, Ahead&) {}
+  static void tile(int, Row<T, D>*, const Tile<T, D>&, int) {}
+  static void once(int, Row<T, D>*, Slice<T>, Slice<T>, int, int) {}
 };
-
-template <class T, int D>
-void meet_all(Row<T, D>* rows, int count, const Tile<T, D>& tile, int low, Ahead& ahead) {
-  for (; count > kRowTile; count -= kRowTile, rows += kRowTile) meet<T, D, kRowTile>(rows, tile, low, ahead);
-  Meet<T, D, kRowTile>::run(count, rows, tile, low, ahead);
-}
 
 // Tokens [first, last) of a span, KV heads [head, head_end): their rows are [head][token][query of the group].
 template <class T, int D>
@@ -358,21 +385,31 @@ void attend(const Work<T, D>& work, Row<T, D>* rows, int low, int high, Tile<T, 
   const int start = work.span.start + work.first, end = work.span.start + work.last;
   if (high > end) high = end;
   const int count = work.rows_per_head();
-  // Few rows pass over the KV once, at the memory's speed; many meet each tile for longer than it takes to arrive.
-  const bool once = work.head == 0 && work.head_end == work.a.num_kv_heads;
-  Places<T> places;
-  for (; low < high; low += kTile) {
-    Ahead ahead;
-    if (once && low + kTile < end)
-      ahead.aim<T>(work.a, work.span, low + kTile, low + 2 * kTile < end ? low + 2 * kTile : end);
-    else if (once && work.following)
-      ahead.aim<T>(work.a, *work.following, 0, kTile < work.following->start ? kTile : work.following->start + 1);
-    find(work.a, work.span, low, end, places);
+  const int64_t head_size = (int64_t)work.a.block_size * D;
+  Places<T> places[2];
+  find(work.a, work.span, low, end, places[0]);
+  for (int turn = 0; low < high; low += kTile, turn ^= 1) {
+    const Places<T>&now = places[turn], &next = places[turn ^ 1];
+    if (low + kTile < end)
+      find(work.a, work.span, low + kTile, end, places[turn ^ 1]);
+    else if (work.following)
+      find(work.a, *work.following, 0, work.following->start + 1, places[turn ^ 1]);
+    else
+      places[turn ^ 1] = now;
     const int skip = low > start ? (low - start) * work.group() : 0;
     for (int head = work.head; head < work.head_end; head++) {
-      const int64_t offset = (int64_t)head * work.a.block_size * D;
-      load_tile<T, D>(places, offset, offset + work.a.value_offset, tile, ahead);
-      meet_all<T, D>(rows + (head - work.head) * count + skip, count - skip, tile, low, ahead);
+      const Slice<T> slice = {now.rows, head * head_size, head * head_size + work.a.value_offset};
+      Row<T, D>* first = rows + (head - work.head) * count + skip;
+      int left = count - skip;
+      if (left <= kRowTile) {
+        Slice<T> soon = {now.rows, slice.key + head_size, slice.value + head_size};
+        if (head + 1 == work.head_end) soon = {next.rows, work.head * head_size, work.head * head_size + work.a.value_offset};
+        Meet<T, D, kRowTile>::once(left, first, slice, soon, now.valid, low);
+        continue;
+      }
+      load_tile<T, D>(now, slice.key, slice.value, tile);
+      for (; left > kRowTile; left -= kRowTile, first += kRowTile) meet<T, D, kRowTile>(first, tile, low);
+      Meet<T, D, kRowTile>::tile(left, first, tile, low);
     }
   }
 }
@@ -440,41 +477,77 @@ Part<D>* shared_parts(const tandem_attention& a, const tandem_step& step, int th
   return (Part<D>*)((char*)a.workspace + used);
 }
 
+// What one thread computes at a time: a block of rows of one head over all splits, or a narrow chunk over all of them (`parts` is
+// null) or over the one that begins at `low`.
+template <class T, int D>
+struct Item {
+  Work<T, D> work;
+  int low;
+  Part<D>* parts;
+  int num_positions() const {
+    const int end = work.span.start + work.last;
+    return parts && low + kSplit < end ? kSplit : end - low;
+  }
+  // About how long it takes, in times that one row meets one tile; to load a tile takes kLoadCost of them.
+  int64_t cost() const {
+    const int tiles = (num_positions() + kTile - 1) / kTile;
+    return (int64_t)tiles * (work.head_end - work.head) * (kLoadCost + work.rows_per_head());
+  }
+};
+
+// Calls visit(item) for every item of the step, in an order that all threads agree on.
+template <class T, int D, class Visit>
+void for_items(const tandem_attention& a, const tandem_step& step, Part<D>* parts, Visit visit) {
+  const int group = a.num_heads / a.num_kv_heads;
+  const int block = group < kBlockRows ? kBlockRows / group : 1;  // tokens
+  for (int i = 0; i < step.num_spans; i++) {
+    const tandem_span& span = step.spans[i];
+    const tandem_span* following = i + 1 < step.num_spans ? &span + 1 : nullptr;
+    if (!is_narrow(span)) {
+      for (int first = 0; first < span.rows; first += block)
+        for (int head = 0; head < a.num_kv_heads; head++) {
+          const int last = first + block < span.rows ? first + block : span.rows;
+          visit(Item<T, D>{{a, span, first, last, head, head + 1, nullptr}, 0, nullptr});
+        }
+      continue;
+    }
+    const Work<T, D> work = {a, span, 0, span.rows, 0, a.num_kv_heads, following};
+    if (!parts) {
+      visit(Item<T, D>{work, 0, nullptr});
+    } else {
+      for (int split = 0; split < num_splits(span); split++, parts += work.num_rows())
+        visit(Item<T, D>{work, split * kSplit, parts});
+    }
+  }
+}
+
+template <class T, int D>
+void run_item(const Item<T, D>& item, const Scratch<T, D>& mine) {
+  const Work<T, D>& work = item.work;
+  if (!item.parts) return attend_whole<T, D>(work, mine.rows, mine.sums, *mine.tile);
+  begin(work, mine.rows);
+  for (int r = 0; r < work.num_rows(); r++) mine.rows[r].clear();
+  attend(work, mine.rows, item.low, item.low + kSplit, *mine.tile);
+  for (int r = 0; r < work.num_rows(); r++) {
+    std::memcpy(item.parts[r].value, mine.rows[r].value, sizeof item.parts[r].value);
+    item.parts[r].total = sum(load(mine.rows[r].lanes));
+    item.parts[r].peak = mine.rows[r].peak;
+  }
+}
+
+// Each thread computes a run of items that takes about as long as the others'.
 template <class T, int D>
 void run(const tandem_attention& a, const tandem_step& step, Share share) {
   const Scratch<T, D> mine(a, share.index);
   Part<D>* parts = shared_parts<T, D>(a, step, share.count);
-  const int group = a.num_heads / a.num_kv_heads;
-  const int block = group < kBlockRows ? kBlockRows / group : 1;  // tokens
-  int64_t item = 0;
-  const auto is_mine = [&] { return item++ % share.count == share.index; };
-  for (int i = 0; i < step.num_spans; i++) {
-    const tandem_span& span = step.spans[i];
-    const tandem_span* following = share.count == 1 && i + 1 < step.num_spans ? &span + 1 : nullptr;
-    if (!is_narrow(span)) {
-      for (int first = 0; first < span.rows; first += block)
-        for (int head = 0; head < a.num_kv_heads; head++)
-          if (is_mine()) {
-            const int last = first + block < span.rows ? first + block : span.rows;
-            attend_whole<T, D>({a, span, first, last, head, head + 1, nullptr}, mine.rows, mine.sums, *mine.tile);
-          }
-    } else if (!parts) {
-      if (is_mine()) attend_whole<T, D>({a, span, 0, span.rows, 0, a.num_kv_heads, following}, mine.rows, mine.sums, *mine.tile);
-    } else {
-      const Work<T, D> work = {a, span, 0, span.rows, 0, a.num_kv_heads, nullptr};
-      for (int split = 0; split < num_splits(span); split++, parts += work.num_rows())
-        if (is_mine()) {
-          begin(work, mine.rows);
-          for (int r = 0; r < work.num_rows(); r++) mine.rows[r].clear();
-          attend(work, mine.rows, split * kSplit, (split + 1) * kSplit, *mine.tile);
-          for (int r = 0; r < work.num_rows(); r++) {
-            std::memcpy(parts[r].value, mine.rows[r].value, sizeof parts[r].value);
-            parts[r].total = sum(load(mine.rows[r].lanes));
-            parts[r].peak = mine.rows[r].peak;
-          }
-        }
-    }
-  }
+  int64_t total = 0, at = 0;
+  for_items<T, D>(a, step, parts, [&](const Item<T, D>& item) { total += item.cost(); });
+  const int64_t first = total * share.index / share.count, last = total * (share.index + 1) / share.count;
+  for_items<T, D>(a, step, parts, [&](const Item<T, D>& item) {
+    const int64_t cost = item.cost(), middle = at + cost / 2;
+    at += cost;
+    if (first <= middle && middle < last) run_item(item, mine);
+  });
 }
 
 template <class T, int D>
