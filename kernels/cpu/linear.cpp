@@ -24,7 +24,18 @@ constexpr int kRowsInt = 2;
 #endif
 // Vectors of outputs in one tile: low tiles are wide, so that enough sums are under way to hide what one takes.
 constexpr int vecs(int rows) { return rows <= 2 && kLanes < 16 ? 4 : 2; }
+// How far ahead of a tile of so many rows its weights are asked for, in bytes. One row reads them as fast as memory gives them anyway.
+constexpr int ahead(int rows) { return rows == 1 ? 0 : 8192; }
 constexpr int64_t kTogetherBytes = 384 * 1024;  // panels that stay in a core's second cache while the rows pass by
+
+// kVecs vectors of weights; asks for those that come kBytes later.
+template <int kBytes, int kVecs>
+TANDEM_INLINE void fetch(const uint32_t* w, vu (&weight)[kVecs]) {
+  for (int v = 0; v < kVecs; v++) {
+    if (kBytes) __builtin_prefetch((const char*)(w + v * kLanes) + kBytes);
+    weight[v] = load_u(w + v * kLanes);
+  }
+}
 
 struct Rows {  // the activations of a tile
   const void* x;
@@ -44,11 +55,11 @@ struct Tile<TANDEM_W_F32, R> {
     const float* x = (const float*)rows.x;
     const float* w = (const float*)panel + column;
     for (int64_t k = 0; k < m.in_features; k++, w += kPanel) {
-      vf weight[kVecs];
-      for (int v = 0; v < kVecs; v++) weight[v] = load(w + v * kLanes);
+      vu weight[kVecs];
+      fetch<ahead(R)>((const uint32_t*)w, weight);
       for (int r = 0; r < R; r++) {
         const vf value = splat(x[r * rows.stride + k]);
-        for (int v = 0; v < kVecs; v++) sums[r][v] = fma(weight[v], value, sums[r][v]);
+        for (int v = 0; v < kVecs; v++) sums[r][v] = fma((vf)weight[v], value, sums[r][v]);
       }
     }
     for (int r = 0; r < R; r++)
@@ -65,7 +76,7 @@ struct Tile<TANDEM_W_BF16, R> {
     const uint32_t* w = (const uint32_t*)panel + column;
     for (int64_t k = 0; k < m.in_features; k += 2, w += kPanel) {
       vu weight[kVecs];
-      for (int v = 0; v < kVecs; v++) weight[v] = load_u(w + v * kLanes);
+      fetch<ahead(R)>(w, weight);
       for (int r = 0; r < R; r++) {
         const vu value = splat_u(dword(x + r * rows.stride + k));
         for (int v = 0; v < kVecs; v++) sums[r][v] = dot2(sums[r][v], weight[v], value);
@@ -93,7 +104,7 @@ struct Tile<TANDEM_W_INT8, R> {
       }
       for (int i = 0; i < kGroup / 4; i++) {
         vu weight[kVecs];
-        for (int v = 0; v < kVecs; v++) weight[v] = load_u(w + i * kPanel + v * kLanes);
+        fetch<ahead(R)>(w + i * kPanel, weight);
         for (int r = 0; r < R; r++) {
           const vu value = splat_u(dword(x + r * rows.stride + g * kGroup + i * 4));
           for (int v = 0; v < kVecs; v++) exact[r][v] = dot4(exact[r][v], weight[v], value);
@@ -124,11 +135,11 @@ struct Tile<TANDEM_W_INT4, R> {
       const uint32_t* w = (const uint32_t*)(panel + kPanel * 4) + column;
       vi exact[R][kVecs] = {};
       for (int i = 0; i < kGroup / 8; i++) {
-        vu low[kVecs], high[kVecs];
+        vu both[kVecs], low[kVecs], high[kVecs];
+        fetch<ahead(R)>(w + i * kPanel, both);
         for (int v = 0; v < kVecs; v++) {
-          const vu both = load_u(w + i * kPanel + v * kLanes);
-          low[v] = both & nibbles;
-          high[v] = (both >> 4) & nibbles;
+          low[v] = both[v] & nibbles;
+          high[v] = (both[v] >> 4) & nibbles;
         }
         for (int r = 0; r < R; r++) {
           const int8_t* values = x + r * rows.stride + g * kGroup + i * 8;
