@@ -1,8 +1,16 @@
 """Packed weights in a file: made once per model, format and machine, mapped read-only by every worker that uses them.
 
-Owns the file's form, its name in the cache folder and the lock of whoever makes it. The system keeps one copy of a mapped file
-in memory however many processes read it. What a file's name depends on: the model's files (path, size, time of change), the
-format, and `PACK_VERSION`.
+Owns the file's form, its name in the cache folder, the lock of whoever makes it, and the end of files that nobody will ask for
+again. The system keeps one copy of a mapped file in memory however many processes read it, and as long as they do: a file that
+is removed stays with those that have mapped it.
+
+All files of one model (its path without links) and one format are a group; their names begin with the group's:
+
+    GROUP-STATE.packed    STATE: size and time of change of the model's files, and `PACK_VERSION`
+    GROUP.lock            holds the model's path; who has locked it may make and remove files of the group, nobody else
+    .GROUP-xxxx           what is being made
+
+Who makes a file removes what the group had before, and groups whose model is gone.
 
 A file is: 8 bytes `TANDEMW1`, u64 LE length of the header, the header (JSON), zeros up to a multiple of 4096, then the
 tensors, each at a multiple of 64.
@@ -18,9 +26,10 @@ import struct
 import tempfile
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import IO
 
 import msgspec
 import numpy as np
@@ -94,21 +103,57 @@ def _files_of(model_path: Path) -> list[Path]:
     return sorted(path for path in model_path.iterdir() if path.is_file()) if model_path.is_dir() else [model_path]
 
 
+def _group(model_path: Path, form: str) -> str:
+    source = model_path.resolve()
+    return f"{source.stem[:40]}-{form}-{hashlib.sha256(os.fsencode(source)).hexdigest()[:16]}"
+
+
 def file_name(model_path: Path, form: str) -> str:
     """The name of the packed file of a model as its files are now."""
-    digest = hashlib.sha256(f"tandem/packed/{PACK_VERSION}/{form}".encode())
+    digest = hashlib.sha256(f"tandem/packed/{PACK_VERSION}".encode())
     for path in _files_of(model_path):
         found = path.stat()
         digest.update(f"\0{path.resolve()}\0{found.st_size}\0{found.st_mtime_ns}".encode())
-    return f"{model_path.stem[:40]}-{form}-{digest.hexdigest()[:24]}.packed"
+    return f"{_group(model_path, form)}-{digest.hexdigest()[:24]}.packed"
 
 
 @contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    """One maker at a time; the others wait for its file."""
-    with path.open("a") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
+def _locked(path: Path, *, wait: bool = True) -> Iterator[None]:
+    """One process at a time has a group. Raises BlockingIOError instead of waiting if told so."""
+    while True:
+        with path.open("ab") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if _is_at(lock, path):  # else the group was removed meanwhile, and this lock locks nothing
+                yield
+                return
+
+
+def _is_at(file: IO[bytes], path: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(file.fileno()), path.stat())
+    except FileNotFoundError:
+        return False
+
+
+def _remove_group(lock: Path, *, keep_lock: bool) -> None:
+    """Removes the files of a locked group, those too that a killed maker left."""
+    for path in lock.parent.iterdir():
+        if path.name.removeprefix(".").startswith(lock.stem) and not (keep_lock and path == lock):
+            path.unlink(missing_ok=True)
+
+
+def _remove_orphans(folder: Path) -> None:
+    """Removes the groups whose model is gone, but for those that somebody has locked or that we may not remove."""
+    for lock in folder.glob("*.lock"):
+        with suppress(OSError), _locked(lock, wait=False):
+            source = lock.read_bytes()
+            try:
+                if source:
+                    Path(os.fsdecode(source)).stat()
+                    continue
+            except (FileNotFoundError, NotADirectoryError, ValueError):  # ValueError: it can't be a path
+                pass
+            _remove_group(lock, keep_lock=False)
 
 
 def packed_weights(model_path: Path, form: str, source: Source, folder: Path) -> PackedWeights:
@@ -117,13 +162,17 @@ def packed_weights(model_path: Path, form: str, source: Source, folder: Path) ->
     Where no file can be written the weights are a private copy, and a warning says so. Raises what `source` raises.
     """
     path = folder / file_name(model_path, form)
+    lock = folder / f"{_group(model_path, form)}.lock"
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with _locked(path.with_suffix(".lock")):
+        with _locked(lock):
             found = _open(path)
             if found is None:
+                _remove_group(lock, keep_lock=True)
+                lock.write_bytes(os.fsencode(model_path.resolve()))
                 _write(path, source)
                 found = _open(path)
+                _remove_orphans(folder)
     except OSError as error:
         log.warning("packed weights can't be kept in %s (%s): this process has its own copy", folder, error)
         return pack_in_memory(source)
@@ -134,7 +183,8 @@ def packed_weights(model_path: Path, form: str, source: Source, folder: Path) ->
 
 def _write(path: Path, source: Source) -> None:
     """Writes tensors as they come, then the header, and gives the file its name when it is whole."""
-    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.stem}-", delete=False) as body:
+    prefix = f".{path.stem}-"
+    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=prefix, delete=False) as body:
         try:
             digest, checksum = hashlib.sha256(), xxhash.xxh3_128()
             entries: list[_Entry] = []
@@ -150,7 +200,7 @@ def _write(path: Path, source: Source) -> None:
             checksum.update(_described(digest.hexdigest(), entries))
             header = msgspec.json.encode(_Header(digest.hexdigest(), checksum.hexdigest(), entries))
             begin = -(-(len(_MAGIC) + 8 + len(header)) // _PAGE) * _PAGE
-            with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.stem}-", delete=False) as whole:
+            with tempfile.NamedTemporaryFile(dir=path.parent, prefix=prefix, delete=False) as whole:
                 try:
                     whole.write(_MAGIC + struct.pack("<Q", len(header)) + header)
                     whole.seek(begin)

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import logging
 import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import IO
 
 import pytest
 import torch
@@ -178,7 +181,7 @@ def test_a_file_of_another_model_format_or_state_has_another_name(tmp_path: Path
     assert len(names) == 5
     link = tmp_path / "link"
     link.symlink_to(path)
-    assert file_name(link, "bf16").split("-")[-1] == file_name(path, "bf16").split("-")[-1], "one file by two names"
+    assert file_name(link, "bf16") == file_name(path, "bf16"), "one file by two names"
 
 
 def test_the_name_of_a_directory_depends_on_each_of_its_files(tmp_path: Path) -> None:
@@ -285,7 +288,104 @@ def test_a_process_that_dies_while_it_writes_leaves_the_work_to_the_next(tmp_pat
         time.sleep(0.01)
     process.send_signal(signal.SIGKILL)
     process.communicate(timeout=30)
-    check(packed_weights(tmp_path / "m.gguf", "bf16", Source(), tmp_path / "packed"))
+    folder = tmp_path / "packed"
+    assert any(path.name.startswith(".") for path in folder.iterdir())
+    check(packed_weights(tmp_path / "m.gguf", "bf16", Source(), folder))
+    assert sorted(path.suffix for path in folder.iterdir()) == [".lock", ".packed"]
+
+
+def names(folder: Path, pattern: str = "*.packed") -> set[str]:
+    return {path.name for path in folder.glob(pattern)}
+
+
+def a_model(path: Path, content: bytes) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(content)
+    return path
+
+
+def test_what_is_made_anew_replaces_what_was_and_those_who_mapped_it_keep_it(
+    model_path: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = packed_weights(model_path, "bf16", Source(), folder)
+    packed_weights(model_path, "int8", Source(), folder)
+    int8 = file_name(model_path, "int8")
+    model_path.write_bytes(b"other weights")
+    check(packed_weights(model_path, "bf16", Source(), folder))
+    assert names(folder) == {file_name(model_path, "bf16"), int8}
+    monkeypatch.setattr(packed, "PACK_VERSION", packed.PACK_VERSION + 1)
+    check(packed_weights(model_path, "bf16", Source(), folder))
+    assert names(folder) == {file_name(model_path, "bf16"), int8}
+    assert mapped_files(first.tensors["norm"])[-1] == "(deleted)"
+    check(first)
+
+
+def test_models_of_one_name_leave_each_other_alone(tmp_path: Path, folder: Path) -> None:
+    paths = [a_model(tmp_path / name / "m.gguf", name.encode()) for name in ("a", "b")]
+    for path in (*paths, *paths):
+        packed_weights(path, "bf16", Source(), folder)
+    assert names(folder) == {file_name(path, "bf16") for path in paths}
+    assert len(names(folder)) == 2
+
+
+def test_files_whose_model_is_gone_are_removed_when_another_is_made(tmp_path: Path, folder: Path) -> None:
+    gone, kept = a_model(tmp_path / "gone" / "m.gguf", b"1"), a_model(tmp_path / "kept.gguf", b"1")
+    packed_weights(gone, "bf16", Source(), folder)
+    packed_weights(kept, "bf16", Source(), folder)
+    assert len(names(folder)) == 2
+    gone.unlink()
+    gone.parent.rmdir()
+    nobodys = folder / "nobodys.packed"  # not ours: it has no lock
+    nobodys.write_bytes(b"x")
+    packed_weights(kept, "bf16", Source(), folder)
+    assert len(names(folder)) == 3, "a load that makes nothing removes nothing"
+    packed_weights(kept, "int8", Source(), folder)
+    assert names(folder) == {file_name(kept, "bf16"), file_name(kept, "int8"), "nobodys.packed"}
+    assert len(names(folder, "*.lock")) == 2
+
+
+def test_a_group_that_somebody_has_locked_is_not_removed(tmp_path: Path, folder: Path) -> None:
+    gone, kept = a_model(tmp_path / "gone.gguf", b"1"), a_model(tmp_path / "kept.gguf", b"1")
+    packed_weights(gone, "bf16", Source(), folder)
+    name = file_name(gone, "bf16")
+    gone.unlink()
+    (lock,) = folder.glob("*.lock")
+    with lock.open("a") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        packed_weights(kept, "bf16", Source(), folder)
+        assert name in names(folder)
+    packed_weights(kept, "int8", Source(), folder)
+    assert name not in names(folder)
+
+
+def test_a_lock_that_was_removed_while_one_waited_for_it_is_taken_anew(
+    model_path: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    packed_weights(model_path, "bf16", Source(), folder)
+    (lock,) = folder.glob("*.lock")
+    flock, asked = fcntl.flock, threading.Semaphore(0)
+
+    def announced(file: IO[bytes], operation: int) -> None:
+        asked.release()
+        flock(file, operation)
+
+    monkeypatch.setattr(fcntl, "flock", announced)
+    source = Source()
+    waiter = threading.Thread(target=packed_weights, args=(model_path, "bf16", source, folder))
+    with lock.open("a") as removed, (folder / "new").open("a") as new:
+        flock(removed, fcntl.LOCK_EX)
+        flock(new, fcntl.LOCK_EX)
+        waiter.start()
+        assert asked.acquire(timeout=60)
+        for path in folder.glob("*.packed"):
+            path.unlink()
+        (folder / "new").rename(lock)
+        removed.close()
+        assert asked.acquire(timeout=60), "a lock that is no longer there is none"
+        assert source.calls == 0
+    waiter.join(60)
+    assert source.calls == 1
+    assert names(folder) == {file_name(model_path, "bf16")}
 
 
 def logits(model: LoadedModel) -> Tensor:
@@ -312,4 +412,4 @@ def test_a_changed_model_is_packed_anew(tmp_path: Path, folder: Path) -> None:
     tiny_models.save(tiny_models.build("llama", {}, seed=1), path)
     second = load_model(path, "bf16", None, folder)
     assert first.fingerprint != second.fingerprint == load_model(path, "bf16").fingerprint
-    assert len(list(folder.glob("*.packed"))) == 2
+    assert names(folder) == {file_name(path, "bf16")}
