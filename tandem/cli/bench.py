@@ -1,4 +1,4 @@
-"""`tandem bench engine`, `serve` and `ladder`: run a benchmark, print it for people or programs.
+"""`tandem bench engine`, `serve`, `ladder` and `quality`: run a benchmark, print it for people or programs.
 
 Owns the printing and the exit code; what is measured is in `tandem.bench`.
 """
@@ -185,6 +185,34 @@ def ladder(
         stdout.print(_ladder_table(results.steps))
     if not every_ok:
         raise typer.Exit(1)
+
+
+@app.command()
+def quality(
+    config_path: ConfigOption = None,
+    weights: Annotated[
+        str,
+        typer.Option(help="fp32, bf16, int8, int4, separated by commas; bf16 is always measured, as the reference."),
+    ] = "bf16,int8,int4",
+    tokens: Annotated[
+        int, typer.Option(min=2, help="How much of the text is read, in windows of 1024 tokens, each its own context.")
+    ] = 4096,
+    as_json: JsonOption = False,
+) -> None:
+    """What int8 and int4 weights cost, beside bf16 weights of the same file: perplexity on the first chapters of Alice's
+    Adventures in Wonderland, how often the likeliest next token is the same, and the divergence of the predictions.
+
+    Takes some half a minute with the default model. Needs a checkout. The exit code is 1 if a goal isn't reached.
+    """
+    from tandem.bench import quality as bench
+    from tandem.model_files import resolve_model
+
+    config = load_config(config_path)
+    forms = bench.named([name.strip() for name in weights.split(",")])
+    path = resolve_model(config.model.path)
+    if as_json:
+        print_json(header() | {"quality": {"weights": forms, "tokens": tokens, "threads": config.decode.threads}})
+    _print(bench.run(path, forms, config.decode, num_tokens=tokens, say=_say), as_json)
 
 
 def _ladder_table(steps: Sequence[Step]) -> Table:

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from tandem.bench import quality
 from tandem.cli.main import main
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -74,6 +75,62 @@ def test_bench_engine_refuses_what_it_can_not_measure(
     printed = capsys.readouterr()
     assert printed.out == ""
     assert message in printed.err
+
+
+@pytest.mark.timeout(120)
+def test_bench_quality_compares_forms_on_the_shipped_text() -> None:
+    code, lines, stderr = bench("quality", "--weights", "int8", "--tokens", "200", timeout_s=110)
+    assert lines[0]["quality"] == {"weights": ["bf16", "int8"], "tokens": 200, "threads": 1}
+    found = {line["metric"]: line for line in lines[1:]}
+    assert code == (0 if all(line["ok"] for line in lines[1:]) else 1), stderr
+    assert 5 < found["bf16_perplexity"]["value"] < 50
+    assert found["bf16_agreement"]["value"] == 1
+    assert found["bf16_divergence"]["value"] == 0
+    assert found["int8_perplexity"]["ratio"] == pytest.approx(1, abs=0.05)
+    assert 0.85 < found["int8_agreement"]["value"] < 1
+    assert 0 < found["int8_divergence"]["value"] < 0.05
+    assert 0 < found["int8_weight_error"]["value"] < 0.01
+    assert found["int8_weights"]["ratio"] == pytest.approx(34 / 64)
+    assert "window 1 of 1" in stderr
+
+
+def test_bench_quality_misses_a_goal_and_the_exit_code_is_1(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(quality.GOALS, "bf16", quality.Goal(agreement=1.5, perplexity=1.0))
+    monkeypatch.setattr(sys, "argv", ["tandem", "bench", "quality", "--weights", "bf16", "--tokens", "2"])
+    with pytest.raises(SystemExit) as caught:
+        main()
+    assert caught.value.code == 1
+    assert "NO (goal >= 1.5)" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--weights", "int8,q4"), "'q4' is no format of weights (fp32, bf16, int8, int4 are)"),
+        (("--tokens", "9999"), "9999 tokens are asked for, the text has 8642 in this model's vocabulary"),
+    ],
+)
+def test_bench_quality_refuses_what_it_can_not_measure(
+    options: tuple[str, ...], message: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["tandem", "bench", "quality", *options])
+    with pytest.raises(SystemExit) as caught:
+        main()
+    assert caught.value.code == 1
+    assert message in capsys.readouterr().err
+
+
+def test_bench_quality_outside_a_checkout_names_the_missing_text(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(quality, "TEXT", tmp_path / "alice.txt")
+    monkeypatch.setattr(sys, "argv", ["tandem", "bench", "quality"])
+    with pytest.raises(SystemExit) as caught:
+        main()
+    assert caught.value.code == 1
+    assert f"{tmp_path / 'alice.txt'} is not there" in capsys.readouterr().err
 
 
 @pytest.mark.slow
