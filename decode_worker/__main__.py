@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from decode_worker.worker import run
 from tandem.role_main import role_main
 
 if __name__ == "__main__":
-    role_main("decode_worker", "decode-0", run)
+    role_main("decode", "decode-0")

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from kvpool.node import run
 from tandem.role_main import role_main
 
 if __name__ == "__main__":
-    role_main("kvpool", "pool-0", run)
+    role_main("pool", "pool-0")

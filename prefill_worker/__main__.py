@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from prefill_worker.worker import run
 from tandem.role_main import role_main
 
 if __name__ == "__main__":
-    role_main("prefill_worker", "prefill-0", run)
+    role_main("prefill", "prefill-0")

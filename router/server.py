@@ -51,8 +51,8 @@ SERVICE = "tandem.v1.Tandem"
 P = ParamSpec("P")
 
 
-def run(config: Config, stop: threading.Event) -> None:
-    """Serves as router until `stop` is set, then drains. Raises TandemError if it can't start (a port in use, no model)."""
+def run(config: Config, name: str, stop: threading.Event) -> None:
+    """Serves as router `name` until `stop` is set, then drains. Raises TandemError if a port is in use or there is no model."""
     tokenizer = load_tokenizer(resolve_model(config.model.path))
     asyncio.run(RouterServer(config, tokenizer).serve(stop))
 

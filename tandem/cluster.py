@@ -8,7 +8,6 @@ same that `python -m ROLE` runs.
 from __future__ import annotations
 
 import contextlib
-import importlib
 import json
 import logging
 import os
@@ -31,20 +30,15 @@ from tandem.clock import now_s
 from tandem.config import Config, dump_config, load_config
 from tandem.errors import Cancelled, ConfigError, DeadlineExceeded, TandemError, error_from_code
 from tandem.ports import busy_ports, with_free_ports
+from tandem.role_main import ENTRY_POINTS, load_role
 
 log = logging.getLogger(__name__)
-
-ENTRY_POINTS: Mapping[str, str] = {
-    "router": "router.server:run",
-    "prefill": "prefill_worker.worker:run",
-    "decode": "decode_worker.worker:run",
-    "pool": "kvpool.node:run",
-}
-"""Where each role's `run` is: `run(config, stop)` for the router, `run(config, name, stop)` for the others."""
 
 OBJECT_STORE_BYTES = 80 * 2**20
 """Ray's smallest object store is 75 MiB; nothing of ours goes through it."""
 
+_KEPT = frozenset({"TANDEM_CACHE", "TANDEM_KERNELS"})
+"""Variables of our own that are no part of the configuration."""
 _MAX_PAUSE_S = 30.0
 _STEADY_S = 60.0
 """A role that ran for so long did not die at once: its next restart is not delayed."""
@@ -96,7 +90,7 @@ class RoleProcess:
     def __init__(self, entry_point: str, role: str, name: str, config_yaml: str, log_path: str) -> None:
         _write_output_to(log_path)
         # The string is the whole configuration: the environment was merged into it where the cluster was started.
-        for variable in [key for key in os.environ if key.startswith("TANDEM_") and key != "TANDEM_CACHE"]:
+        for variable in [key for key in os.environ if key.startswith("TANDEM_") and key not in _KEPT]:
             del os.environ[variable]
         self._role = role
         self._name = name
@@ -110,14 +104,7 @@ class RoleProcess:
     def _run(self, entry_point: str, config_yaml: str, log_path: str) -> None:
         try:
             config = _parse_config(config_yaml)
-            threads = {"prefill": config.prefill.threads, "decode": config.decode.threads}.get(self._role, 1)
-            os.environ["OMP_NUM_THREADS"] = str(threads)  # read when torch is first imported, below
-            module, _, function = entry_point.partition(":")
-            run = getattr(importlib.import_module(module), function)
-            if self._role == "router":
-                run(config, self._stop)
-            else:
-                run(config, self._name, self._stop)
+            load_role(self._role, config, entry_point)(config, self._name, self._stop)
             if not self._stop.is_set():
                 self._error = (TandemError.code, f"it ended by itself; its log is {log_path}")
         except TandemError as error:

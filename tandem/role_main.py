@@ -3,19 +3,43 @@
 from __future__ import annotations
 
 import argparse
+import importlib
 import logging
+import os
 import signal
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from types import FrameType
 
 from tandem.config import Config, load_config
 from tandem.errors import TandemError
 
+ENTRY_POINTS: Mapping[str, str] = {
+    "router": "router.server:run",
+    "prefill": "prefill_worker.worker:run",
+    "decode": "decode_worker.worker:run",
+    "pool": "kvpool.node:run",
+}
+"""Where each role's `run(config, name, stop)` is."""
 
-def role_main(module: str, default_name: str, run: Callable[[Config, str, threading.Event], None]) -> None:
+Run = Callable[[Config, str, threading.Event], None]
+
+
+def load_role(role: str, config: Config, entry_point: str) -> Run:
+    """Imports a role's `run` in the process that will run it alone. What torch reads from the environment when it is imported is
+    set before: its idle threads sleep, because spinning would take other processes' cores."""
+    threads = {"prefill": config.prefill.threads, "decode": config.decode.threads}.get(role, 1)
+    os.environ["OMP_NUM_THREADS"] = str(threads)
+    os.environ["OMP_WAIT_POLICY"] = "passive"
+    module, _, function = entry_point.partition(":")
+    run: Run = getattr(importlib.import_module(module), function)
+    return run
+
+
+def role_main(role: str, default_name: str) -> None:
     """Runs a role as this process and exits: 0 after SIGTERM or SIGINT, 1 with one sentence on an error."""
+    module = ENTRY_POINTS[role].partition(".")[0]
     parser = argparse.ArgumentParser(
         prog=f"python -m {module}", description=f"Runs one process of the role {module} in the foreground."
     )
@@ -34,7 +58,8 @@ def role_main(module: str, default_name: str, run: Callable[[Config, str, thread
     signal.signal(signal.SIGTERM, on_signal)
     signal.signal(signal.SIGINT, on_signal)
     try:
-        run(load_config(arguments.config), arguments.name, stop)
+        config = load_config(arguments.config)
+        load_role(role, config, ENTRY_POINTS[role])(config, arguments.name, stop)
     except TandemError as error:
         print(f"{arguments.name}: {error}", file=sys.stderr)
         sys.exit(1)

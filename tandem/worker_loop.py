@@ -39,8 +39,10 @@ from protos.control import (
 )
 from tandem.clock import now_s
 from tandem.config import Config, WorkerConfig
+from tandem.cores import Cores, claim_cores
 from tandem.engine.build import EngineParts, build_engine
 from tandem.engine.engine import Output
+from tandem.engine.runner import Runner
 from tandem.errors import ConfigError
 from tandem.machine import machine_id
 from tandem.model_files import default_model_name, resolve_model
@@ -87,17 +89,31 @@ class WorkerLoop:
         engine_thread = _EngineThread(parts)
         transfer = _TransferThread(self._config, parts, engine_thread, self._role, self._name, model_name)
         engine_thread.connect(transfer)
+        cores = claim_cores(self._worker.threads)
         thread = threading.Thread(target=transfer.run, name="transfer")
         thread.start()
         try:
+            self._pin(parts.runner, cores)
             engine_thread.run(stop, transfer)
         finally:
             transfer.stop()
             thread.join()
             transfer.close()
             parts.arena.close()
+            if cores is not None:
+                cores.close()
         if transfer.error is not None:
             raise transfer.error
+
+    @staticmethod
+    def _pin(runner: Runner, cores: Cores | None) -> None:
+        """The threads that compute, not those that talk: they are short of work and go where there is room."""
+        if cores is None:
+            log.info("too few cores are left for one each: threads run where the system puts them")
+        elif runner.pin(cores.ids):
+            log.info("computing on core %s", ", ".join(map(str, cores.ids)))
+        else:
+            log.info("threads are not pinned to cores %s: the system doesn't let it, or torch computes", cores.ids)
 
 
 class _EngineThread:

@@ -64,6 +64,8 @@ def load(variant: Variant) -> Native | None:
     library.tandem_team_new.argtypes = [int32]
     library.tandem_team_free.restype = None
     library.tandem_team_free.argtypes = [pointer]
+    library.tandem_team_pin.restype = int32
+    library.tandem_team_pin.argtypes = [pointer, pointer]
     library.tandem_run.restype = None
     library.tandem_run.argtypes = [pointer, pointer, int64, pointer, pointer]
     library.tandem_sample.restype = int32

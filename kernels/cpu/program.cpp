@@ -66,6 +66,20 @@ class Team {
     }
     work(job, 0);
   }
+  // Helper i runs on cores[i - 1] from now on; false if the system refuses.
+  bool pin(const int32_t* cores) {
+    bool done = true;
+    for (int i = 1; i < count_; i++) {
+      cpu_set_t* const set = CPU_ALLOC(cores[i - 1] + 1);
+      const size_t bytes = CPU_ALLOC_SIZE(cores[i - 1] + 1);
+      if (!set) return false;
+      CPU_ZERO_S(bytes, set);
+      CPU_SET_S(cores[i - 1], bytes, set);
+      done = !pthread_setaffinity_np(helpers_[i].native_handle(), bytes, set) && done;
+      CPU_FREE(set);
+    }
+    return done;
+  }
   static constexpr int kMost = 256;
 
  private:
@@ -147,6 +161,9 @@ TANDEM_EXPORT void* tandem_team_new(int32_t count) {
 }
 
 TANDEM_EXPORT void tandem_team_free(void* team) { delete (tandem::Team*)team; }
+
+// Pins the team's threads but the caller's to those cores, one each. Returns whether that was possible.
+TANDEM_EXPORT int32_t tandem_team_pin(void* team, const int32_t* cores) { return ((tandem::Team*)team)->pin(cores); }
 
 // Runs the operations for one step; adds to seconds[kind] what they took. Not reentrant for one team.
 TANDEM_EXPORT void tandem_run(void* team, const tandem_op* ops, int64_t num_ops, const tandem_step* step, double* seconds) {

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import math
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -73,6 +74,7 @@ class Program:
     def __init__(self, native: Native, form: WeightFormat, heads: Heads, max_rows: int, threads: int) -> None:
         self._library = native.library
         self._team = self._library.tandem_team_new(threads)
+        self._threads = threads
         self._workspace_bytes = threads * THREAD_BYTES + SHARED_BYTES
         if not self._team:
             raise ValueError(f"threads is {threads}, must be 1 to 256")
@@ -281,6 +283,17 @@ class Program:
             num_spans=len(step.spans),
         )
         self._library.tandem_run(self._team, self._array, len(self._ops), ctypes.byref(struct), self._seconds)
+
+    def pin(self, cores: Sequence[int]) -> bool:
+        """Pins the calling thread and the team's others to those cores, one each; False if the system doesn't let it."""
+        if len(cores) != self._threads:
+            raise ValueError(f"{len(cores)} cores for {self._threads} threads")
+        try:
+            os.sched_setaffinity(0, {cores[0]})
+        except OSError:
+            return False
+        others = (ctypes.c_int32 * (self._threads - 1))(*cores[1:])
+        return bool(self._library.tandem_team_pin(self._team, others))
 
     def seconds(self) -> dict[str, float]:
         """What all steps so far took: "linear", "attention" and "rest", of the calling thread."""

@@ -223,13 +223,14 @@ TANDEM_INLINE float largest(vf v) {
 #endif
 }
 
-// 2^x for x <= 0 with 2^0 == 1: 2^n * p(f), |f| <= 1/2; p interpolates at Chebyshev nodes, relative error < 2e-7.
+// 2^x for x <= 0 with 2^0 == 1: 2^n * p(f), |f| <= 1/2; p interpolates at Chebyshev nodes, relative error < 2e-7. 0 where the
+// result would be less than a denormal, without AVX-512 below 2^-126.5.
 TANDEM_INLINE vf exp2_neg(vf x) {
 #if TANDEM_AVX512
   x = max(x, splat(-150.0f));
   const vf n = (vf)_mm512_roundscale_ps((__m512)x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
 #else
-  x = max(x, splat(-126.0f));
+  x = max(x, splat(-127.0f));  // where the exponent's bits are 0: 2^n is 0
   // Adding and taking away 1.5 * 2^23 rounds to the nearest integer.
   const vf n = (x + splat(12582912.0f)) - splat(12582912.0f);
 #endif

@@ -160,6 +160,11 @@ class Runner:
             self._torch.run(step, self._model.forward)
         return step.logits
 
+    def pin(self, cores: Sequence[int]) -> bool:
+        """Pins the threads that compute to those cores, one each, the calling one, which must be the one that runs, to the first.
+        False if that can't be done: the system doesn't let it, or torch computes."""
+        return self._program is not None and self._program.pin(cores)
+
     def seconds(self) -> dict[str, float]:
         """What all steps so far spent in "linear", "attention" and "rest" of the native program; empty where torch computes."""
         return {} if self._program is None else self._program.seconds()

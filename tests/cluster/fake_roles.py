@@ -27,7 +27,7 @@ class _Router(tandem_pb2_grpc.TandemServicer):
         return answer
 
 
-def run_router(config: Config, stop: threading.Event) -> None:
+def run_router(config: Config, name: str, stop: threading.Event) -> None:
     server = grpc.server(futures.ThreadPoolExecutor(2))
     tandem_pb2_grpc.add_TandemServicer_to_server(_Router(config), server)
     server.add_insecure_port(f"{config.router.host}:{config.router.grpc_port}")

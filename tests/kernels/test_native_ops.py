@@ -3,7 +3,11 @@ batches, and shared between threads."""
 
 from __future__ import annotations
 
+import os
+import threading
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -169,7 +173,7 @@ def test_a_linear_of_gates_ends_with_swiglu(variant: cpu.Variant, form: WeightFo
 
 @every_variant
 def test_swiglu_of_great_gates_neither_overflows_nor_is_lost(variant: cpu.Variant) -> None:
-    gates = torch.tensor([0.0, -0.0, 1e-30, -20.0, 20.0, -88.0, 88.0, -1e4, 1e4, -1e6, 1e6, 1.0, -1.0, 5.0, -5.0, 0.5])
+    gates = torch.tensor([0.0, -0.0, 1e-30, -20, 20, -88, 88, -1e4, 1e4, -3e38, 3e38, 1, -1, 5, -5, 0.5])
     weight = torch.zeros(32, 32)
     weight[:16, 0], weight[16:, 1] = gates, 1.0
     x = torch.zeros(1, 32)
@@ -479,3 +483,29 @@ def test_a_team_of_no_threads_or_too_many_is_refused(variant: cpu.Variant) -> No
     for threads in (0, -1, 257):
         with pytest.raises(ValueError, match=f"threads is {threads}, must be 1 to 256"):
             program(variant, "fp32", 4, threads)
+
+
+@every_variant
+def test_every_thread_of_a_team_is_pinned_to_its_core(variant: cpu.Variant) -> None:
+    """On a thread of its own: the caller's is pinned too."""
+    cores = sorted(os.sched_getaffinity(0))[:2]
+    if len(cores) < 2:
+        pytest.skip("this machine has one core")
+
+    def allowed() -> dict[int, set[int]]:
+        return {int(task.name): os.sched_getaffinity(int(task.name)) for task in Path("/proc/self/task").iterdir()}
+
+    def pinned() -> None:
+        before = set(allowed())
+        team = program(variant, "bf16", 4, threads=2)
+        helper = set(allowed()) - before
+        assert len(helper) == 1
+        assert team.pin(cores)
+        found = allowed()
+        assert found[threading.get_native_id()] == {cores[0]}
+        assert found[helper.pop()] == {cores[1]}
+        with pytest.raises(ValueError, match="1 cores for 2 threads"):
+            team.pin(cores[:1])
+
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(pinned).result()
