@@ -200,7 +200,8 @@ def quality(
     as_json: JsonOption = False,
 ) -> None:
     """What int8 and int4 weights cost, beside bf16 weights of the same file: perplexity on the first chapters of Alice's
-    Adventures in Wonderland, how often the likeliest next token is the same, and the divergence of the predictions.
+    Adventures in Wonderland, how often the likeliest next token is the same, and the divergence of the predictions. Where the
+    file's own weights are quantized, a form that holds them exactly (its weight_error is 0) loses no more of them.
 
     Takes some half a minute with the default model. Needs a checkout. The exit code is 1 if a goal isn't reached.
     """

@@ -53,6 +53,7 @@ def test_bench_engine_measures_beside_the_machines_limits() -> None:
         assert line["value"] > 0
         assert line["reference_value"] > 0
     assert {"memory_read_2_cores", "matmul_bf16_2_cores"} <= set(found)
+    assert {"rss_of_one_worker", "memory_of_two_workers", "weights_shared_by_two_workers"} <= set(found)
     assert all(line["ok"] for line in lines[1:])
     assert "skipped: context 9000" in stderr
 
@@ -92,6 +93,13 @@ def test_bench_quality_compares_forms_on_the_shipped_text() -> None:
     assert 0 < found["int8_weight_error"]["value"] < 0.01
     assert found["int8_weights"]["ratio"] == pytest.approx(34 / 64)
     assert "window 1 of 1" in stderr
+
+
+def test_bench_quality_says_that_a_quantized_file_holds_a_form_already() -> None:
+    _, lines, stderr = bench("quality", "--weights", "int4", "--tokens", "2", timeout_s=110)
+    assert next(line for line in lines if line.get("metric") == "int4_weight_error")["value"] == 0
+    assert "int4: the model's file holds these very weights" in stderr
+    assert "bf16: the model's file holds" not in stderr
 
 
 def test_bench_quality_misses_a_goal_and_the_exit_code_is_1(
