@@ -15,6 +15,7 @@ import psutil
 
 from kernels.linear import WeightFormat
 from kvpool.layout import DTYPE_BYTES, KVLayout
+from tandem.bench import memory
 from tandem.bench.breakdown import breakdown
 from tandem.bench.cases import DECODE_TOKENS, Case, kv_tokens, plan
 from tandem.bench.limits import MemoryReader, matmul_flops_per_s
@@ -113,7 +114,7 @@ def run(
 ) -> Iterator[Metric]:
     """Measures case by case and yields the metrics, the machine's limits last; `say` hears what is skipped and why. Nothing
     begins after `max_seconds`, nor if computing its prompts would last longer. The smallest and the largest batch come with
-    a breakdown of their steps."""
+    a breakdown of their steps; before all of them comes the memory of two workers."""
     began_s = now_s()
     model = open_weights(path).config
     slab_bytes = _layout(model, dtype, worker).slab_bytes
@@ -130,6 +131,7 @@ def run(
         say(f"skipped: {reason}")
     if not planned.cases:
         return
+    yield from memory.run(path, dtype, weights, worker, say)
     engine = fitted_engine(path, dtype, weights, worker, kv_tokens(planned.cases), planned.max_batch, planned.max_len)
     load = EngineLoad(engine, planned.max_batch)
     roofline = Roofline(model, dtype, weights, worker.threads)

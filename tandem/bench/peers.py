@@ -32,6 +32,7 @@ START_S = 600.0
 ANSWER_S = 300.0
 _END_S = 10.0
 _MAX_LINE = 65_536
+_ADVICE = "If its installation is damaged, remove .peers and run `make peers`"
 _LAST_WORDS = 2_000
 _LAST_LINES = 4
 _OURS = (
@@ -114,10 +115,17 @@ class Peer:
     """A running peer. Any failure is a TandemError and ends it: it answers nothing afterwards."""
 
     def __init__(
-        self, name: str, command: Sequence[str], *, start_s: float = START_S, answer_s: float = ANSWER_S
+        self,
+        name: str,
+        command: Sequence[str],
+        *,
+        start_s: float = START_S,
+        answer_s: float = ANSWER_S,
+        advice: str = _ADVICE,
     ) -> None:
-        """Starts the child and waits until it has loaded its model."""
+        """Starts the child and waits until it has loaded its model. `advice` ends the message of any error."""
         self.name = name
+        self._advice = advice
         self._answer_s = answer_s
         self._buffer = b""
         self._stderr = tempfile.TemporaryFile()  # noqa: SIM115  closed by close()
@@ -139,6 +147,10 @@ class Peer:
             self._kill()
             self.close()
             raise
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
 
     def rate(self, case: Case) -> float:
         """Tokens a second of one run of `case`."""
@@ -225,10 +237,7 @@ class Peer:
         lines = [line.strip() for line in self._stderr.read().decode("utf-8", "replace").splitlines()]
         words = " | ".join([line for line in lines if line][-_LAST_LINES:])
         self.close()
-        return TandemError(
-            f"{self.name} {what}; its last words: {words or 'none'}. If its installation is damaged, remove .peers and run "
-            "`make peers`"
-        )
+        return TandemError(f"{self.name} {what}; its last words: {words or 'none'}. {self._advice}".rstrip())
 
     def _kill(self) -> None:
         if self._process.poll() is None:

@@ -62,7 +62,7 @@ def engine(
 ) -> None:
     """Tokens a second of the engine alone, in this process: prefill and decode by batch and context, each beside what the cores
     of this machine allow at best, measured in the same run; where the time of a decode step goes, for the smallest and the
-    largest batch.
+    largest batch; and what two workers take of memory, which hold their weights once.
 
     A decode step reads every weight of the linears and of the output head once, and the keys and values of all its sequences
     once: those bytes at the measured speed of memory are the reference. A prefill multiplies in the linears, in attention
