@@ -366,17 +366,22 @@ struct Work {
   int group() const { return a.num_heads / a.num_kv_heads; }
   int rows_per_head() const { return (last - first) * group(); }
   int num_rows() const { return rows_per_head() * (head_end - head); }
-  int64_t step_row(int row) const { return span.first_row + first + row % rows_per_head() / group(); }
-  int64_t query_head(int row) const { return (head + row / rows_per_head()) * group() + row % rows_per_head() % group(); }
+  // Calls visit(row, row of the step, query head) for all rows in order.
+  template <class Visit>
+  TANDEM_INLINE_MEMBER void for_rows(Visit visit) const {
+    int row = 0;
+    for (int kv = head; kv < head_end; kv++)
+      for (int token = first; token < last; token++)
+        for (int q = 0; q < group(); q++) visit(row++, (int64_t)span.first_row + token, (int64_t)kv * group() + q);
+  }
 };
 
 template <class T, int D>
 void begin(const Work<T, D>& work, Row<T, D>* rows) {
-  for (int r = 0; r < work.num_rows(); r++) {
-    const T* q = (const T*)work.a.q + (work.step_row(r) * work.a.num_heads + work.query_head(r)) * D;
-    std::memcpy(rows[r].q, q, D * sizeof(T));
-    rows[r].position = work.span.start + (int)(work.step_row(r) - work.span.first_row);
-  }
+  work.for_rows([&](int row, int64_t step_row, int64_t head) {
+    std::memcpy(rows[row].q, (const T*)work.a.q + (step_row * work.a.num_heads + head) * D, D * sizeof(T));
+    rows[row].position = work.span.start + (int)(step_row - work.span.first_row);
+  });
 }
 
 // The rows meet the positions [low, high) of one split.
@@ -414,16 +419,16 @@ void attend(const Work<T, D>& work, Row<T, D>* rows, int low, int high, Tile<T, 
   }
 }
 
-template <class T, int D>
-void finish(const Work<T, D>& work, int row, const Part<D>& sum) {
+template <int D>
+void finish(const tandem_attention& a, int64_t step_row, int64_t head, const Part<D>& sum) {
   const vf inverse = splat(1.0f / sum.total);
-  const int64_t at = work.step_row(row) * work.a.stride + work.query_head(row) * D;
+  const int64_t at = step_row * a.stride + head * D;
   for (int d = 0; d < D; d += kLanes) {
     const vf value = load(&sum.value[d]) * inverse;
-    if (work.a.out_dtype == TANDEM_BF16)
-      store_bf16((uint16_t*)work.a.out + at + d, value);
+    if (a.out_dtype == TANDEM_BF16)
+      store_bf16((uint16_t*)a.out + at + d, value);
     else
-      store((float*)work.a.out + at + d, value);
+      store((float*)a.out + at + d, value);
   }
 }
 
@@ -438,7 +443,7 @@ void attend_whole(const Work<T, D>& work, Row<T, D>* rows, Part<D>* sums, Tile<T
     attend(work, rows, low, low + kSplit, tile);
     for (int r = 0; r < count; r++) merge(sums[r], rows[r].value, sum(load(rows[r].lanes)), rows[r].peak);
   }
-  for (int r = 0; r < count; r++) finish(work, r, sums[r]);
+  work.for_rows([&](int row, int64_t step_row, int64_t head) { finish(work.a, step_row, head, sums[row]); });
 }
 
 inline int num_splits(const tandem_span& span) { return (span.start + span.rows + kSplit - 1) / kSplit; }
@@ -559,16 +564,16 @@ void run_merge(const tandem_attention& a, const tandem_step& step, Share share) 
     if (!is_narrow(span)) continue;
     const Work<T, D> work = {a, span, 0, span.rows, 0, a.num_kv_heads, nullptr};
     const int count = work.num_rows(), splits = num_splits(span);
-    for (int r = 0; r < count; r++) {
-      if (r % share.count != share.index) continue;
+    work.for_rows([&](int row, int64_t step_row, int64_t head) {
+      if (row % share.count != share.index) return;
       Part<D> sum;
       clear(sum);
       for (int split = 0; split < splits; split++) {
-        const Part<D>& part = parts[split * count + r];
+        const Part<D>& part = parts[split * count + row];
         merge(sum, part.value, part.total, part.peak);
       }
-      finish(work, r, sum);
-    }
+      finish(a, step_row, head, sum);
+    });
     parts += (int64_t)splits * count;
   }
 }

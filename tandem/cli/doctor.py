@@ -16,6 +16,7 @@ from pathlib import Path
 import psutil
 import typer
 
+from kernels.cpu import SWITCH, native
 from tandem.cli.common import ConfigOption, JsonOption, print_json
 from tandem.cli.run_file import RunFile
 from tandem.clock import now_s
@@ -48,23 +49,17 @@ def check_versions(config: Config) -> Finding:
     return True, ", ".join(f"{name} {importlib.metadata.version(name)}" for name in names)
 
 
-def check_instruction_set(config: Config) -> Finding:
-    flags = cpu_flags()
-    present = [
-        name for name in ("avx2", "avx512f", "avx512_bf16", "avx512_vnni", "amx_bf16", "amx_int8") if name in flags
-    ]
-    if "avx2" not in flags:
-        return False, "the processor has no AVX2, which the kernels need: use another machine"
-    note = "" if {"avx512_bf16", "amx_bf16"} & flags else "; no bf16 instructions: `model.dtype: fp32` is faster here"
-    return True, " ".join(present) + note
-
-
-def cpu_flags() -> frozenset[str]:
-    """The processor's feature flags as the kernel names them."""
-    for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
-        if line.startswith("flags"):
-            return frozenset(line.partition(":")[2].split())
-    return frozenset()
+def check_kernels(config: Config) -> Finding:
+    found = native()
+    if found is not None:
+        sources, _, compiler = found.build.partition(" ")
+        return True, f"{found.variant}, of sources {sources[:12]}, by compiler {compiler}"
+    if os.environ.get(SWITCH):
+        return True, f"torch, as {SWITCH} asks: several times slower than the native kernels"
+    return (
+        False,
+        "no native kernels, torch is several times slower: install a C++ compiler (Debian: g++) and Tandem again",
+    )
 
 
 def check_cores(config: Config) -> Finding:
@@ -158,7 +153,7 @@ def check_numerics(config: Config) -> Finding:
 CHECKS: dict[str, Callable[[Config], Finding]] = {
     "platform": check_platform,
     "versions": check_versions,
-    "instruction_set": check_instruction_set,
+    "kernels": check_kernels,
     "cores": check_cores,
     "memory": check_memory,
     "shared_memory": check_shared_memory,

@@ -73,6 +73,7 @@ def _torch_ingredients(form: str) -> list[str]:
         *(f"{name} {os.environ.get(name, '')}" for name in _SWITCHES),
         f"weights {kind} packed for {PACK_ROWS} rows, at least {MIN_ROWS[kind]} rows",
         f"attention tiles of {TILE} positions, at least {ATTENTION_MIN_ROWS} rows",
+        f"numpy {np.__version__}",  # the sampler's exp and log
     ]
 
 
@@ -83,7 +84,6 @@ def _ingredients(model: LoadedModel, native: Native | None) -> list[str]:
         "tandem/numerics/2",
         *backend,
         f"rope tables torch {torch.__version__}",
-        f"numpy {np.__version__}",  # the sampler's exp and log
         f"dtype {model.dtype}, weights {model.model.form} packed by version {PACK_VERSION}",
     ]
 

@@ -61,6 +61,17 @@ def test_more_threads_than_cores_and_more_memory_than_there_is_are_noticed() -> 
     assert "lower prefill.arena_bytes" in evidence
 
 
-def test_a_processor_without_avx2_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(doctor, "cpu_flags", lambda: frozenset({"sse4_2"}))
-    assert not doctor.check_instruction_set(load_config())[0]
+def test_the_kernels_in_use_are_named_and_none_is_a_fault_unless_it_was_asked_for(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("TANDEM_KERNELS", "portable")
+    ok, evidence = doctor.check_kernels(load_config())
+    assert ok
+    assert evidence.startswith("portable, of sources ")
+    monkeypatch.setenv("TANDEM_KERNELS", "torch")
+    assert doctor.check_kernels(load_config())[0]
+    monkeypatch.delenv("TANDEM_KERNELS")
+    monkeypatch.setattr(doctor, "native", lambda: None)
+    ok, evidence = doctor.check_kernels(load_config())
+    assert not ok
+    assert "install a C++ compiler" in evidence
