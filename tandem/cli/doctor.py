@@ -11,7 +11,6 @@ import platform
 import resource
 import shutil
 from collections.abc import Callable
-from pathlib import Path
 
 import psutil
 import typer
