@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-import json
-import subprocess
-import sys
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
@@ -363,22 +360,3 @@ def test_a_picture_that_can_not_be_written_is_refused_before_anything_runs() -> 
     done = CliRunner().invoke(app, ["ladder", "--picture", "/nowhere/ladder.svg"])
     assert isinstance(done.exception, ConfigError)
     assert "there is no folder /nowhere" in str(done.exception)
-
-
-# --- the whole ladder --------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.slow
-@pytest.mark.timeout(900)
-def test_the_whole_ladder_gives_the_same_tokens_and_draws_itself(tmp_path: Path) -> None:
-    picture = tmp_path / "ladder.svg"
-    command = [sys.executable, "-m", "tandem.cli", "bench", "ladder", "--json", "--picture", str(picture)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=880, cwd=Path(__file__).parents[2])
-    assert done.returncode == 0, done.stderr
-    lines = [json.loads(line) for line in done.stdout.splitlines()][1:]
-    assert all(line["ok"] for line in lines)
-    throughput = {line["metric"]: line["value"] for line in lines if line["metric"].endswith("_throughput")}
-    assert len(throughput) == 7
-    assert throughput["paged_kv_throughput"] > throughput["kv_cache_throughput"] > throughput["no_kv_cache_throughput"]
-    assert sum(line["metric"].endswith("_same_tokens") for line in lines) == 6
-    ElementTree.fromstring(picture.read_text(encoding="utf-8"))

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 import pytest
 
@@ -147,3 +148,19 @@ def test_sixteen_clients_for_a_minute_see_no_error() -> None:
     code, lines, stderr = bench("serve", "--clients", "16", "--seconds", "60", timeout_s=390)
     assert code == 0, stderr
     assert next(line for line in lines if line.get("metric") == "errors")["value"] == 0
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_the_whole_ladder_gives_the_same_tokens_and_draws_itself(tmp_path: Path) -> None:
+    picture = tmp_path / "ladder.svg"
+    command = [sys.executable, "-m", "tandem.cli", "bench", "ladder", "--json", "--picture", str(picture)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=880, cwd=Path(__file__).parents[2])
+    assert done.returncode == 0, done.stderr
+    lines = [json.loads(line) for line in done.stdout.splitlines()][1:]
+    assert all(line["ok"] for line in lines)
+    throughput = {line["metric"]: line["value"] for line in lines if line["metric"].endswith("_throughput")}
+    assert len(throughput) == 7
+    assert throughput["paged_kv_throughput"] > throughput["kv_cache_throughput"] > throughput["no_kv_cache_throughput"]
+    assert sum(line["metric"].endswith("_same_tokens") for line in lines) == 6
+    ElementTree.fromstring(picture.read_text(encoding="utf-8"))

@@ -12,7 +12,8 @@ import socket
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from concurrent import futures
 from pathlib import Path
 from typing import Any
@@ -342,26 +343,41 @@ def test_ctrl_c_ends_a_chat_cleanly(router: Any) -> None:
     assert (chat.returncode, errors) == (0, b"")
 
 
-def read_until(terminal: int, text: bytes) -> bytes:
-    seen = b""
-    while text not in seen:
-        assert select.select([terminal], [], [], 20)[0], f"{text!r} did not come after {seen!r}"
-        seen += os.read(terminal, 4096)
-    return seen
+class Terminal:
+    """What a program shows on a terminal, read piece by piece: nothing that came with a piece is lost to the next."""
+
+    def __init__(self, descriptor: int) -> None:
+        self._descriptor = descriptor
+        self._unread = b""
+
+    def read_until(self, text: bytes, again: Callable[[], None] = lambda: None) -> None:
+        """Reads up to the end of `text`; calls `again` after each second without anything."""
+        deadline_s = time.monotonic() + 20
+        while text not in self._unread:
+            assert time.monotonic() < deadline_s, f"{text!r} did not come after {self._unread!r}"
+            if select.select([self._descriptor], [], [], 1)[0]:
+                self._unread += os.read(self._descriptor, 4096)
+            else:
+                again()
+        self._unread = self._unread.partition(text)[2]
 
 
 def test_ctrl_c_at_an_empty_prompt_of_a_chat_says_how_to_leave_and_goes_on(router: Any) -> None:
     master, slave = pty.openpty()
-    with subprocess.Popen(
-        [*COMMAND, "chat", "--target", router.target], stdin=slave, stdout=slave, stderr=slave
-    ) as chat:
+    chat = subprocess.Popen([*COMMAND, "chat", "--target", router.target], stdin=slave, stdout=slave, stderr=slave)
+    terminal = Terminal(master)
+    try:
         os.close(slave)
-        read_until(master, b"> ")
+        terminal.read_until(b"> ")
         chat.send_signal(signal.SIGINT)
-        read_until(master, b"Ctrl-D ends the conversation")
+        # Between the prompt and the wait for a line Python notes a signal and goes on to wait: a person presses the keys again.
+        terminal.read_until(b"Ctrl-D ends the conversation", again=lambda: chat.send_signal(signal.SIGINT))
         os.write(master, b"hello\n")
-        read_until(master, b"good day")
-        read_until(master, b"> ")
+        terminal.read_until(b"good day")
+        terminal.read_until(b"> ")
         os.write(master, b"\x04")
         assert chat.wait(20) == 0
-    os.close(master)
+    finally:
+        chat.kill()
+        chat.wait()
+        os.close(master)
