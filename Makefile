@@ -3,7 +3,7 @@
 #   make test                the tests, at most ten minutes      make test-full   the slow ones too
 #   make check               format, lint, types, import arrows, generated code
 #   make proto               regenerate protos/tandem_pb2*       make clean       remove what was built
-#   make peers               llama.cpp and vLLM's CPU build, for `tandem bench engine --against` (some minutes, 3 GB)
+#   make peers               llama.cpp and vLLM's CPU build, for `tandem bench engine --against` (some minutes, 3.5 GB)
 
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c

@@ -13,9 +13,13 @@ from setuptools import Extension, setup
 FOLDER = Path("kernels/cpu")
 SOURCES = sorted(FOLDER.glob("*.cpp"))
 HEADERS = sorted(FOLDER.glob("*.h"))
-DIGEST = hashlib.sha256(b"".join(path.read_bytes() for path in [*SOURCES, *HEADERS])).hexdigest()
 AVX2 = ["-mavx2", "-mfma", "-mf16c"]
 AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512bf16", "-mavx512vnni"]
+# No contraction: a product and a sum must not become one rounding here and two there.
+FLAGS = ["-O3", "-std=c++17", "-pthread", "-fwrapv", "-fno-fast-math", "-fno-math-errno", "-ffp-contract=off"]
+SILENT = ["-Wno-psabi", "-Wno-uninitialized", "-Wno-maybe-uninitialized"]
+CODE = [path.read_bytes() for path in [*SOURCES, *HEADERS]]
+DIGEST = hashlib.sha256(b"".join([*CODE, " ".join(FLAGS).encode()])).hexdigest()
 VARIANTS = {"portable": []}
 if platform.machine() in ("x86_64", "AMD64"):
     VARIANTS |= {"avx2": AVX2, "avx512": AVX512}
@@ -27,19 +31,7 @@ setup(
             sources=[str(path) for path in SOURCES],
             depends=[str(path) for path in HEADERS],
             language="c++",
-            # No contraction: a product and a sum must not become one rounding here and two there.
-            extra_compile_args=[
-                "-O3",
-                "-std=c++17",
-                "-pthread",
-                "-fno-math-errno",
-                "-ffp-contract=off",
-                "-fvisibility=hidden",
-                "-Wno-psabi",
-                "-Wno-uninitialized",
-                "-Wno-maybe-uninitialized",
-                *flags,
-            ],
+            extra_compile_args=[*FLAGS, "-fvisibility=hidden", *SILENT, *flags],
             extra_link_args=["-pthread"],
             define_macros=[("TANDEM_SOURCES", f'"{DIGEST}"')],
             optional=True,

@@ -20,7 +20,7 @@ from torch import Tensor
 
 WeightFormat = Literal["fp32", "bf16", "int8", "int4"]
 PACK_VERSION = 1
-"""Changes whenever the bytes of a packed matrix do."""
+"""Changes whenever the bytes of a packed matrix do, or what a family's file packs: names, joined matrices, formats, padding."""
 PANEL = 32
 GROUP = 32
 ALIGNMENT = 64
@@ -36,6 +36,11 @@ class Matrix:
     out_features: int
     in_features: int
     format: WeightFormat
+
+    def __post_init__(self) -> None:
+        expected = padded(self.out_features) // PANEL, panel_bytes(self.in_features, self.format)
+        if self.panels.shape != expected or self.panels.dtype != torch.uint8:
+            raise ValueError(f"panels are {tuple(self.panels.shape)} {self.panels.dtype}, must be {expected} bytes")
 
     @property
     def padded_in(self) -> int:
@@ -138,10 +143,11 @@ def _half(part: Tensor) -> Tensor:
 
 
 def quantize_rows_ref(x: Tensor) -> tuple[Tensor, Tensor]:
-    """x: [num_rows, in], `in` a multiple of 32 → scales [num_rows, groups] fp32 and integers [num_rows, groups, 32] int8."""
+    """x: [num_rows, in], `in` a multiple of 32, finite → scales [num_rows, groups] fp32 and integers [num_rows, groups, 32] int8;
+    a group of nothing above 1e-30 has zeros."""
     groups = _groups(x)
     most = groups.abs().amax(-1)
-    factor = torch.where(most > 0, 127 / most, 0)
+    factor = torch.where(most > 1e-30, 127 / most, 0)
     return most / 127, (groups * factor[..., None]).round().to(torch.int8)
 
 

@@ -23,7 +23,7 @@ PACK_ROWS = 512
 
 class Linear(Protocol):
     def __call__(self, x: Tensor) -> Tensor:
-        """x: [num_rows >= min_rows, in_features] → [num_rows, out_features], a new tensor: bf16 forms in bf16."""
+        """x: [num_rows >= MIN_ROWS, in_features] → [num_rows, out_features], a new tensor: bf16 forms in bf16."""
 
 
 class PackedLinear:

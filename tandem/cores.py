@@ -9,6 +9,8 @@ from __future__ import annotations
 import contextlib
 import os
 import socket
+import time
+from collections.abc import Iterator
 from pathlib import Path
 
 
@@ -25,6 +27,33 @@ class Cores:
         self._claims.clear()
 
 
+def _bound(name: str) -> socket.socket | None:
+    with contextlib.ExitStack() as undo:
+        try:
+            bound = undo.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM))
+            bound.bind(name)
+        except OSError:
+            return None
+        undo.pop_all()
+        return bound
+
+
+@contextlib.contextmanager
+def _one_at_a_time() -> Iterator[None]:
+    """Two that claim at once would each take some cores, find too few, and both give up. Waits at most a second."""
+    held = None
+    for _ in range(100):
+        held = _bound("\0tandem-cores")
+        if held is not None:
+            break
+        time.sleep(0.01)
+    try:
+        yield
+    finally:
+        if held is not None:
+            held.close()
+
+
 def _others_before(core: int) -> int:
     """How many hardware threads of lower number share this one's core; 0 if the system doesn't tell."""
     try:
@@ -38,15 +67,12 @@ def _others_before(core: int) -> int:
 def claim_cores(count: int) -> Cores | None:
     """`count` cores that no other worker under this network namespace has claimed, or None: so many aren't left. Of cores with
     several hardware threads first one thread each."""
-    with contextlib.ExitStack() as undo:
+    with contextlib.ExitStack() as undo, _one_at_a_time():
         ids: list[int] = []
         claims: list[socket.socket] = []
         for core in sorted(os.sched_getaffinity(0), key=lambda core: (_others_before(core), core)):
-            claim = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
-            try:
-                claim.bind(f"\0tandem-core-{core}")
-            except OSError:
-                claim.close()
+            claim = _bound(f"\0tandem-core-{core}")
+            if claim is None:
                 continue
             undo.callback(claim.close)
             ids.append(core)

@@ -114,6 +114,7 @@ class WorkerLoop:
             log.info("computing on core %s", ", ".join(map(str, cores.ids)))
         else:
             log.info("threads are not pinned to cores %s: the system doesn't let it, or torch computes", cores.ids)
+            cores.close()
 
 
 class _EngineThread:

@@ -24,6 +24,8 @@ NEEDS: dict[Variant, frozenset[str]] = {
     "portable": frozenset(),
 }
 """Processor flags as /proc/cpuinfo spells them."""
+LEVELS: dict[Variant, int] = {"avx512": 2, "avx2": 1, "portable": 0}
+"""What a library says that it was compiled for."""
 SWITCH = "TANDEM_KERNELS"
 """The environment variable that asks for one variant, or for torch."""
 HEAD_DIMS = frozenset({32, 64, 96, 128, 256})
@@ -72,6 +74,10 @@ def load(variant: Variant) -> Native | None:
     library.tandem_sample.argtypes = [pointer, int64, int64, pointer, pointer, pointer, pointer, int64]
     library.tandem_copy_blocks.restype = None
     library.tandem_copy_blocks.argtypes = [pointer, int64, pointer, pointer, int64, pointer, int64, int64]
+    if library.tandem_level() != LEVELS[variant]:
+        raise ConfigError(
+            f"{path} was compiled for another instruction set, by CFLAGS of the environment: install Tandem again"
+        )
     return Native(variant, library.tandem_build().decode(), library)
 
 

@@ -1,6 +1,6 @@
 // The C ABI between the native kernels and their caller (structs.py): a step, and the operations of a model's program.
 // Sizes and pointers only; the caller has checked every bound. All rows of a buffer are `stride` elements apart, a multiple of 32,
-// and what lies between a row's width and its stride is zero.
+// and what lies between a row's width and its stride is zero; but for the logits, whose rows lie side by side.
 #pragma once
 #include <cstdint>
 

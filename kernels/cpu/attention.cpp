@@ -6,7 +6,7 @@
 //   scores   s[t] = sum over the dimensions of q * k[t], in their order (pairs of them for bf16)
 //   softmax  per tile: m' = max(m, s), p = 2^(s - m'), l and the value are scaled by 2^(m - m'); log2(e) is in the queries' scale
 //   values   value += p[t] * v[t], in order of t (pairs of them for bf16, p rounded to bf16)
-// A masked position has p = 0, which changes no bit of l or value; 2^0 is exactly 1, so a tile that only others see is an
+// A masked position has p = 0, which changes no bit of l or value (its V is finite); 2^0 is exactly 1, so a tile that only others see is an
 // exact no-op. Memory that no token has written is never multiplied.
 #include <type_traits>
 
@@ -149,7 +149,6 @@ struct Places {
 template <class T>
 void find(const tandem_attention& a, const tandem_span& span, int low, int end, Places<T>& places) {
   places.valid = end - low < kTile ? end - low : kTile;
-  if (places.valid <= 0) return;
   int block = low / a.block_size, offset = low % a.block_size;
   for (int t = 0; t < places.valid; block++, offset = 0) {
     const T* base = (const T*)a.arena + span.block_table[block] * a.block_stride + a.layer_offset;
@@ -362,7 +361,7 @@ struct Work {
   const tandem_attention& a;
   const tandem_span& span;
   int first, last, head, head_end;
-  const tandem_span* following;  // whose KV this thread will read next, or null
+  const tandem_span* following;  // whose KV will be read next, by this thread or another; or null
   int group() const { return a.num_heads / a.num_kv_heads; }
   int rows_per_head() const { return (last - first) * group(); }
   int num_rows() const { return rows_per_head() * (head_end - head); }

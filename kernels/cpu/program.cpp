@@ -7,6 +7,7 @@
 #include <atomic>
 #include <cstdlib>
 #include <new>
+#include <system_error>
 #include <thread>
 
 #include "abi.h"
@@ -45,14 +46,20 @@ class Team {
   explicit Team(int count) : count_(count) {
     pthread_mutex_init(&lock_, nullptr);
     pthread_cond_init(&wake_, nullptr);
-    for (int i = 1; i < count; i++) helpers_[i] = std::thread([this, i] { help(i); });
+    try {
+      for (int i = 1; i < count; i++) helpers_[i] = std::thread([this, i] { help(i); });
+    } catch (const std::system_error&) {
+      whole_ = false;  // the system gives no more threads
+    }
   }
+  bool whole() const { return whole_; }
   ~Team() {
     pthread_mutex_lock(&lock_);
     ending_ = true;
     pthread_cond_broadcast(&wake_);
     pthread_mutex_unlock(&lock_);
-    for (int i = 1; i < count_; i++) helpers_[i].join();
+    for (int i = 1; i < count_; i++)
+      if (helpers_[i].joinable()) helpers_[i].join();
     pthread_cond_destroy(&wake_);
     pthread_mutex_destroy(&lock_);
   }
@@ -144,6 +151,7 @@ class Team {
   Job job_ = {};
   int64_t number_ = 0;
   bool ending_ = false;
+  bool whole_ = true;
   alignas(64) std::atomic<int> arrived_{0};
   alignas(64) std::atomic<int64_t> turn_{0};
 };
@@ -155,9 +163,12 @@ class Team {
 
 extern "C" {
 
-// A team of 1 to 256 threads, the caller's included; null past that.
+// A team of 1 to 256 threads, the caller's included; null if the system doesn't give so many.
 TANDEM_EXPORT void* tandem_team_new(int32_t count) {
-  return count >= 1 && count <= tandem::Team::kMost ? new (std::nothrow) tandem::Team(count) : nullptr;
+  auto* const team = new (std::nothrow) tandem::Team(count);
+  if (!team || team->whole()) return team;
+  delete team;
+  return nullptr;
 }
 
 TANDEM_EXPORT void tandem_team_free(void* team) { delete (tandem::Team*)team; }

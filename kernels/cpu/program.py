@@ -21,6 +21,7 @@ from kernels.cpu import HEAD_DIMS, Native
 from kernels.cpu import structs as c
 from kernels.linear import ALIGNMENT, GROUP, PANEL, Matrix, WeightFormat, padded
 from kernels.ops import Step
+from tandem.errors import ConfigError
 
 THREAD_BYTES = 4 * 2**20
 """Of attention's workspace for each thread: what 256 heads of 256 dimensions need. Pages are touched as needed."""
@@ -31,7 +32,7 @@ _DTYPES = {torch.float32: c.F32, torch.bfloat16: c.BF16}
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Rows:
-    """A buffer of rows: [max_rows, padded(width)]. `select` tells whether it now holds the logit rows alone."""
+    """A buffer of rows: [max_rows, padded(width)]."""
 
     memory: Tensor
     width: int
@@ -73,11 +74,13 @@ class Program:
 
     def __init__(self, native: Native, form: WeightFormat, heads: Heads, max_rows: int, threads: int) -> None:
         self._library = native.library
+        if not 1 <= threads <= 256:
+            raise ValueError(f"threads is {threads}, must be 1 to 256")
         self._team = self._library.tandem_team_new(threads)
         self._threads = threads
         self._workspace_bytes = threads * THREAD_BYTES + SHARED_BYTES
         if not self._team:
-            raise ValueError(f"threads is {threads}, must be 1 to 256")
+            raise ConfigError(f"threads is {threads}: the system doesn't give so many")
         self._heads = heads
         self._max_rows = max_rows
         self._rows_dtype = torch.bfloat16 if form == "bf16" else torch.float32
@@ -288,12 +291,14 @@ class Program:
         """Pins the calling thread and the team's others to those cores, one each; False if the system doesn't let it."""
         if len(cores) != self._threads:
             raise ValueError(f"{len(cores)} cores for {self._threads} threads")
+        others = (ctypes.c_int32 * (self._threads - 1))(*cores[1:])
+        if not self._library.tandem_team_pin(self._team, others):
+            return False
         try:
             os.sched_setaffinity(0, {cores[0]})
         except OSError:
             return False
-        others = (ctypes.c_int32 * (self._threads - 1))(*cores[1:])
-        return bool(self._library.tandem_team_pin(self._team, others))
+        return True
 
     def seconds(self) -> dict[str, float]:
         """What all steps so far took: "linear", "attention" and "rest", of the calling thread."""

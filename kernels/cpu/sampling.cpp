@@ -312,7 +312,9 @@ uint64_t nucleus(const Candidates& all, float best, double rate, double top_p, d
   int64_t n = 0;
   for (int64_t i = 0; i < all.count; i += kLanes) {
     const vi found = buckets_of(i);
-    for (uint32_t mask = equal_mask(to_float(found), splat((float)bucket)); mask; mask &= mask - 1) {
+    uint32_t mask = equal_mask(to_float(found), splat((float)bucket));
+    if (all.count - i < kLanes) mask &= (1u << (all.count - i)) - 1;  // past the end of the row nothing may be read
+    for (; mask; mask &= mask - 1) {
       items[n] = all.item(i + __builtin_ctz(mask));
       n += items[n].weight > 0;
     }

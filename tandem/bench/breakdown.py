@@ -23,8 +23,8 @@ _ATTENTION_SHARE = 0.6
 def breakdown(
     case: Case, runs: Sequence[Steps], kv_bytes: float, read_bytes_per_s: Sequence[float]
 ) -> Iterator[Metric]:
-    """The metrics of `case` from its runs and the memory's speed before each; `kv_bytes` is what attention reads in a step. None
-    where the runner doesn't measure its parts."""
+    """The metrics of `case` from its runs and the memory's speed before each; `kv_bytes` is what attention reads in a step.
+    Nothing where the runner doesn't measure its parts."""
     if not all(run.parts for run in runs):
         return
     for part in ("linear", "attention", "rest"):

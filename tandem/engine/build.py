@@ -58,10 +58,6 @@ def build_engine(
     """
     torch.set_num_threads(worker.threads)
     kernels = native()
-    if kernels is None:
-        log.warning(
-            "no native kernels (a C++ compiler is needed when Tandem is installed): torch computes, several times slower"
-        )
     model = load_model(model_path, dtype, weights, packed_dir())
     layout = layout_for(model.config, dtype, worker.block_size)
     num_blocks = worker.arena_bytes // layout.slab_bytes
@@ -95,6 +91,11 @@ def build_engine(
     if not numerics.deterministic:
         log.error("streams are not bit-exact on this machine: %s", numerics.evidence)
     runner = Runner(model, memory.tensor, layout, native=kernels, threads=worker.threads)
+    if runner.native is None:
+        reason = "a C++ compiler is needed when Tandem is installed"
+        if kernels is not None:
+            reason = f"none are made for {model.config.num_heads} heads of {model.config.head_dim} dimensions"
+        log.warning("no native kernels (%s): torch computes, several times slower", reason)
     engine = Engine(
         pool=pool,
         memory=memory,

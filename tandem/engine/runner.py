@@ -81,9 +81,11 @@ class Runner:
         positions = min(model.config.max_position, arena.shape[0] * layout.block_size)
         self._cos, self._sin = rope_tables(model.config.rope.inverse_frequencies(model.config.head_dim), positions)
         self._model = model.model
+        self._native: Native | None = None
         self._program: Program | None = None
         heads = model.config.num_heads
         if native is not None and supports(heads, arena):
+            self._native = native
             shape = Heads(heads, self._cos, self._sin, arena)
             self._program = Program(native, model.model.form, shape, max_rows, threads)
             model.model.forward(self._program)
@@ -97,6 +99,11 @@ class Runner:
     @property
     def max_rows(self) -> int:
         return self._max_rows
+
+    @property
+    def native(self) -> Native | None:
+        """The kernels that compute; None: torch does, also where the kernels weren't made for this model's shape."""
+        return self._native
 
     def _check(self, chunks: Sequence[Chunk]) -> None:
         rows = sum(len(chunk.token_ids) for chunk in chunks)
@@ -149,8 +156,8 @@ class Runner:
         """Computes and writes the KV of every chunk's tokens; returns fp32 logits [chunks with want_logits, vocab_size] of
         each such chunk's last token, in order, the caller's own.
 
-        Chunks are of different sequences and write different blocks. Raises ValueError for chunks that break the contract and
-        IndexError for a token or block id out of range, before anything is written.
+        Chunks write different slots; what a row attends to was written before, or is by this step. Raises ValueError for chunks
+        that break the contract and IndexError for a token or block id out of range, before anything is written.
         """
         self._check(chunks)
         step = self._inputs(chunks)

@@ -164,9 +164,12 @@ def packed_weights(model_path: Path, form: str, source: Source, folder: Path) ->
     path = folder / file_name(model_path, form)
     lock = folder / f"{_group(model_path, form)}.lock"
     try:
+        found = _open(path)
+        if found is not None:
+            return found
         folder.mkdir(parents=True, exist_ok=True)
         with _locked(lock):
-            found = _open(path)
+            found = _open(path)  # somebody else may have made it meanwhile
             if found is None:
                 _remove_group(lock, keep_lock=True)
                 lock.write_bytes(os.fsencode(model_path.resolve()))
@@ -210,6 +213,7 @@ def _write(path: Path, source: Source) -> None:
                         whole.write(part)
                     whole.flush()
                     os.fsync(whole.fileno())
+                    os.fchmod(whole.fileno(), 0o644)  # temporary files are for their maker alone
                     Path(whole.name).replace(path)
                 except BaseException:
                     Path(whole.name).unlink()
@@ -224,10 +228,10 @@ class _Damaged(Exception):
 
 def _open(path: Path) -> PackedWeights | None:
     """Maps a file; None if it isn't there or is damaged."""
-    if not path.exists():
-        return None
     try:
         return _read(np.memmap(path, dtype=np.uint8, mode="r"))
+    except FileNotFoundError:
+        return None
     except (_Damaged, ValueError) as error:
         log.warning("%s is not a whole file of packed weights (%s): it is made anew", path, error)
         return None

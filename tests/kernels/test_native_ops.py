@@ -3,6 +3,7 @@ batches, and shared between threads."""
 
 from __future__ import annotations
 
+import math
 import os
 import threading
 from collections.abc import Callable, Sequence
@@ -509,3 +510,14 @@ def test_every_thread_of_a_team_is_pinned_to_its_core(variant: cpu.Variant) -> N
 
     with ThreadPoolExecutor(1) as pool:
         pool.submit(pinned).result()
+
+
+@every_variant
+@pytest.mark.parametrize("wrong", [math.nan, math.inf, -math.inf])
+def test_what_is_not_finite_is_seen_after_a_quantised_linear(variant: cpu.Variant, wrong: float) -> None:
+    """And only by its own row."""
+    x = randn(3, 64)
+    x[1, 40] = wrong
+    found = OneLinear(variant, a_matrix(32, 64, "int8", biased=False))(x)
+    assert found[1].isnan().all()
+    assert found[[0, 2]].isfinite().all()

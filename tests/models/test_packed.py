@@ -375,10 +375,10 @@ def test_a_lock_that_was_removed_while_one_waited_for_it_is_taken_anew(
     with lock.open("a") as removed, (folder / "new").open("a") as new:
         flock(removed, fcntl.LOCK_EX)
         flock(new, fcntl.LOCK_EX)
-        waiter.start()
-        assert asked.acquire(timeout=60)
         for path in folder.glob("*.packed"):
             path.unlink()
+        waiter.start()
+        assert asked.acquire(timeout=60)
         (folder / "new").rename(lock)
         removed.close()
         assert asked.acquire(timeout=60), "a lock that is no longer there is none"
@@ -386,6 +386,18 @@ def test_a_lock_that_was_removed_while_one_waited_for_it_is_taken_anew(
     waiter.join(60)
     assert source.calls == 1
     assert names(folder) == {file_name(model_path, "bf16")}
+
+
+def test_a_whole_file_is_used_without_its_lock_and_readable_by_others(model_path: Path, folder: Path) -> None:
+    packed_weights(model_path, "bf16", Source(), folder)
+    (lock,) = folder.glob("*.lock")
+    source = Source()
+    with lock.open("a") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        found = packed_weights(model_path, "bf16", source, folder)
+    assert source.calls == 0
+    assert found.tensors
+    assert (folder / file_name(model_path, "bf16")).stat().st_mode & 0o777 == 0o644
 
 
 def logits(model: LoadedModel) -> Tensor:
