@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import math
 import os
+import subprocess
+import sys
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -30,6 +32,7 @@ from kernels.silu_mul import silu_mul_ref
 from tests import backends
 
 FORMS: list[WeightFormat] = ["fp32", "bf16", "int8", "int4"]
+REPOSITORY = Path(__file__).resolve().parents[2]
 every_variant = pytest.mark.parametrize("variant", backends.NATIVE)
 every_form = pytest.mark.parametrize("form", FORMS)
 
@@ -521,3 +524,19 @@ def test_what_is_not_finite_is_seen_after_a_quantised_linear(variant: cpu.Varian
     found = OneLinear(variant, a_matrix(32, 64, "int8", biased=False))(x)
     assert found[1].isnan().all()
     assert found[[0, 2]].isfinite().all()
+
+
+def test_a_team_that_the_system_has_no_room_for_is_refused_in_a_sentence() -> None:
+    """In a process of its own, whose address space has room for the stacks of some threads, not of 256."""
+    code = (
+        "import resource, psutil\n"
+        "from tests.kernels.test_native_ops import program\n"
+        "from tandem.errors import ConfigError\n"
+        "limit = psutil.Process().memory_info().vms + 300 * 2**20\n"
+        "resource.setrlimit(resource.RLIMIT_AS, (limit, limit))\n"
+        "try:\n    program('portable', 'fp32', 4, threads=256)\n"
+        "except ConfigError as error:\n    print(error)\n"
+        "program('portable', 'fp32', 4, threads=2)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, cwd=REPOSITORY)
+    assert (done.returncode, done.stdout) == (0, "threads is 256: the system doesn't give so many\n"), done.stderr

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import gguf
 import numpy as np
 import pytest
@@ -98,3 +100,11 @@ def test_a_quantised_gguf_tensor_keeps_its_values_bit_for_bit(
     dequantised = torch.from_numpy(gguf.dequantize(gguf.quantize(values, kind), kind))
     assert dequantised.dtype == torch.float32
     assert torch.equal(unpack(packed(dequantised, form)), dequantised)
+
+
+def test_panels_of_another_size_than_the_matrix_are_refused() -> None:
+    matrix = Matrix(pack(randn(40, 70), "bf16"), None, 40, 70, "bf16")
+    with pytest.raises(ValueError, match="panels are"):
+        dataclasses.replace(matrix, in_features=200)
+    with pytest.raises(ValueError, match="panels are"):
+        dataclasses.replace(matrix, out_features=100)

@@ -69,3 +69,10 @@ def test_where_nothing_was_built_torch_computes(monkeypatch: pytest.MonkeyPatch,
     monkeypatch.setenv(cpu.SWITCH, "portable")
     with pytest.raises(ConfigError, match="was not built"):
         cpu.native()
+
+
+def test_a_library_compiled_for_another_instruction_set_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    backends.native("portable")
+    monkeypatch.setitem(cpu.LEVELS, "portable", 2)
+    with pytest.raises(ConfigError, match="compiled for another instruction set"):
+        fresh("portable")
