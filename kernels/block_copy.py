@@ -1,7 +1,9 @@
-"""Copies of many blocks in one call, with the GIL released: from arena to arena, into one contiguous buffer and back.
+"""Copies and checksums of many blocks in one call, with the GIL released: from arena to arena, into one contiguous buffer
+and back.
 
 Owns the check of every bound: the native copy (cpu/block_copy.cpp) trusts its arguments. Memory is `[num_blocks, slab_bytes]`
-uint8, each block contiguous; blocks may lie further apart than they are long. One block alone is as fast in numpy.
+uint8, each block contiguous; blocks may lie further apart than they are long. A checksum is xxh3-64; a copy that makes them
+reads its source once, and what it hashes is what it wrote.
 """
 
 from __future__ import annotations
@@ -9,23 +11,44 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
+import xxhash
 from numpy.typing import NDArray
 
 from kernels.cpu import Native
 
 Blocks = NDArray[np.uint8]
 BlockIds = Sequence[int] | NDArray[np.int64]
+Checksums = NDArray[np.uint64]
+
+_SHORTEST = 241
+"""XXH3 hashes fewer bytes in another way, which native code leaves to the library."""
 
 
-def copy_blocks_ref(source: Blocks, source_ids: BlockIds, target: Blocks, target_ids: BlockIds) -> None:
+def copy_blocks_ref(
+    source: Blocks, source_ids: BlockIds, target: Blocks, target_ids: BlockIds, checksums: Checksums | None = None
+) -> None:
     """As `copy_blocks`, unchecked."""
-    target[np.asarray(target_ids, dtype=np.int64)] = source[np.asarray(source_ids, dtype=np.int64)]
+    targets = np.asarray(target_ids, dtype=np.int64)
+    target[targets] = source[np.asarray(source_ids, dtype=np.int64)]
+    if checksums is not None:
+        checksums[:] = checksum_blocks_ref(target, targets)
+
+
+def checksum_blocks_ref(memory: Blocks, ids: BlockIds) -> Checksums:
+    """As `checksum_blocks`, unchecked."""
+    return np.array([xxhash.xxh3_64_intdigest(memory[i].data) for i in ids], dtype=np.uint64)
 
 
 def copy_blocks(
-    native: Native | None, source: Blocks, source_ids: BlockIds, target: Blocks, target_ids: BlockIds
+    native: Native | None,
+    source: Blocks,
+    source_ids: BlockIds,
+    target: Blocks,
+    target_ids: BlockIds,
+    checksums: Checksums | None = None,
 ) -> None:
-    """Copies block `source_ids[i]` of `source` to block `target_ids[i]` of `target`, for all i, in no promised order.
+    """Copies block `source_ids[i]` of `source` to block `target_ids[i]` of `target`, for all i, in no promised order, and puts
+    the checksums of what it wrote into `checksums` ([num]), if there is one.
 
     Raises, before anything is written, IndexError for an id out of range and ValueError for memory of other shapes, lists of
     different lengths, a target that comes twice, or one that overlaps a source.
@@ -44,8 +67,12 @@ def copy_blocks(
         raise ValueError(f"target block {twice[0]} comes twice")
     if np.may_share_memory(source, target):
         _check_apart(source, sources, target, targets)
-    if native is None:
-        copy_blocks_ref(source, sources, target, targets)
+    if checksums is not None and not (
+        checksums.shape == (len(targets),) and checksums.dtype == np.uint64 and checksums.flags.c_contiguous
+    ):
+        raise ValueError(f"{checksums.dtype} checksums of shape {checksums.shape} for {len(targets)} blocks")
+    if native is None or (checksums is not None and source.shape[1] < _SHORTEST):
+        copy_blocks_ref(source, sources, target, targets, checksums)
         return
     native.library.tandem_copy_blocks(
         source.ctypes.data,
@@ -56,7 +83,20 @@ def copy_blocks(
         targets.ctypes.data,
         len(sources),
         source.shape[1],
+        checksums.ctypes.data if checksums is not None else None,
     )
+
+
+def checksum_blocks(native: Native | None, memory: Blocks, ids: BlockIds) -> Checksums:
+    """The checksums of the blocks `ids` of `memory`. Raises as `copy_blocks`."""
+    found = _checked("the", memory, ids)
+    if native is None or memory.shape[1] < _SHORTEST:
+        return checksum_blocks_ref(memory, found)
+    checksums = np.empty(len(found), dtype=np.uint64)
+    native.library.tandem_checksum_blocks(
+        memory.ctypes.data, memory.strides[0], found.ctypes.data, len(found), memory.shape[1], checksums.ctypes.data
+    )
+    return checksums
 
 
 def gather_blocks(native: Native | None, source: Blocks, ids: BlockIds, out: Blocks) -> None:

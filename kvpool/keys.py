@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 KEY_BYTES = 16
+OWNER_BYTES = 8
 _ROOT_LABEL = b"tandem/kv/1"
 
 Key = bytes
@@ -44,6 +45,11 @@ def root_key(
         digest.update(struct.pack("<I", len(field)))
         digest.update(field)
     return digest.digest()[:KEY_BYTES]
+
+
+def owner_of(root: Key) -> bytes:
+    """The begin of a root: whose block it is, as far as quotas care (one for each tenant, adapter and model)."""
+    return root[:OWNER_BYTES]
 
 
 def tokens_as_bytes(tokens: Sequence[int]) -> bytes:
@@ -86,10 +92,10 @@ class KeyChain:
     `keys[i]` names block i; `partial_key()` names the block that is not full yet, or is None when there is none.
     """
 
-    __slots__ = ("_block_size", "_pending", "_root", "keys")
+    __slots__ = ("_block_size", "_pending", "keys", "root")
 
     def __init__(self, root: Key, block_size: int, tokens: Sequence[int] = ()) -> None:
-        self._root = root
+        self.root = root
         self._block_size = block_size
         self._pending: list[int] = []
         self.keys: list[Key] = []
@@ -101,7 +107,7 @@ class KeyChain:
 
     def parent_of(self, index: int) -> Key:
         """The key before block `index`: the root for block 0."""
-        return self.keys[index - 1] if index else self._root
+        return self.keys[index - 1] if index else self.root
 
     def extend(self, tokens: Sequence[int]) -> None:
         pending = self._pending

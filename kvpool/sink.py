@@ -6,8 +6,9 @@ missing is the caller's to compute or to plan again.
 
 A fetch asks sources in order. Each key goes to the first source, and, when that one misses it or fails, to the next one
 after it, at once and by itself: one fetch may have several **asks** open, each one `Fetch` message to one source with an
-id of its own. Only `wait_source` is asked to wait. A source that dies, is silent for too long, or sends what can't be true
-is not asked again by this fetch.
+id of its own. Where several sources are worth reading from at once, runs of keys take turns between those that hold them.
+Only `wait_source` is asked to wait. A source that dies, doesn't answer, or sends what can't be true is not asked again by
+this fetch. A batch is read in portions, so that what is needed first comes first and a slow peer shows.
 
 An ask, as a table. WAITING holds nothing at the source; READING holds a lease for each batch that is being read; ABORTING
 ends only when no transport can still write into our memory, or when we know that it might: then the destinations are
@@ -18,19 +19,22 @@ from __future__ import annotations
 
 import enum
 import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
 
 from kvpool.block_pool import BlockId
 from kvpool.keys import Key
-from protos.control import Cancel, Done, Fetch, Miss, Ready, ReadyBlock, Source, Tier, ToSink, ToSource
+from protos.control import Cancel, Done, Fetch, Miss, Ready, ReadyBlock, Source, ToSink, ToSource
 
 LEASE_MARGIN = 0.2
 """This part of a lease is not used: a read that begins must be able to end in it."""
 MAX_WAITED_S = 3600.0
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class WantedBlock:
     """One block of a plan; `block_id` is a private destination in our arena, the caller's until committed."""
 
@@ -43,7 +47,11 @@ class WantedBlock:
 @dataclass(frozen=True, slots=True)
 class FetchPlan:
     """What to get from whom. `wait_source` names the process that is computing missing keys now, empty for none;
-    `deadline_s` is absolute, on the caller's clock. `fetch_id` is 16 bytes, unique in this process."""
+    `deadline_s` is absolute, on the caller's clock. `fetch_id` is 16 bytes, unique in this process.
+
+    Of several fetches the one with the lowest `order` reads first. `wanted[i]` is block `first_block + i` of its chain, and
+    `held[j]` is how many leading blocks of it `sources[j]` is believed to hold; empty: not known.
+    """
 
     fetch_id: bytes
     request_id: str
@@ -51,21 +59,19 @@ class FetchPlan:
     sources: tuple[Source, ...]
     wait_source: str
     deadline_s: float
+    order: int = 0
+    first_block: int = 0
+    held: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
-class FetchedBlock:
-    """A verified block in our memory, and where it came from."""
+class FetchedBatch:
+    """Verified blocks in our memory, and where they came from: `blocks[i]` is in `block_ids[i]`."""
 
-    key: Key
-    parent: Key
-    num_tokens: int
-    block_id: BlockId
-    checksum: bytes
-    process: str
-    tier: Tier
+    source: Source
     transport: str
-    num_bytes: int
+    blocks: tuple[ReadyBlock, ...]
+    block_ids: tuple[BlockId, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,11 +95,14 @@ class Send:
 
 @dataclass(frozen=True, slots=True)
 class StartRead:
-    """Read `location` into `block_id` for each pair; answer with `on_read`. `read_id` is unique within the fetch."""
+    """Read `locations[i]` into `block_ids[i]`; answer with `on_read`, or with `on_read_late` if it could not begin before
+    `usable_until_s`. `read_id` is unique within the fetch."""
 
     source: Source
     read_id: int
-    blocks: tuple[tuple[int, BlockId], ...]
+    locations: tuple[int, ...]
+    block_ids: tuple[BlockId, ...]
+    usable_until_s: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,7 +117,7 @@ class AbortRead:
 class Committed:
     """These blocks are verified: make them visible."""
 
-    blocks: tuple[FetchedBlock, ...]
+    batch: FetchedBatch
 
 
 Action = Send | StartRead | AbortRead | Committed | FetchEnded
@@ -156,18 +165,22 @@ TRANSITIONS: dict[tuple[AskState, AskEvent], AskState] = {
 class _Read:
     batch: int
     blocks: list[ReadyBlock]
+    block_ids: tuple[BlockId, ...]
 
 
 @dataclass(slots=True)
 class _Ask:
     wire_id: bytes
     source_index: int
+    next_sources: tuple[int, ...]
+    """Whom to ask for what this source doesn't have, in order."""
     waits: bool
     sent_s: float
     progress_s: float
     open: dict[Key, None]
     """Keys that the source has not answered."""
     reads: dict[int, _Read] = field(default_factory=dict)
+    reads_of_batch: dict[int, int] = field(default_factory=dict)
     state: AskState = AskState.WAITING
     tainted: bool = False
 
@@ -178,17 +191,27 @@ class _Ask:
 class FetchMachine:
     """One fetch. Call `start` once; then feed it until an action is `FetchEnded`, after which everything is ignored.
 
-    `slab_bytes` is only reported. A source that is not asked to wait has `silence_s` for each answer.
+    A read is of at most `max_read_blocks` blocks. `parallel` are the indices into the plan's sources that are worth reading
+    from at once. A source that is not asked to wait has `silence_s` for each answer; how long a read may take is the
+    caller's to judge.
     """
 
-    def __init__(self, plan: FetchPlan, *, slab_bytes: int, silence_s: float = 3.0) -> None:
+    def __init__(
+        self,
+        plan: FetchPlan,
+        *,
+        max_read_blocks: int,
+        parallel: Collection[int] = (),
+        silence_s: float = 3.0,
+    ) -> None:
         self._plan = plan
-        self._slab_bytes = slab_bytes
+        self._max_read_blocks = max_read_blocks
         self._silence_s = silence_s
-        unique: dict[tuple[str, bytes], Source] = {}
-        for source in plan.sources:
-            unique.setdefault((source.process, source.epoch), source)
-        self._sources = list(unique.values())
+        unique: dict[tuple[str, bytes], int] = {}
+        for index, source in enumerate(plan.sources):
+            unique.setdefault((source.process, source.epoch), index)
+        self._order = tuple(unique.values())
+        self._parallel = [i for i in self._order if i in parallel and i < len(plan.held)]
         self._bad_sources: set[int] = set()
         self._wanted = {block.key: block for block in plan.wanted}
         assert len(self._wanted) == len(plan.wanted), "a plan names a key twice"
@@ -212,9 +235,16 @@ class FetchMachine:
     def ended(self) -> bool:
         return self._ended
 
+    def wants(self, read_id: int) -> bool:
+        """Whether a read that it asked for still has a use: it ends by `on_read`, `on_read_late` or `on_aborted`."""
+        return read_id in self._asks_by_read
+
     def start(self, now_s: float) -> list[Action]:
-        """Asks the first source."""
-        return self._finish(self._ask(list(self._wanted), 0, now_s))
+        """Asks the first source, or those that share the work."""
+        actions: list[Action] = []
+        for route, keys in self._routes().items():
+            actions += self._ask(keys, route, now_s)
+        return self._finish(actions)
 
     def on_message(self, message: ToSink, now_s: float) -> list[Action]:
         """An answer. Answers to asks that are over are ignored: their leases were ended or expire."""
@@ -226,58 +256,53 @@ class FetchMachine:
             return self._finish(self._on_miss(ask, message, now_s))
         return self._finish(self._on_ready(ask, message, now_s))
 
-    def on_read(self, read_id: int, checksums: Sequence[bytes] | None, transport: str, now_s: float) -> list[Action]:
+    def on_read(self, read_id: int, checksums: NDArray[np.uint64] | None, transport: str, now_s: float) -> list[Action]:
         """A read ended: the checksums of what landed, in the read's order, or None if it failed."""
         ask = self._asks_by_read.pop(read_id, None)
         if ask is None or ask.state is AskState.ABORTING:
             return []
         ask.progress_s = now_s
         read = ask.reads.pop(read_id)
-        source = self._sources[ask.source_index]
+        if checksums is None:
+            wrong = list(range(len(read.blocks)))
+        else:
+            expected = np.frombuffer(b"".join([block.checksum for block in read.blocks]), dtype=">u8")
+            wrong = np.flatnonzero(expected != checksums).tolist()
+            self.num_corrupt_blocks += len(wrong)
         actions: list[Action] = []
-        good: list[FetchedBlock] = []
-        wrong: list[Key] = []
-        for i, block in enumerate(read.blocks):
-            if checksums is None or checksums[i] != block.checksum:
-                wrong.append(block.key)
-                continue
-            into = self._wanted[block.key].block_id
-            good.append(
-                FetchedBlock(
-                    block.key,
-                    block.parent,
-                    block.num_tokens,
-                    into,
-                    block.checksum,
-                    source.process,
-                    source.tier,
-                    transport,
-                    self._slab_bytes,
-                )
-            )
-        if good:
-            self._committed.update(block.key for block in good)
-            actions.append(Committed(tuple(good)))
-        actions.append(Send(source, Done(ask.wire_id, read.batch)))
+        if len(wrong) < len(read.blocks):
+            actions.append(Committed(self._batch(ask, read, wrong, transport)))
+        actions += self._end_of_read(ask, read.batch)
         if not wrong:
             self._settle(ask, AskEvent.LAST_READ)
             return self._finish(actions)
-        if checksums is not None:
-            self.num_corrupt_blocks += len(wrong)
         actions += self._give_source_up(ask.source_index, now_s)
-        actions += self._ask(wrong, ask.source_index + 1, now_s)
+        actions += self._ask([read.blocks[i].key for i in wrong], ask.next_sources, now_s)
         return self._finish(actions)
+
+    def on_read_late(self, read_id: int, now_s: float) -> list[Action]:
+        """A read could not begin while its lease was good: it was not done, and the same source is asked again."""
+        ask = self._asks_by_read.pop(read_id, None)
+        if ask is None or ask.state is AskState.ABORTING:
+            return []
+        ask.progress_s = now_s
+        read = ask.reads.pop(read_id)
+        actions = self._end_of_read(ask, read.batch)
+        self._settle(ask, AskEvent.LAST_READ)
+        keys = [block.key for block in read.blocks]
+        return self._finish([*actions, *self._ask(keys, (ask.source_index, *ask.next_sources), now_s)])
 
     def on_aborted(self, read_id: int, quiet: bool, now_s: float) -> list[Action]:
         """A read was given up; unless `quiet`, its destinations may still be written."""
         ask = self._asks_by_read.pop(read_id, None)
         if ask is None:
             return []
-        keys = [block.key for block in ask.reads.pop(read_id).blocks]
+        read = ask.reads.pop(read_id)
+        keys = [block.key for block in read.blocks]
         actions: list[Action] = []
         if not quiet:
             ask.tainted = True
-            self._tainted.update(self._wanted[key].block_id for key in keys)
+            self._tainted.update(read.block_ids)
             self._missing.update(keys)
             keys = []
         if ask.reads:
@@ -285,13 +310,14 @@ class FetchMachine:
         else:
             ask.move(AskEvent.SETTLED)
             if not ask.tainted:
-                actions.append(Send(self._sources[ask.source_index], Cancel(ask.wire_id)))
-        actions += self._ask(keys, ask.source_index + 1, now_s)
+                actions.append(Send(self._source_of(ask), Cancel(ask.wire_id)))
+        actions += self._ask(keys, ask.next_sources, now_s)
         return self._finish(actions)
 
     def on_source_lost(self, process: str, epoch: bytes, now_s: float) -> list[Action]:
         """That incarnation is gone or can't be reached: its keys go to the next source."""
-        for index, source in enumerate(self._sources):
+        for index in self._order:
+            source = self._plan.sources[index]
             if (source.process, source.epoch) == (process, epoch):
                 return self._finish(self._give_source_up(index, now_s))
         return []
@@ -300,12 +326,12 @@ class FetchMachine:
         """Ends the fetch with what it has."""
         self._stopping = True
         actions: list[Action] = []
-        for index in range(len(self._sources)):
+        for index in self._order:
             actions += self._give_source_up(index, now_s)
         return self._finish(actions)
 
     def tick(self, now_s: float) -> list[Action]:
-        """Gives silent sources up, and the fetch at its deadline."""
+        """Gives sources up that don't answer, and the fetch at its deadline."""
         if now_s >= self._plan.deadline_s:
             return [] if self._stopping else self.cancel(now_s)
         actions: list[Action] = []
@@ -320,26 +346,45 @@ class FetchMachine:
 
     # --- inside ------------------------------------------------------------------------------------------------------
 
+    def _source_of(self, ask: _Ask) -> Source:
+        return self._plan.sources[ask.source_index]
+
+    def _routes(self) -> dict[tuple[int, ...], list[Key]]:
+        """The order of sources for each key."""
+        if len(self._parallel) < 2:
+            return {self._order: list(self._wanted)}
+        routes: dict[tuple[int, ...], list[Key]] = {}
+        keys = list(self._wanted)
+        for turn, start in enumerate(range(0, len(keys), self._max_read_blocks)):
+            run = keys[start : start + self._max_read_blocks]
+            end = self._plan.first_block + start + len(run)
+            holders = [i for i in self._parallel if self._plan.held[i] >= end]
+            route = self._order
+            if holders:
+                first = holders[turn % len(holders)]
+                route = (first, *(i for i in self._order if i != first))
+            routes.setdefault(route, []).extend(run)
+        return routes
+
     def _silent_at(self, ask: _Ask) -> float:
-        if ask.state not in (AskState.WAITING, AskState.READING) or (ask.waits and not ask.reads):
+        if ask.state is not AskState.WAITING or ask.waits:
             return self._plan.deadline_s
         return ask.progress_s + self._silence_s
 
-    def _ask(self, keys: Iterable[Key], index: int, now_s: float) -> list[Action]:
-        """Asks the first source from `index` on that is any good; without one the keys are missing."""
+    def _ask(self, keys: Iterable[Key], route: tuple[int, ...], now_s: float) -> list[Action]:
+        """Asks the first source of the route that is any good; without one the keys are missing."""
         keys = list(keys)
-        while index in self._bad_sources:
-            index += 1
+        route = tuple(index for index in route if index not in self._bad_sources)
         if not keys:
             return []
-        if self._stopping or index >= len(self._sources):
+        if self._stopping or not route:
             self._missing.update(keys)
             return []
-        source = self._sources[index]
+        source = self._plan.sources[route[0]]
         wire_id = hashlib.sha256(self._plan.fetch_id + self._num_asks.to_bytes(4, "big")).digest()[:16]
         self._num_asks += 1
         waits = source.process == self._plan.wait_source
-        self._asks[wire_id] = _Ask(wire_id, index, waits, now_s, now_s, dict.fromkeys(keys))
+        self._asks[wire_id] = _Ask(wire_id, route[0], route[1:], waits, now_s, now_s, dict.fromkeys(keys))
         left_s = max(0.0, self._plan.deadline_s - now_s)
         return [Send(source, Fetch(wire_id, self._plan.request_id, keys, waits, left_s))]
 
@@ -349,33 +394,57 @@ class FetchMachine:
             del ask.open[key]
         self.num_missed_keys += len(missed)
         self._settle(ask, AskEvent.PART)
-        return self._ask(missed, ask.source_index + 1, now_s)
+        return self._ask(missed, ask.next_sources, now_s)
 
     def _on_ready(self, ask: _Ask, ready: Ready, now_s: float) -> list[Action]:
-        source = self._sources[ask.source_index]
+        source = self._source_of(ask)
         keys = [block.key for block in ready.blocks]
         true = ready.epoch == source.epoch and len(set(keys)) == len(keys) and all(key in ask.open for key in keys)
         for block in ready.blocks if true else ():
             wanted = self._wanted[block.key]
-            true = true and (block.num_tokens, block.parent) == (wanted.num_tokens, wanted.parent)
+            true = true and block.num_tokens == wanted.num_tokens and block.parent == wanted.parent
         waited_s = ready.waited_s if 0.0 <= ready.waited_s <= MAX_WAITED_S else 0.0
-        if not true or not ready.lease_s > 0.0:
+        if not true or not ready.lease_s > 0.0 or ready.batch in ask.reads_of_batch:
             return self._give_source_up(ask.source_index, now_s)
         for key in keys:
             del ask.open[key]
-        if now_s >= ask.sent_s + waited_s + ready.lease_s * (1.0 - LEASE_MARGIN):
+        usable_until_s = ask.sent_s + waited_s + ready.lease_s * (1.0 - LEASE_MARGIN)
+        if now_s >= usable_until_s:
             # The lease may be over by the source's clock before the read is: let it go and ask the same source again.
             self._settle(ask, AskEvent.PART)
-            return [Send(source, Done(ask.wire_id, ready.batch)), *self._ask(keys, ask.source_index, now_s)]
+            again = self._ask(keys, (ask.source_index, *ask.next_sources), now_s)
+            return [Send(source, Done(ask.wire_id, ready.batch)), *again]
         if not keys:
             return [Send(source, Done(ask.wire_id, ready.batch))]
-        read_id = self._next_read_id
-        self._next_read_id += 1
-        ask.reads[read_id] = _Read(ready.batch, ready.blocks)
-        self._asks_by_read[read_id] = ask
+        actions: list[Action] = []
+        for start in range(0, len(keys), self._max_read_blocks):
+            blocks = ready.blocks[start : start + self._max_read_blocks]
+            into = tuple([self._wanted[block.key].block_id for block in blocks])
+            read_id = self._next_read_id
+            self._next_read_id += 1
+            ask.reads[read_id] = _Read(ready.batch, blocks, into)
+            ask.reads_of_batch[ready.batch] = ask.reads_of_batch.get(ready.batch, 0) + 1
+            self._asks_by_read[read_id] = ask
+            locations = tuple([block.location for block in blocks])
+            actions.append(StartRead(source, read_id, locations, into, usable_until_s))
         ask.move(AskEvent.READY)
-        places = tuple((block.location, self._wanted[block.key].block_id) for block in ready.blocks)
-        return [StartRead(source, read_id, places)]
+        return actions
+
+    def _batch(self, ask: _Ask, read: _Read, wrong: list[int], transport: str) -> FetchedBatch:
+        blocks, block_ids = read.blocks, read.block_ids
+        if wrong:
+            right = [i for i in range(len(blocks)) if i not in set(wrong)]
+            blocks, block_ids = [blocks[i] for i in right], tuple(block_ids[i] for i in right)
+        self._committed.update([block.key for block in blocks])
+        return FetchedBatch(self._source_of(ask), transport, tuple(blocks), block_ids)
+
+    def _end_of_read(self, ask: _Ask, batch: int) -> list[Action]:
+        """Its batch is over with its last read."""
+        ask.reads_of_batch[batch] -= 1
+        if ask.reads_of_batch[batch]:
+            return []
+        del ask.reads_of_batch[batch]
+        return [Send(self._source_of(ask), Done(ask.wire_id, batch))]
 
     def _settle(self, ask: _Ask, event: AskEvent) -> None:
         """Moves an ask after something of it ended: `event`, unless that was the last of its reads or of all."""
@@ -388,7 +457,7 @@ class FetchMachine:
 
     def _give_source_up(self, index: int, now_s: float) -> list[Action]:
         self._bad_sources.add(index)
-        source = self._sources[index]
+        source = self._plan.sources[index]
         actions: list[Action] = []
         for ask in [ask for ask in self._asks.values() if ask.source_index == index]:
             if ask.state not in (AskState.WAITING, AskState.READING):
@@ -401,7 +470,7 @@ class FetchMachine:
             else:
                 ask.move(AskEvent.GIVEN_UP_QUIET)
                 actions.append(Send(source, Cancel(ask.wire_id)))
-            actions += self._ask(orphans, index + 1, now_s)
+            actions += self._ask(orphans, ask.next_sources, now_s)
         return actions
 
     def _finish(self, actions: list[Action]) -> list[Action]:

@@ -3,10 +3,10 @@
 Owns the fetches that sinks have open here: their parked keys and their batches' leases. A pure core: messages and time in,
 messages out. Never reads a block's bytes and never sends anything itself; `service` does.
 
-A key is answered with Ready as soon as the pool holds it. A key that it doesn't hold is answered with Miss at once, or, in
-a fetch that waits, parked until the first of
+A key is answered with Ready as soon as the pool holds it. A key that it doesn't hold, but a tier below, is brought up and
+parked meanwhile. Any other is answered with Miss at once, or, in a fetch that waits, parked. Parked it stays until the first of
 - it is published: Ready (Miss if it was evicted again before we looked),
-- the work that was to compute it is over without it: Miss,
+- it will not come up, or the work that was to compute it is over without it: Miss,
 - the fetch's deadline: Miss,
 - the grace time after the fetch came, unless the key is promised: Miss.
 Parked keys hold no lease. Each Ready is one batch under one lease, which ends with Done, Cancel or by itself.
@@ -15,12 +15,13 @@ Parked keys hold no lease. Each Ready is one batch under one lease, which ends w
 from __future__ import annotations
 
 import heapq
-from collections.abc import Hashable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass, field
+from typing import Protocol
 
 from kvpool.block_pool import BlockPool
 from kvpool.keys import Key
-from protos.control import Cancel, Done, Fetch, Miss, Ready, ReadyBlock, ToSink, ToSource
+from protos.control import Cancel, Done, Fetch, Kept, Lost, Miss, Ready, ReadyBlock, ToSink, ToSource
 
 MAX_BATCH_BLOCKS = 512
 """Blocks of one Ready: reading them takes well under a lease."""
@@ -28,6 +29,19 @@ MAX_DEADLINE_S = 3600.0
 
 Answers = list[tuple[bytes, ToSink]]
 """`(sink_id, message)`, in sending order."""
+
+
+class Below(Protocol):
+    """The tiers below the pool (`kvpool.tiering`)."""
+
+    def bring_up(self, keys: Sequence[Key]) -> set[Key]:
+        """Starts to bring those of `keys` up that can be; each of the returned ones is published or given up some time."""
+
+    def used(self, keys: Iterable[Key]) -> None:
+        """Somebody was given these blocks."""
+
+
+MAX_KEEPERS = 32
 
 
 @dataclass(slots=True)
@@ -48,7 +62,8 @@ class _Served:
 class FetchServer:
     """Answers sinks from one `BlockPool`. Called by one thread; others may use the pool meanwhile.
 
-    A sink's fetches and parked keys are bounded; what is past a bound is a Miss, which sends the sink elsewhere.
+    A sink's fetches and parked keys are bounded; what is past a bound is a Miss, which sends the sink elsewhere. `on_kept` is
+    called when a pool node said that it keeps blocks of ours.
     """
 
     def __init__(
@@ -58,6 +73,8 @@ class FetchServer:
         *,
         lease_s: float,
         grace_s: float,
+        below: Below | None = None,
+        on_kept: Callable[[], None] = lambda: None,
         max_fetches_per_sink: int = 4096,
         max_parked_per_sink: int = 262_144,
     ) -> None:
@@ -67,6 +84,10 @@ class FetchServer:
         self._grace_s = grace_s
         self._max_fetches = max_fetches_per_sink
         self._max_parked = max_parked_per_sink
+        self._below = below
+        self._on_kept = on_kept
+        self._keepers: dict[bytes, int] = {}
+        """Pool nodes that keep copies of our blocks, as the pool numbers them."""
         self._sinks: dict[bytes, dict[bytes, _Served]] = {}
         self._num_parked: dict[bytes, int] = {}
         self._waiters: dict[Key, dict[tuple[bytes, bytes], _Served]] = {}
@@ -99,7 +120,18 @@ class FetchServer:
                 served = self._sinks.get(sink_id, {}).get(fetch_id)
                 if served is not None:
                     self._drop(served)
+            case Kept(keys=keys):
+                if (number := self._keeper(sink_id)) is not None:
+                    self._pool.mark_kept(keys, number)
+                    self._on_kept()
+            case Lost(keys=keys):
+                if sink_id in self._keepers:
+                    self._pool.unmark_kept(keys, self._keepers[sink_id])
         return []
+
+    def on_absent(self, keys: Iterable[Key], now_s: float) -> Answers:
+        """These keys will not come up: their waiters are told, unless somebody computes them."""
+        return self._miss_waiters((key for key in keys if key not in self._promised), now_s)
 
     def on_published(self, keys: Iterable[Key], now_s: float) -> Answers:
         """These keys are in the pool now (or were, a moment ago): their waiters are answered."""
@@ -126,22 +158,20 @@ class FetchServer:
     def withdraw(self, owner: Hashable, now_s: float) -> Answers:
         """The work is over, done or not: those who wait for keys that nobody promises any more are told. Unknown owners are
         ignored."""
-        failed: dict[tuple[bytes, bytes], tuple[_Served, list[Key]]] = {}
+        over: list[Key] = []
         for key in self._promises.pop(owner, ()):
             self._promised[key] -= 1
-            if self._promised[key]:
-                continue
-            del self._promised[key]
-            if self._pool.contains(key):
-                continue  # published, and about to be answered
-            for name, served in self._waiters.get(key, {}).items():
-                failed.setdefault(name, (served, []))[1].append(key)
-        return [answer for served, missed in failed.values() for answer in self._miss_parked(served, missed, now_s)]
+            if self._promised[key] == 0:
+                del self._promised[key]
+                over.append(key)
+        return self._miss_waiters(over, now_s)
 
     def forget_sink(self, sink_id: bytes) -> None:
         """That sink is certainly gone: its fetches and leases end."""
         for served in list(self._sinks.get(sink_id, {}).values()):
             self._drop(served)
+        if (number := self._keepers.pop(sink_id, None)) is not None:
+            self._pool.forget_keeper(number)
 
     def tick(self, now_s: float) -> Answers:
         """Ends leases and parked keys whose time is over."""
@@ -190,7 +220,12 @@ class FetchServer:
             missing += [key for key in part if key not in records]
             if lease is None:
                 continue
-            blocks = [ReadyBlock(r.key, r.block_id, r.num_tokens, r.checksum, r.parent) for r in records.values()]
+            if self._below is not None:
+                self._below.used(records)
+            blocks = [
+                ReadyBlock(r.key, r.block_id, r.num_tokens, r.checksum, r.parent, r.writer, r.owner)
+                for r in records.values()
+            ]
             served.batches[served.num_batches] = lease.lease_id
             served.leased_until_s = lease.expires_at_s
             waited_s = now_s - served.received_s
@@ -198,14 +233,34 @@ class FetchServer:
             answers.append((served.sink_id, ready))
             served.num_batches += 1
             self.num_served_blocks += len(blocks)
-        if park:
+        coming = self._below.bring_up(missing) if self._below is not None and missing else set()
+        if park or coming:
             room = max(0, self._max_parked - self._num_parked.get(served.sink_id, 0))
-            self._park(served, missing[:room])
-            missing = missing[room:]
+            waiting = [key for key in missing if park or key in coming][:room]
+            self._park(served, waiting)
+            missing = [key for key in missing if key not in served.parked]
         if missing:
             self.num_missed_keys += len(missing)
             answers.append((served.sink_id, Miss(served.fetch_id, missing)))
         return answers
+
+    def _keeper(self, sink_id: bytes) -> int | None:
+        """The number of that pool node; None if there are too many."""
+        if sink_id not in self._keepers:
+            free = set(range(MAX_KEEPERS)) - set(self._keepers.values())
+            if not free:
+                return None
+            self._keepers[sink_id] = min(free)
+        return self._keepers[sink_id]
+
+    def _miss_waiters(self, keys: Iterable[Key], now_s: float) -> Answers:
+        failed: dict[tuple[bytes, bytes], tuple[_Served, list[Key]]] = {}
+        for key in keys:
+            if self._pool.contains(key):
+                continue  # published, and about to be answered
+            for name, served in self._waiters.get(key, {}).items():
+                failed.setdefault(name, (served, []))[1].append(key)
+        return [answer for served, missed in failed.values() for answer in self._miss_parked(served, missed, now_s)]
 
     def _miss_parked(self, served: _Served, keys: list[Key], now_s: float) -> Answers:
         if not keys:

@@ -53,14 +53,16 @@ class RoutingGroup(Struct, frozen=True):
 
 
 class Endpoints(Struct, frozen=True):
-    """Where a process listens. `fetch` (ROUTER), `events` (PUB) and `replay` (ROUTER) are ZeroMQ endpoints; `shm` is the path
-    of the Unix socket that hands out the arena's memfd, or empty when the transport is off."""
+    """Where a process listens. `fetch` (ROUTER), `events` (PUB) and `replay` (ROUTER) are ZeroMQ endpoints. `shm`, `ucx` and
+    `tcp` are where each transport reaches the arena, as that transport spells it; empty where it is off."""
 
     fetch: Endpoint
     events: Endpoint
     replay: Endpoint
     shm: Endpoint = ""
     machine_id: Annotated[str, Meta(max_length=128)] = ""
+    ucx: Endpoint = ""
+    tcp: Endpoint = ""
 
 
 class Source(Struct, frozen=True):
@@ -159,6 +161,30 @@ class Counters(Struct, frozen=True):
     finished: Count = 0
     evicted_blocks: Count = 0
     expired_leases: Count = 0
+    dropped_blocks: Count = 0
+    """Evicted without a copy anywhere, though a pool node keeps copies of ours."""
+    shared_blocks: Count = 0
+    """Blocks that one fetch brought for several sequences."""
+    unprotected_streams: Count = 0
+    """How often a stream went on although the pool did not take its blocks."""
+    held_back_steps: Count = 0
+    """Steps that streams sat out until the pool had their blocks."""
+    stored_blocks: Count = 0
+    """Of a pool node's DISK tier: written to it, read from it, not written although they should be, and found damaged."""
+    loaded_blocks: Count = 0
+    not_stored_blocks: Count = 0
+    corrupt_blocks: Count = 0
+    disk_faults: Count = 0
+    """Its directories that are disabled because they failed."""
+
+
+class Link(Struct, frozen=True, array_like=True):
+    """What a process fetched from another one by one transport since its epoch began, and how fast that goes now."""
+
+    process: Name
+    transport: Name
+    num_bytes: Count
+    bytes_per_s: PerSecond
 
 
 class Heartbeat(Struct, tag="heartbeat", tag_field="t"):
@@ -173,6 +199,7 @@ class Heartbeat(Struct, tag="heartbeat", tag_field="t"):
     """Sequence number of the last KV event batch published, -1 before the first."""
     load: Load
     counters: Counters
+    links: Annotated[list[Link], Meta(max_length=16_384)] = []
 
 
 class Sampling(Struct, frozen=True):
@@ -221,6 +248,7 @@ class Dispatch(Struct, tag="dispatch", tag_field="t"):
     sampling: Sampling
     n: Annotated[int, Meta(ge=1, le=64)]
     sources: Annotated[list[Source], Meta(max_length=64)]
+    """In the order to ask."""
     deadline_s: Seconds
     """Seconds from receipt until the request's deadline."""
     index: Count = 0
@@ -230,6 +258,8 @@ class Dispatch(Struct, tag="dispatch", tag_field="t"):
     """Name of the source that computes the missing keys right now; only it is asked to wait. Empty: nobody waits."""
     hold_s: Seconds = 10.0
     priority: int = 0
+    held_blocks: Annotated[list[Count], Meta(max_length=64)] = []
+    """How many leading blocks each of `sources` is believed to hold; empty: not known."""
 
 
 class FirstTokens(Struct, tag="first_tokens", tag_field="t"):
@@ -260,6 +290,7 @@ class Tokens(Struct, tag="tokens", tag_field="t"):
     logprobs: list[TokenLogprobs] = []
     finish_reason: FinishReason | None = None
     durable_position: Count = 0
+    """Generated tokens whose KV a pool node holds."""
 
 
 class Ack(Struct, tag="ack", tag_field="t"):
@@ -329,11 +360,12 @@ class Abort(Struct, tag="abort", tag_field="t"):
 
 
 class Peers(Struct, tag="peers", tag_field="t"):
-    """Router → pool node: the workers it may follow and fetch from, whole list, on each change."""
+    """Router → pool node and worker: who else serves blocks of its group, whole lists, on each change."""
 
     workers: Annotated[list[Source], Meta(max_length=4096)]
     group: RoutingGroup | None = None
     slab_bytes: Count = 0
+    pools: Annotated[list[Source], Meta(max_length=4096)] = []
 
 
 class Goodbye(Struct, tag="goodbye", tag_field="t"):
@@ -362,14 +394,21 @@ class Fetch(Struct, tag="fetch", tag_field="t"):
     shard: Count = 0
 
 
+NOBODY = bytes(8)
+"""The writer or owner of a block of which nobody said it."""
+
+
 class ReadyBlock(Struct, frozen=True, array_like=True):
-    """`location` is opaque to the sink; `checksum` was made by the block's producer."""
+    """`location` is opaque to the sink; `checksum` was made by the block's producer, the incarnation `writer`. `owner` is the
+    begin of its chain's root: one for each tenant, adapter and model; quotas count by it."""
 
     key: KeyBytes
     location: Count
     num_tokens: Annotated[int, Meta(ge=1, le=65_535)]
     checksum: U64
     parent: Annotated[bytes, Meta(max_length=16)]
+    writer: U64 = NOBODY
+    owner: U64 = NOBODY
 
 
 class Ready(Struct, tag="ready", tag_field="t"):
@@ -404,7 +443,19 @@ class Cancel(Struct, tag="cancel", tag_field="t"):
     fetch_id: Annotated[bytes, Meta(min_length=16, max_length=16)]
 
 
-ToSource = Fetch | Done | Cancel
+class Kept(Struct, tag="kept", tag_field="t"):
+    """Pool node → worker: it holds a copy of these blocks, which the worker has announced."""
+
+    keys: Keys
+
+
+class Lost(Struct, tag="lost", tag_field="t"):
+    """Pool node → worker: it holds no copy of these blocks any more."""
+
+    keys: Keys
+
+
+ToSource = Fetch | Done | Cancel | Kept | Lost
 ToSink = Ready | Miss
 
 T = TypeVar("T")

@@ -182,7 +182,7 @@ class RoleRun(_message.Message):
     def __init__(self, role: _Optional[str] = ..., process: _Optional[str] = ..., attempt: _Optional[int] = ..., local_hit_tokens: _Optional[int] = ..., fetched_tokens: _Optional[int] = ..., computed_tokens: _Optional[int] = ..., fetched: _Optional[_Iterable[_Union[FetchedFrom, _Mapping]]] = ..., queue_s: _Optional[float] = ..., fetch_s: _Optional[float] = ..., compute_s: _Optional[float] = ..., predicted_ttft_s: _Optional[float] = ...) -> None: ...
 
 class Completed(_message.Message):
-    __slots__ = ("request_id", "num_prompt_tokens", "num_generated_tokens", "num_cached_tokens", "ttft_s", "total_s", "runs")
+    __slots__ = ("request_id", "num_prompt_tokens", "num_generated_tokens", "num_cached_tokens", "ttft_s", "total_s", "runs", "exposed_transfer_s")
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     NUM_PROMPT_TOKENS_FIELD_NUMBER: _ClassVar[int]
     NUM_GENERATED_TOKENS_FIELD_NUMBER: _ClassVar[int]
@@ -190,6 +190,7 @@ class Completed(_message.Message):
     TTFT_S_FIELD_NUMBER: _ClassVar[int]
     TOTAL_S_FIELD_NUMBER: _ClassVar[int]
     RUNS_FIELD_NUMBER: _ClassVar[int]
+    EXPOSED_TRANSFER_S_FIELD_NUMBER: _ClassVar[int]
     request_id: str
     num_prompt_tokens: int
     num_generated_tokens: int
@@ -197,14 +198,27 @@ class Completed(_message.Message):
     ttft_s: float
     total_s: float
     runs: _containers.RepeatedCompositeFieldContainer[RoleRun]
-    def __init__(self, request_id: _Optional[str] = ..., num_prompt_tokens: _Optional[int] = ..., num_generated_tokens: _Optional[int] = ..., num_cached_tokens: _Optional[int] = ..., ttft_s: _Optional[float] = ..., total_s: _Optional[float] = ..., runs: _Optional[_Iterable[_Union[RoleRun, _Mapping]]] = ...) -> None: ...
+    exposed_transfer_s: float
+    def __init__(self, request_id: _Optional[str] = ..., num_prompt_tokens: _Optional[int] = ..., num_generated_tokens: _Optional[int] = ..., num_cached_tokens: _Optional[int] = ..., ttft_s: _Optional[float] = ..., total_s: _Optional[float] = ..., runs: _Optional[_Iterable[_Union[RoleRun, _Mapping]]] = ..., exposed_transfer_s: _Optional[float] = ...) -> None: ...
 
 class GetClusterRequest(_message.Message):
     __slots__ = ()
     def __init__(self) -> None: ...
 
+class Link(_message.Message):
+    __slots__ = ("source", "transport", "num_bytes", "bytes_per_s")
+    SOURCE_FIELD_NUMBER: _ClassVar[int]
+    TRANSPORT_FIELD_NUMBER: _ClassVar[int]
+    NUM_BYTES_FIELD_NUMBER: _ClassVar[int]
+    BYTES_PER_S_FIELD_NUMBER: _ClassVar[int]
+    source: str
+    transport: str
+    num_bytes: int
+    bytes_per_s: float
+    def __init__(self, source: _Optional[str] = ..., transport: _Optional[str] = ..., num_bytes: _Optional[int] = ..., bytes_per_s: _Optional[float] = ...) -> None: ...
+
 class ProcessStatus(_message.Message):
-    __slots__ = ("name", "role", "epoch", "pid", "heartbeat_age_s", "num_blocks", "free_blocks", "cached_blocks", "leased_blocks", "slab_bytes", "num_running", "num_waiting", "prefill_tokens", "decode_tokens", "prefix_hit_tokens", "fetched_blocks", "fetched_bytes", "prefill_tokens_per_s", "decode_step_s", "indexed_blocks", "preemptions", "recomputed_tokens", "served_blocks", "counters", "fetch_endpoint", "shm_endpoint")
+    __slots__ = ("name", "role", "epoch", "pid", "heartbeat_age_s", "num_blocks", "free_blocks", "cached_blocks", "leased_blocks", "slab_bytes", "num_running", "num_waiting", "prefill_tokens", "decode_tokens", "prefix_hit_tokens", "fetched_blocks", "fetched_bytes", "prefill_tokens_per_s", "decode_step_s", "indexed_blocks", "preemptions", "recomputed_tokens", "served_blocks", "counters", "fetch_endpoint", "shm_endpoint", "links")
     class CountersEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -238,6 +252,7 @@ class ProcessStatus(_message.Message):
     COUNTERS_FIELD_NUMBER: _ClassVar[int]
     FETCH_ENDPOINT_FIELD_NUMBER: _ClassVar[int]
     SHM_ENDPOINT_FIELD_NUMBER: _ClassVar[int]
+    LINKS_FIELD_NUMBER: _ClassVar[int]
     name: str
     role: str
     epoch: str
@@ -264,7 +279,8 @@ class ProcessStatus(_message.Message):
     counters: _containers.ScalarMap[str, int]
     fetch_endpoint: str
     shm_endpoint: str
-    def __init__(self, name: _Optional[str] = ..., role: _Optional[str] = ..., epoch: _Optional[str] = ..., pid: _Optional[int] = ..., heartbeat_age_s: _Optional[float] = ..., num_blocks: _Optional[int] = ..., free_blocks: _Optional[int] = ..., cached_blocks: _Optional[int] = ..., leased_blocks: _Optional[int] = ..., slab_bytes: _Optional[int] = ..., num_running: _Optional[int] = ..., num_waiting: _Optional[int] = ..., prefill_tokens: _Optional[int] = ..., decode_tokens: _Optional[int] = ..., prefix_hit_tokens: _Optional[int] = ..., fetched_blocks: _Optional[int] = ..., fetched_bytes: _Optional[int] = ..., prefill_tokens_per_s: _Optional[float] = ..., decode_step_s: _Optional[float] = ..., indexed_blocks: _Optional[int] = ..., preemptions: _Optional[int] = ..., recomputed_tokens: _Optional[int] = ..., served_blocks: _Optional[int] = ..., counters: _Optional[_Mapping[str, int]] = ..., fetch_endpoint: _Optional[str] = ..., shm_endpoint: _Optional[str] = ...) -> None: ...
+    links: _containers.RepeatedCompositeFieldContainer[Link]
+    def __init__(self, name: _Optional[str] = ..., role: _Optional[str] = ..., epoch: _Optional[str] = ..., pid: _Optional[int] = ..., heartbeat_age_s: _Optional[float] = ..., num_blocks: _Optional[int] = ..., free_blocks: _Optional[int] = ..., cached_blocks: _Optional[int] = ..., leased_blocks: _Optional[int] = ..., slab_bytes: _Optional[int] = ..., num_running: _Optional[int] = ..., num_waiting: _Optional[int] = ..., prefill_tokens: _Optional[int] = ..., decode_tokens: _Optional[int] = ..., prefix_hit_tokens: _Optional[int] = ..., fetched_blocks: _Optional[int] = ..., fetched_bytes: _Optional[int] = ..., prefill_tokens_per_s: _Optional[float] = ..., decode_step_s: _Optional[float] = ..., indexed_blocks: _Optional[int] = ..., preemptions: _Optional[int] = ..., recomputed_tokens: _Optional[int] = ..., served_blocks: _Optional[int] = ..., counters: _Optional[_Mapping[str, int]] = ..., fetch_endpoint: _Optional[str] = ..., shm_endpoint: _Optional[str] = ..., links: _Optional[_Iterable[_Union[Link, _Mapping]]] = ...) -> None: ...
 
 class GetClusterResponse(_message.Message):
     __slots__ = ("router", "model", "max_model_len", "block_size", "model_fingerprint", "numerics_class", "kv_format", "processes", "num_active_requests", "num_requests_finished", "num_requests_failed", "num_requests_cancelled", "ready")

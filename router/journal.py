@@ -79,11 +79,12 @@ class DispatchRecord:
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """A role's report, with where it ran and what had been predicted."""
+    """A role's report, with where it ran, what had been predicted, and when the report came."""
 
     process: str
     predicted_ttft_s: float
     report: RoleReport
+    reported_at_s: float
 
 
 @dataclass(slots=True)

@@ -254,13 +254,18 @@ class Membership:
         lengths = [m.hello.capacity.max_model_len for m in (*self.workers("prefill"), *self.workers("decode"))]
         return min((length for length in lengths if length), default=0)
 
-    def pools_to_tell(self) -> list[Member]:
-        """Pool nodes that may follow the served group: those in it, and those that have none yet."""
+    def to_tell(self) -> list[Member]:
+        """Who is told of its peers: the served group, and pool nodes that have no group yet."""
         served = self._served
-        return [m for m in self._members.values() if m.role == "pool" and m.hello.group in (None, served)]
+        return [m for m in self._members.values() if m.hello.group == served or (m.role == "pool" and not m.hello.group)]
 
     def peers(self) -> Peers:
-        """What pool nodes are told: all workers of the served group."""
+        """What they are told: the workers of the served group, and the pool nodes that keep its blocks."""
         workers = [*self.workers("prefill"), *self.workers("decode")]
-        slab_bytes = next((m.hello.capacity.slab_bytes for m in workers if m.hello.capacity.slab_bytes), 0)
-        return Peers(workers=[m.source("DEVICE") for m in workers], group=self._served, slab_bytes=slab_bytes)
+        pools = [m for m in self._members.values() if m.role == "pool" and m.hello.group == self._served]
+        return Peers(
+            workers=[m.source("DEVICE") for m in workers],
+            group=self._served,
+            slab_bytes=next((m.hello.capacity.slab_bytes for m in workers if m.hello.capacity.slab_bytes), 0),
+            pools=[m.source("HOST") for m in pools if self._served is not None],
+        )

@@ -194,6 +194,7 @@ class Planner:
             wait_source=prefill.process if prefill is not None else "",
             hold_s=self._hold_s,
             priority=record.request.priority,
+            held_blocks=[placement.hits.get(Place(source.process, source.tier), 0) for source in sources],
         )
         return Send(process, member.epoch, message)
 

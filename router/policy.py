@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from router.prefix_index import Place
 
@@ -89,6 +89,8 @@ class Placement:
     decode_sources: tuple[Place, ...]
     chosen: Prediction
     considered: tuple[Prediction, ...]
+    hits: Mapping[Place, int] = field(default_factory=dict)
+    """Leading blocks that each place holds, as far as the index knows."""
 
     @property
     def predicted_ttft_s(self) -> float:
@@ -141,9 +143,10 @@ class Policy:
                     decode_sources=shape.sources(at_decode.process, but=at_prefill.process),
                     chosen=at_prefill,
                     considered=tuple(considered),
+                    hits=hits,
                 )
         sources = shape.sources(best.process) if best.fetch_s else ()
-        return Placement(None, best.process, (), sources, best, tuple(considered))
+        return Placement(None, best.process, (), sources, best, tuple(considered), hits)
 
     def _prefill_on(self, worker: Candidate, shape: _Shape, here: bool) -> Prediction:
         speed = worker.prefill_tokens_per_s or shape.typical_tokens_per_s

@@ -5,7 +5,7 @@ Owns the translation from the core's state to the public messages. Reads, never 
 
 from __future__ import annotations
 
-from collections.abc import Set
+from collections.abc import Sequence, Set
 
 import msgspec
 
@@ -33,7 +33,25 @@ def completed(summary: Summary, num_generated_tokens: int) -> tandem_pb2.Complet
         ttft_s=summary.ttft_s or 0.0,
         total_s=summary.total_s,
         runs=[_run(run) for run in summary.runs],
+        exposed_transfer_s=exposed_transfer_s(summary.runs),
     )
+
+
+def exposed_transfer_s(runs: Sequence[Run]) -> float | None:
+    """How long after prefill's first token the KV of the last hand-over was complete; None without one. Both are told to one
+    clock, the router's, over lines of the same length."""
+    handed = [
+        (prefill, decode)
+        for prefill in runs
+        for decode in runs
+        if prefill.report.fence.role == "prefill"
+        and decode.report.fence.role == "decode"
+        and any(item.process == prefill.process for item in decode.report.fetched)
+    ]
+    if not handed:
+        return None
+    prefill, decode = handed[-1]
+    return max(0.0, decode.reported_at_s - prefill.reported_at_s)
 
 
 def _run(run: Run) -> tandem_pb2.RoleRun:
@@ -113,6 +131,13 @@ def _process(core: RouterCore, member: Member, now_s: float) -> tandem_pb2.Proce
         status.preemptions = counters.preemptions
         status.recomputed_tokens = counters.recomputed_tokens
         status.served_blocks = counters.served_blocks
+        for link in member.heartbeat.links:
+            status.links.add(
+                source=link.process,
+                transport=link.transport,
+                num_bytes=link.num_bytes,
+                bytes_per_s=link.bytes_per_s,
+            )
         for name, total in msgspec.structs.asdict(counters).items():
             status.counters[name] = total
     return status

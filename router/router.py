@@ -306,7 +306,7 @@ class RouterCore:
                     if endpoints_changed:
                         actions += self._follow(member, 0)
                     if group_changed or member.role == "pool":
-                        actions += self._tell_pools()
+                        actions += self._tell_peers()
                 case Joined(member=member):
                     actions += self._on_joined(member, now_s)
         return actions
@@ -329,7 +329,7 @@ class RouterCore:
         actions: list[Action] = [
             Send(member.name, member.epoch, self._welcome()),
             *self._follow(member, from_seq),
-            *self._tell_pools(),
+            *self._tell_peers(),
         ]
         for request_id in list(self._waiting):
             record = self.journal.get(request_id)
@@ -342,7 +342,7 @@ class RouterCore:
         self.ledger.forget(lost.name)
         for fence in [fence for fence, closing in self._closing.items() if closing.process == lost.name]:
             del self._closing[fence]
-        actions: list[Action] = [Unsubscribe(lost.name, lost.epoch, lost.reason), *self._tell_pools()]
+        actions: list[Action] = [Unsubscribe(lost.name, lost.epoch, lost.reason), *self._tell_peers()]
         for record in self.journal:
             roles: set[DispatchRole] = set()
             for dispatch in list(record.dispatches.values()):
@@ -355,9 +355,9 @@ class RouterCore:
                 actions += self._after_failure(record, roles, error, now_s)
         return actions
 
-    def _tell_pools(self) -> list[Action]:
+    def _tell_peers(self) -> list[Action]:
         peers = self.membership.peers()
-        return [Send(pool.name, pool.epoch, peers) for pool in self.membership.pools_to_tell()]
+        return [Send(member.name, member.epoch, peers) for member in self.membership.to_tell()]
 
     def _on_heartbeat(self, message: Heartbeat, now_s: float) -> list[Action]:
         self.membership.heartbeat(message, now_s)
@@ -416,7 +416,7 @@ class RouterCore:
         if record is None or dispatch is None or (dispatch.process, dispatch.epoch) != (process, epoch):
             return []
         if len(record.runs) < MAX_RUNS and all(run.report.fence != message.fence for run in record.runs):
-            record.runs.append(Run(process, dispatch.predicted_ttft_s, message))
+            record.runs.append(Run(process, dispatch.predicted_ttft_s, message, now_s))
         if message.fence not in record.dispatches:
             return []
         dispatch.progress_at_s = now_s

@@ -27,7 +27,7 @@ import psutil
 
 from tandem.client import Client
 from tandem.clock import now_s
-from tandem.config import Config, dump_config, load_config
+from tandem.config import Config, WorkerConfig, dump_config, load_config
 from tandem.errors import Cancelled, ConfigError, DeadlineExceeded, TandemError, error_from_code
 from tandem.ports import busy_ports, with_free_ports
 from tandem.role_main import ENTRY_POINTS, load_role
@@ -125,6 +125,14 @@ class RoleProcess:
         return not self._thread.is_alive()
 
 
+def _num_processes(config: Config, role: str) -> int:
+    """Of a role on this machine: it has one pool node, however many copies are kept."""
+    if role == "pool":
+        return min(1, config.pool.replicas)
+    workers: WorkerConfig = getattr(config, role)
+    return workers.replicas
+
+
 class Cluster:
     """One cluster, in Ray, on this machine. Not thread-safe; one per process at a time. Use it as a context manager.
 
@@ -188,7 +196,7 @@ class Cluster:
                 self._wait(client, deadline_s, progress, pause, set())
                 names = {}
                 for role in ("pool", "prefill", "decode"):
-                    for number in range(getattr(self.config, role).replicas):
+                    for number in range(_num_processes(self.config, role)):
                         names[f"{role}-{number}"] = role
                 for name, role in names.items():
                     self._start_role(name, role)

@@ -68,11 +68,31 @@ class WorkerConfig(_Section):
     threads: int = Field(1, ge=1, le=256)
 
 
+class DiskConfig(_Section):
+    """The DISK tier of a pool node. Each directory belongs to one node alone."""
+
+    dirs: list[str] = Field(default=[], max_length=16, description="one for each drive; empty: no DISK tier")
+    bytes: int = Field(8 * GiB, ge=2**20, description="preallocated in each directory")
+    policy: Literal["write-through", "after-hits", "write-back"] = Field(
+        "write-through",
+        description="blocks of the HOST tier are written at once, after `hits` uses, or when it runs short of room",
+    )
+    hits: int = Field(2, ge=1, le=1000)
+    write_bytes_per_s: int = Field(0, ge=0, description="at most so fast, to spare the drives; 0: no limit")
+    read_ahead_blocks: int = Field(32, ge=0, le=4096, description="brought up after what somebody asked for")
+
+
 class PoolConfig(_Section):
     """The pool node of each machine."""
 
-    replicas: int = Field(1, ge=0, le=1)
+    replicas: int = Field(1, ge=0, le=2, description="copies of a block; the second is on another machine. 0: no pool")
     host_bytes: int = Field(2 * GiB, ge=2**20, description="KV memory of the HOST tier")
+    eviction: Literal["lru", "lfu"] = Field("lru", description="what goes first: used longest ago, or least often")
+    quota: float = Field(
+        1.0, gt=0, le=1, description="part of a tier that one tenant's blocks may take while others need room"
+    )
+    ttl_s: float = Field(0.0, ge=0, description="blocks that nobody used for so long go; 0: they stay while there is room")
+    disk: DiskConfig = DiskConfig()
 
 
 class LimitsConfig(_Section):
@@ -109,13 +129,24 @@ class RouterConfig(_Section):
         return f"tcp://{self.address or self.host}:{self.control_port}"
 
 
+class TlsConfig(_Section):
+    """What the tcp transport proves itself with, PEM files; all three or none. Both sides must have a certificate of `ca`."""
+
+    cert: str = ""
+    key: str = ""
+    ca: str = ""
+
+
 class TransferConfig(_Section):
     """How KV moves."""
 
     host: str = Field("127.0.0.1", description="the address that a worker or pool node binds, and tells the others")
-    transports: list[Literal["shm"]] = Field(
-        default=["shm"], description="empty: nothing is fetched, all is recomputed"
+    transports: list[Literal["shm", "ucx", "tcp"]] = Field(
+        default=["shm", "tcp"], description="by preference; empty: nothing is fetched, all is recomputed"
     )
+    tls: TlsConfig = TlsConfig()
+    peer_bytes_per_s: int = Field(0, ge=0, description="at most so much from each source; 0: no limit")
+    machine_id: str = Field("", max_length=128, description="processes with the same one share memory; empty: the system's")
     lease_s: float = Field(5.0, gt=0, le=60)
     grace_s: float = Field(2.0, gt=0, le=60, description="how long a source parks keys that it has not heard of")
     hold_s: float = Field(
@@ -198,6 +229,9 @@ def load_config(path: str | Path | None = None, overrides: dict[str, Any] | None
             f"{where}: prefill.block_size is {config.prefill.block_size} and decode.block_size is "
             f"{config.decode.block_size}; they must be equal"
         )
+    tls = config.transfer.tls
+    if any((tls.cert, tls.key, tls.ca)) and not all((tls.cert, tls.key, tls.ca)):
+        raise ConfigError(f"{where}: transfer.tls needs cert, key and ca, all three")
     return config
 
 

@@ -18,7 +18,8 @@ import msgspec
 import zmq
 
 from kvpool.service import KVService
-from kvpool.sink import FetchedBlock, FetchEnded
+from kvpool.sink import FetchedBatch, FetchEnded
+from kvpool.transport.build import make_transports
 from protos import control
 from protos.control import (
     Abort,
@@ -34,7 +35,9 @@ from protos.control import (
     Heartbeat,
     Hello,
     Load,
+    Peers,
     Resend,
+    Source,
     Tokens,
 )
 from tandem.clock import now_s
@@ -71,6 +74,7 @@ class WorkerLoop:
         """Serves until `stop`. Raises TandemError if the model can't be loaded or a router refuses this worker."""
         path = resolve_model(self._config.model.path)
         log.info("loading %s", path.name)
+        epoch = secrets.token_bytes(8)
         parts = build_engine(
             path,
             self._config.model.dtype,
@@ -78,6 +82,7 @@ class WorkerLoop:
             weights=self._config.model.weights,
             max_len=self._config.model.max_len,
             fetch_timeout_s=self._config.transfer.fetch_timeout_s,
+            epoch=epoch,
         )
         log.info(
             "holding %d blocks of %d bytes; joining the router at %s",
@@ -87,7 +92,7 @@ class WorkerLoop:
         )
         model_name = self._config.model.name or default_model_name(path)
         engine_thread = _EngineThread(parts)
-        transfer = _TransferThread(self._config, parts, engine_thread, self._role, self._name, model_name)
+        transfer = _TransferThread(self._config, parts, engine_thread, self._role, self._name, model_name, epoch)
         engine_thread.connect(transfer)
         cores = claim_cores(self._worker.threads)
         thread = threading.Thread(target=transfer.run, name="transfer")
@@ -177,6 +182,7 @@ class _TransferThread:
         role: Literal["prefill", "decode"],
         name: str,
         model: str,
+        epoch: bytes,
     ) -> None:
         self._config = config
         self._parts = parts
@@ -184,11 +190,12 @@ class _TransferThread:
         self._role: Literal["prefill", "decode"] = role
         self._name = name
         self._model = model
-        self._epoch = secrets.token_bytes(8)
+        self._epoch = epoch
         self._outputs: queue.SimpleQueue[Output] = queue.SimpleQueue()
         self._wake_fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self._stopping = False
         self._unacknowledged = Unacknowledged()
+        self._pools: set[tuple[str, bytes]] = set()
         self.error: BaseException | None = None
 
     # --- from other threads ------------------------------------------------------------------------------------------
@@ -220,6 +227,7 @@ class _TransferThread:
     def _serve(self) -> None:
         context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         transfer = self._config.transfer
+        machine = transfer.machine_id or machine_id()
         try:
             self._service = KVService(
                 context=context,
@@ -227,14 +235,17 @@ class _TransferThread:
                 arena=self._parts.arena,
                 process=self._name,
                 epoch=self._epoch,
-                tier="DEVICE",
                 bind_host=transfer.host,
-                transports=transfer.transports,
-                machine_id=machine_id(),
+                transports=make_transports(
+                    transfer, self._parts.arena, self._epoch, machine_id=machine, native=self._parts.native
+                ),
+                machine_id=machine,
                 lease_s=transfer.lease_s,
                 grace_s=transfer.grace_s,
                 on_blocks=self._on_blocks,
                 on_ended=self._on_ended,
+                on_kept=lambda: self._engine.post(lambda: None),
+                peer_bytes_per_s=transfer.peer_bytes_per_s,
             )
             try:
                 self._link = RouterLink(
@@ -329,6 +340,8 @@ class _TransferThread:
                 self._unacknowledged.acknowledge(router, fence, index, position, final, now)
                 if final:
                     post(lambda: engine.on_stop_sample(router, fence, index))
+            case Peers(pools=pools):
+                self._on_peers(pools, now)
             case Resend(fence=fence, index=index, position=position):
                 kept = self._unacknowledged.from_position(router, fence, index, position)
                 for tokens in kept:
@@ -338,6 +351,14 @@ class _TransferThread:
             case _:
                 log.warning("a worker has no use for %s", type(message).__name__)
 
+    def _on_peers(self, pools: list[Source], now: float) -> None:
+        """Pool nodes that left hold nothing of ours any more."""
+        told = {(pool.process, pool.epoch) for pool in pools}
+        for name in self._pools - told:
+            self._service.drop_peer(*name, now)
+        self._pools = told
+        self._engine.post(lambda: self._parts.engine.on_pools(pools))
+
     def _on_router_lost(self, router: int) -> None:
         self._unacknowledged.drop_router(router)
         self._engine.post(lambda: self._parts.engine.on_router_lost(router))
@@ -345,8 +366,8 @@ class _TransferThread:
     def _on_refused(self, reason: str) -> None:
         raise ConfigError(f"the router refused {self._name}: {reason}")
 
-    def _on_blocks(self, fetch_id: bytes, blocks: list[FetchedBlock]) -> None:
-        self._engine.post(lambda: self._parts.engine.on_blocks(fetch_id, blocks))
+    def _on_blocks(self, fetch_id: bytes, batch: FetchedBatch) -> None:
+        self._engine.post(lambda: self._parts.engine.on_blocks(fetch_id, batch))
 
     def _on_ended(self, ended: FetchEnded) -> None:
         now = now_s()
@@ -391,4 +412,5 @@ class _TransferThread:
             events_seq=self._service.events_seq,
             load=load,
             counters=self._service.add_counters(self._engine.counters),
+            links=self._service.links(),
         )

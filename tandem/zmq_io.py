@@ -7,7 +7,7 @@ Frames are single MessagePack messages, bounded; what can't be decoded is counte
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import msgspec
@@ -15,11 +15,13 @@ import zmq
 
 from protos import control
 from protos.control import FromRouter, Heartbeat, Hello, Refused, ToRouter, Welcome
+from tandem.errors import ConfigError
 
 log = logging.getLogger(__name__)
 
 HELLO_PERIOD_S = 1.0
 MESSAGES_PER_HANDLE = 1000
+"""A busy socket yields after so many messages, so that heartbeats go on."""
 _HIGH_WATER_MARK = 100_000
 _TELL_AT_HELLO = frozenset({3, 30, 300, 3000})
 """After so many hellos without an answer it is said that nobody answers."""
@@ -38,6 +40,32 @@ def bounded_socket(context: zmq.Context[zmq.Socket[bytes]], kind: int) -> zmq.So
     socket.sndhwm = _HIGH_WATER_MARK
     socket.rcvhwm = _HIGH_WATER_MARK
     return socket
+
+
+def bind_any_port(socket: zmq.Socket[bytes], host: str) -> str:
+    """Binds to a free TCP port of `host` and returns the endpoint that others connect to. Raises ConfigError if it can't."""
+    if ":" in host:
+        socket.setsockopt(zmq.IPV6, 1)
+        host = f"[{host}]"
+    try:
+        socket.bind(f"tcp://{host}:*")
+    except zmq.ZMQError as error:
+        raise ConfigError(f"transfer.host: can't listen on {host!r}: {error.strerror}") from error
+    endpoint = socket.getsockopt_string(zmq.LAST_ENDPOINT)
+    assert isinstance(endpoint, str)
+    return endpoint
+
+
+def received(socket: zmq.Socket[bytes]) -> Iterator[list[bytes]]:
+    """What waits on a socket, but not for ever: a busy one yields after `MESSAGES_PER_HANDLE` messages, and one that was closed
+    by what the last message led to at once."""
+    for _ in range(MESSAGES_PER_HANDLE):
+        if socket.closed:
+            return
+        try:
+            yield socket.recv_multipart(zmq.NOBLOCK)
+        except zmq.Again:
+            return
 
 
 @dataclass(slots=True)

@@ -73,7 +73,15 @@ def load(variant: Variant) -> Native | None:
     library.tandem_sample.restype = int32
     library.tandem_sample.argtypes = [pointer, int64, int64, pointer, pointer, pointer, pointer, int64]
     library.tandem_copy_blocks.restype = None
-    library.tandem_copy_blocks.argtypes = [pointer, int64, pointer, pointer, int64, pointer, int64, int64]
+    library.tandem_copy_blocks.argtypes = [pointer, int64, pointer, pointer, int64, pointer, int64, int64, pointer]
+    library.tandem_checksum_blocks.restype = None
+    library.tandem_checksum_blocks.argtypes = [pointer, int64, pointer, int64, int64, pointer]
+    library.tandem_send_blocks.restype = int64
+    library.tandem_send_blocks.argtypes = [
+        int32, ctypes.c_char_p, int64, pointer, int64, pointer, int64, int64, int64, int64
+    ]  # fmt: skip
+    library.tandem_receive_blocks.restype = int64
+    library.tandem_receive_blocks.argtypes = [int32, pointer, int64, pointer, int64, int64, int64, int64, pointer]
     if library.tandem_level() != LEVELS[variant]:
         raise ConfigError(
             f"{path} was compiled for another instruction set, by CFLAGS of the environment: install Tandem again"

@@ -2,7 +2,8 @@
 
 Owns the listener that hands out our arena's memfd and the channels that map others'. Never maps anything writable, and
 never keeps a mapping of a process that is gone: the connection stays open for as long as the mapping, and its end drops
-the mapping at once. The sink copies once, block by block, and hashes each block while it is warm in the cache.
+the mapping at once. The sink copies once, from the source's arena into its own, many blocks and their checksums in one
+native call.
 
 The listener is an abstract socket (no file, gone with its process). Both sides check with SO_PEERCRED that the other runs
 under our user. The source sends one header with the memfd and nothing else, ever; the sink sends nothing:
@@ -22,14 +23,16 @@ import select
 import socket
 import struct
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
-from kvpool.arena import F_SEAL_FUTURE_WRITE, F_SEAL_GROW, F_SEAL_SHRINK, Arena, checksum_of
-from kvpool.transport.base import BlockRead, ReadResult
+from kernels.block_copy import copy_blocks
+from kernels.cpu import Native
+from kvpool.arena import F_SEAL_FUTURE_WRITE, F_SEAL_GROW, F_SEAL_SHRINK, Arena
+from kvpool.transport.base import POLL_BYTES, ReadResult
 from protos.control import Source
 from tandem.errors import TransportError
 
@@ -38,14 +41,12 @@ log = logging.getLogger(__name__)
 SHM_VERSION = 1
 ENDPOINT_PREFIX = "@tandem-"
 MAX_ARENA_BYTES = 1 << 46
-COPY_BYTES_PER_POLL = 16 * 1024 * 1024
-"""A poll stops after so many bytes, so that its thread goes on heartbeating: a few milliseconds of copying."""
 
 _HEADER = struct.Struct(">4sH8sQQ")
 _MAGIC = b"TKVA"
 _NEEDED_SEALS = F_SEAL_SHRINK | F_SEAL_GROW | F_SEAL_FUTURE_WRITE
 _BACKLOG = 256
-_MAX_CONNECTIONS = 4096
+_MAX_READERS = 4096
 
 
 def peer_uid(connection: socket.socket) -> int:
@@ -54,14 +55,21 @@ def peer_uid(connection: socket.socket) -> int:
     return int(struct.unpack("3i", credentials)[1])
 
 
-class ShmListener:
-    """Hands out one arena's memfd. One descriptor to poll (`fileno`); `handle` when it is readable."""
+class ShmTransport:
+    """Hands out one arena's memfd, and reaches sources on this machine whose slabs are as large. Keeps the `Transport`
+    contract."""
 
-    def __init__(self, arena: Arena, epoch: bytes) -> None:
+    name = "shm"
+
+    def __init__(self, arena: Arena, epoch: bytes, machine_id: str, native: Native | None) -> None:
         self._arena = arena
+        self._machine_id = machine_id
+        self._native = native
         self._header = _HEADER.pack(_MAGIC, SHM_VERSION, epoch, arena.num_blocks, arena.slab_bytes)
         self.endpoint = f"{ENDPOINT_PREFIX}{secrets.token_hex(16)}"
-        self._connections: dict[int, socket.socket] = {}
+        self._readers: dict[int, socket.socket] = {}
+        self._channels: dict[int, ShmChannel] = {}
+        self._failed: list[ReadResult] = []
         self.num_refused = 0
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
         self._socket.bind("\0" + self.endpoint[1:])
@@ -73,27 +81,59 @@ class ShmListener:
         return self._epoll.fileno()
 
     @property
-    def num_connections(self) -> int:
-        """Readers that may have the arena mapped right now."""
-        return len(self._connections)
+    def num_readers(self) -> int:
+        return len(self._readers)
 
-    def handle(self) -> None:
-        """Lets new readers in and forgets those that are gone."""
+    @property
+    def busy(self) -> bool:
+        return bool(self._failed) or any(channel.can_copy for channel in self._channels.values())
+
+    def reaches(self, source: Source) -> bool:
+        return bool(source.endpoints.shm) and source.endpoints.machine_id == self._machine_id
+
+    def connect(self, source: Source) -> ShmChannel:
+        channel = ShmChannel(source, self._arena, self._native, self._forget, self._failed)
+        self._channels[channel.fileno()] = channel
+        self._epoll.register(channel.fileno(), select.EPOLLIN)
+        return channel
+
+    def poll(self) -> list[ReadResult]:
         for fd, _ in self._epoll.poll(0):
             if fd == self._socket.fileno():
                 self._accept()
-            else:  # a reader has nothing to say: it left, or it breaks the contract
+            elif fd in self._channels:
+                self._channels[fd].hear()
+            elif fd in self._readers:  # a reader has nothing to say: it left, or it breaks the contract
                 self._epoll.unregister(fd)
-                self._connections.pop(fd).close()
+                self._readers.pop(fd).close()
                 self._epoll.modify(self._socket.fileno(), select.EPOLLIN)
+        results = []
+        budget = POLL_BYTES
+        for channel in list(self._channels.values()):
+            while budget > 0 and channel.can_copy:
+                result, num_bytes = channel.copy_next()
+                results.append(result)
+                budget -= num_bytes
+        if self._channels:  # who had to wait comes first the next time
+            first = next(iter(self._channels))
+            self._channels[first] = self._channels.pop(first)
+        results += self._failed
+        self._failed.clear()
+        return results
 
     def close(self) -> None:
-        """Ends every connection, by which readers drop their mappings. Idempotent."""
-        for connection in self._connections.values():
+        """Also ends every connection, by which readers drop their mappings."""
+        for channel in list(self._channels.values()):
+            channel.close()
+        for connection in self._readers.values():
             connection.close()
-        self._connections.clear()
+        self._readers.clear()
         self._socket.close()
         self._epoll.close()
+
+    def _forget(self, fd: int) -> None:
+        del self._channels[fd]
+        self._epoll.unregister(fd)
 
     def _accept(self) -> None:
         try:
@@ -101,42 +141,50 @@ class ShmListener:
         except OSError as error:
             if error.errno in (errno.EMFILE, errno.ENFILE):
                 # The connection stays in the queue and would wake us for ever: nobody new until somebody leaves.
-                log.error(
-                    "no descriptor is left for another reader of the arena; %d are connected", len(self._connections)
-                )
+                log.error("no descriptor is left for another reader of the arena; %d are connected", len(self._readers))
                 self._epoll.modify(self._socket.fileno(), 0)
             return
         connection.setblocking(False)
         try:
-            if peer_uid(connection) != os.geteuid() or len(self._connections) >= _MAX_CONNECTIONS:
+            if peer_uid(connection) != os.geteuid() or len(self._readers) >= _MAX_READERS:
                 raise PermissionError("not our user, or too many connections")
             socket.send_fds(connection, [self._header], [self._arena.fd])
         except OSError:
             self.num_refused += 1
             connection.close()
             return
-        self._connections[connection.fileno()] = connection
+        self._readers[connection.fileno()] = connection
         self._epoll.register(connection.fileno(), select.EPOLLIN)
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True)
 class _Read:
     read_id: int
-    blocks: Sequence[BlockRead]
-    checksums: list[bytes]
+    locations: Sequence[int]
+    block_ids: Sequence[int]
 
 
 class ShmChannel:
-    """One source's arena, mapped read-only. Keeps the `Channel` contract."""
+    """One source's arena, mapped read-only. Keeps the `Channel` contract; `failed` takes the results of reads that ended
+    without a copy, `forget` is told the descriptor when it is about to close."""
 
-    def __init__(self, source: Source, slab_bytes: int) -> None:
+    def __init__(
+        self,
+        source: Source,
+        arena: Arena,
+        native: Native | None,
+        forget: Callable[[int], None],
+        failed: list[ReadResult],
+    ) -> None:
         self._epoch = source.epoch
-        self._slab_bytes = slab_bytes
+        self._ours = arena
+        self._native = native
+        self._forget = forget
+        self._failed = failed
         self._map: mmap.mmap | None = None
-        self._num_blocks = 0
+        self._theirs: NDArray[np.uint8] | None = None
         self._queue: deque[_Read] = deque()
-        self._failed: list[ReadResult] = []
-        self._closed_because = ""
+        self.closed_because = ""
         endpoint = source.endpoints.shm
         if not endpoint.startswith(ENDPOINT_PREFIX):
             raise TransportError(
@@ -157,67 +205,44 @@ class ShmChannel:
         return self._socket.fileno()
 
     @property
-    def closed(self) -> bool:
-        return bool(self._closed_because)
+    def can_copy(self) -> bool:
+        """Whether a read is waiting and the arena is mapped."""
+        return bool(self._queue) and self._theirs is not None
 
-    @property
-    def closed_because(self) -> str:
-        """Why the channel closed; empty while it is open."""
-        return self._closed_because
-
-    @property
-    def busy(self) -> bool:
-        return bool(self._failed or (self._queue and self._map is not None))
-
-    def start_read(self, read_id: int, blocks: Sequence[BlockRead]) -> None:
-        for block in blocks:
-            assert block.destination.nbytes == self._slab_bytes, f"a destination of {block.destination.nbytes} bytes"
-        if self.closed:
-            self._failed.append(ReadResult(read_id, None, self._closed_because))
+    def start_read(self, read_id: int, locations: Sequence[int], block_ids: Sequence[int]) -> None:
+        if self.closed_because:
+            self._failed.append(ReadResult(read_id, None, self.closed_because))
         else:
-            self._queue.append(_Read(read_id, blocks, []))
-
-    def poll(self) -> list[ReadResult]:
-        while not self.closed and self._hear():
-            pass
-        results, self._failed = self._failed, []
-        if self._map is None:
-            return results
-        arena = np.frombuffer(self._map, dtype=np.uint8).reshape(self._num_blocks, self._slab_bytes)
-        budget = COPY_BYTES_PER_POLL
-        while self._queue and budget > 0:
-            read = self._queue[0]
-            outside = [block.location for block in read.blocks if not 0 <= block.location < self._num_blocks]
-            if outside:
-                self._queue.popleft()
-                error = f"location {outside[0]} is not in an arena of {self._num_blocks} blocks"
-                results.append(ReadResult(read.read_id, None, error))
-                continue
-            budget -= self._copy(read, arena, budget)
-            if len(read.checksums) == len(read.blocks):
-                self._queue.popleft()
-                results.append(ReadResult(read.read_id, tuple(read.checksums)))
-        return results
+            self._queue.append(_Read(read_id, locations, block_ids))
 
     def abort(self, read_id: int) -> bool:
         self._queue = deque(read for read in self._queue if read.read_id != read_id)
-        self._failed = [result for result in self._failed if result.read_id != read_id]
+        self._failed[:] = [result for result in self._failed if result.read_id != read_id]
         return True  # copies run inside `poll` alone
 
     def close(self) -> None:
         self._close("closed by us")
 
-    def _copy(self, read: _Read, arena: NDArray[np.uint8], budget: int) -> int:
-        copied = 0
-        while len(read.checksums) < len(read.blocks) and copied < budget:
-            block = read.blocks[len(read.checksums)]
-            np.copyto(np.frombuffer(block.destination, dtype=np.uint8), arena[block.location])
-            read.checksums.append(checksum_of(block.destination))
-            copied += self._slab_bytes
-        return copied
+    def copy_next(self) -> tuple[ReadResult, int]:
+        """Does the next read; its result, and the bytes it copied."""
+        assert self._theirs is not None
+        read = self._queue.popleft()
+        num_blocks = len(self._theirs)
+        outside = [location for location in read.locations if not 0 <= location < num_blocks]
+        if outside:
+            error = f"location {outside[0]} is not in an arena of {num_blocks} blocks"
+            return ReadResult(read.read_id, None, error), 0
+        checksums = np.empty(len(read.locations), dtype=np.uint64)
+        copy_blocks(self._native, self._theirs, read.locations, self._ours.array, read.block_ids, checksums)
+        return ReadResult(read.read_id, checksums), len(read.locations) * self._ours.slab_bytes
+
+    def hear(self) -> None:
+        """Takes in the header, or learns that the peer is gone."""
+        while not self.closed_because and self._hear():
+            pass
 
     def _hear(self) -> bool:
-        """Takes in the header, or learns that the peer is gone. False if it said nothing new."""
+        """False if the peer said nothing new."""
         try:
             data, fds, flags, _ = socket.recv_fds(self._socket, _HEADER.size + 1, 1, socket.MSG_CMSG_CLOEXEC)
         except BlockingIOError:
@@ -247,8 +272,8 @@ class ShmChannel:
             raise TransportError(f"magic {magic!r} version {version}, ours is {_MAGIC!r} version {SHM_VERSION}")
         if epoch != self._epoch:
             raise TransportError(f"epoch {epoch.hex()}, expected {self._epoch.hex()}")
-        if slab_bytes != self._slab_bytes:
-            raise TransportError(f"slabs of {slab_bytes} bytes, ours have {self._slab_bytes}")
+        if slab_bytes != self._ours.slab_bytes:
+            raise TransportError(f"slabs of {slab_bytes} bytes, ours have {self._ours.slab_bytes}")
         num_bytes = num_blocks * slab_bytes
         if not 0 < num_bytes <= MAX_ARENA_BYTES:
             raise TransportError(f"an arena of {num_bytes} bytes, the limit is {MAX_ARENA_BYTES}")
@@ -262,31 +287,17 @@ class ShmChannel:
         if size < num_bytes:
             raise TransportError(f"a memfd of {size} bytes for an arena of {num_bytes}")
         self._map = mmap.mmap(fds[0], num_bytes, mmap.MAP_SHARED, mmap.PROT_READ)
-        self._num_blocks = num_blocks
+        self._theirs = np.frombuffer(self._map, dtype=np.uint8).reshape(num_blocks, slab_bytes)
 
     def _close(self, because: str) -> None:
-        if self.closed:
+        if self.closed_because:
             return
-        self._closed_because = because
+        self.closed_because = because
+        self._forget(self._socket.fileno())
         self._socket.close()
+        self._theirs = None
         if self._map is not None:
             self._map.close()
             self._map = None
         self._failed.extend(ReadResult(read.read_id, None, because) for read in self._queue)
         self._queue.clear()
-
-
-class ShmTransport:
-    """Reaches sources on this machine whose slabs are as large as ours."""
-
-    name = "shm"
-
-    def __init__(self, machine_id: str, slab_bytes: int) -> None:
-        self._machine_id = machine_id
-        self._slab_bytes = slab_bytes
-
-    def reaches(self, source: Source) -> bool:
-        return bool(source.endpoints.shm) and source.endpoints.machine_id == self._machine_id
-
-    def connect(self, source: Source) -> ShmChannel:
-        return ShmChannel(source, self._slab_bytes)

@@ -154,4 +154,18 @@ def report_lines(done: pb.Completed, time_per_token_s: float | None = None) -> l
                 f"  {blocks} ({source.num_bytes / 2**20:.1f} MiB) from {source.process}'s {source.tier} tier "
                 f"over {source.transport}"
             )
+    if done.HasField("exposed_transfer_s"):
+        lines.append(
+            f"the prompt's KV was complete {done.exposed_transfer_s * 1000:.1f} ms after prefill's first token"
+        )
     return lines
+
+
+def link_lines(cluster: pb.GetClusterResponse) -> list[str]:
+    """What moves between whom, by which transport and how fast."""
+    return [
+        f"{process.name} ← {link.source} over {link.transport}: {link.num_bytes / 2**20:,.0f} MiB"
+        + (f", {link.bytes_per_s / 1e9:.1f} GB/s" if link.bytes_per_s else "")
+        for process in cluster.processes
+        for link in process.links
+    ]

@@ -75,7 +75,7 @@ def check_cores(config: Config) -> Finding:
 def check_memory(config: Config) -> Finding:
     workers = [(role.replicas, role.arena_bytes) for role in (config.prefill, config.decode)]
     needed = sum(count * (arena + _PROCESS_BYTES) for count, arena in workers) + _RAY_BYTES + _SMALL_PROCESS_BYTES
-    needed += config.pool.replicas * (config.pool.host_bytes + _SMALL_PROCESS_BYTES)
+    needed += min(1, config.pool.replicas) * (config.pool.host_bytes + _SMALL_PROCESS_BYTES)
     available = psutil.virtual_memory().available
     evidence = f"{available // MiB} MiB available, about {needed // MiB} MiB needed when every arena is full"
     if available < needed:

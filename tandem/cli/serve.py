@@ -24,6 +24,7 @@ from tandem.cli.common import (
     as_dict,
     cluster_table,
     configured_target,
+    link_lines,
     print_json,
     stdout,
 )
@@ -143,6 +144,8 @@ def status(config_path: ConfigOption = None, target: TargetOption = "", as_json:
         print_json(as_dict(cluster))
     else:
         stdout.print(cluster_table(cluster))
+        for line in link_lines(cluster):
+            print(line)
         print(
             f"model {cluster.model}, up to {cluster.max_model_len} tokens, blocks of {cluster.block_size}; "
             f"{cluster.num_requests_finished} requests finished, {cluster.num_requests_failed} failed, "

@@ -10,12 +10,12 @@ from typing import Literal
 
 import torch
 
-from kernels.cpu import native
+from kernels.cpu import Native, native
 from kernels.linear import WeightFormat
 from kvpool.arena import Arena
 from kvpool.block_pool import BlockPool
 from kvpool.layout import KVLayout
-from protos.control import RoutingGroup
+from protos.control import NOBODY, RoutingGroup
 from tandem.config import WorkerConfig, packed_dir
 from tandem.engine.engine import Engine, EngineLimits
 from tandem.engine.memory import SlabMemory
@@ -40,6 +40,7 @@ class EngineParts:
     limits: EngineLimits
     group: RoutingGroup
     numerics: NumericsReport
+    native: Native | None
 
 
 def build_engine(
@@ -51,10 +52,11 @@ def build_engine(
     max_len: int = 0,
     fetch_timeout_s: float = 0.0,
     keep_events: bool = True,
+    epoch: bytes = NOBODY,
 ) -> EngineParts:
     """Loads the model, reserves the arena, probes the numerics. Raises ModelError or ConfigError in one sentence.
 
-    `max_len` 0 is the model's own context; the arena may shorten it.
+    `max_len` 0 is the model's own context; the arena may shorten it. `epoch` is that of this process.
     """
     torch.set_num_threads(worker.threads)
     kernels = native()
@@ -83,6 +85,7 @@ def build_engine(
         recompute_limit_tokens=worker.recompute_limit_tokens,
         fetch_timeout_s=fetch_timeout_s,
         block_size=worker.block_size,
+        slab_bytes=layout.slab_bytes,
     )
     arena = Arena(num_blocks, layout.slab_bytes)
     pool = BlockPool(num_blocks, worker.block_size, "DEVICE", keep_events=keep_events)
@@ -102,6 +105,7 @@ def build_engine(
         runner=runner,
         limits=limits,
         new_fetch_id=lambda: uuid.uuid4().bytes,
+        writer=epoch,
     )
     group = RoutingGroup(
         model_fingerprint=model.fingerprint,
@@ -109,4 +113,4 @@ def build_engine(
         numerics_class=numerics.digest,
         block_size=worker.block_size,
     )
-    return EngineParts(engine, runner, model, layout, arena, pool, limits, group, numerics)
+    return EngineParts(engine, runner, model, layout, arena, pool, limits, group, numerics, kernels)

@@ -16,9 +16,10 @@ import msgspec
 import torch
 
 from kvpool.block_pool import BlockPool
-from kvpool.keys import Key, KeyChain, tokens_from_bytes
-from kvpool.sink import FetchedBlock, FetchEnded, FetchPlan, WantedBlock
+from kvpool.keys import Key, KeyChain, owner_of, tokens_from_bytes
+from kvpool.sink import FetchedBatch, FetchEnded, FetchPlan, WantedBlock
 from protos.control import (
+    NOBODY,
     Aborted,
     Counters,
     Dispatch,
@@ -28,8 +29,11 @@ from protos.control import (
     FinishReason,
     Load,
     RoleReport,
+    Source,
     Tokens,
 )
+from tandem.engine.durability import Durability
+from tandem.engine.fetching import Fetches
 from tandem.engine.runner import Chunk
 from tandem.engine.sampler import Sampled, SampleRequest, sample
 from tandem.engine.scheduler import Scheduler, StepPlan
@@ -39,6 +43,7 @@ from tandem.errors import DeadlineExceeded, FetchFailed, InvalidRequest, TandemE
 
 log = logging.getLogger(__name__)
 
+FETCH_SETUP_S = 0.001
 _SMOOTHING = 0.2
 """Weight of the newest measurement in the smoothed speeds of `Load`."""
 
@@ -98,6 +103,7 @@ class EngineLimits:
     recompute_limit_tokens: int
     fetch_timeout_s: float
     block_size: int
+    slab_bytes: int
 
 
 class Engine:
@@ -105,7 +111,7 @@ class Engine:
 
     Every dispatch ends in exactly one of: `Tokens` with a finish reason for each sample, `Failed`, `Aborted`. With
     `has_work` False a `step` computes nothing, but it looks after deadlines and admits what there is room for: call it some
-    times a second.
+    times a second. `writer` is the epoch of this process: blocks that it computes carry it.
     """
 
     def __init__(
@@ -116,15 +122,18 @@ class Engine:
         runner: Runner,
         limits: EngineLimits,
         new_fetch_id: Callable[[], bytes],
+        writer: bytes = NOBODY,
     ) -> None:
         self._pool = pool
         self._memory = memory
         self._runner = runner
         self._limits = limits
         self._new_fetch_id = new_fetch_id
+        self._writer = writer
         self._jobs: dict[tuple[int, Fence], Job] = {}
-        self._fetching: dict[bytes, Seq] = {}
-        self._arrived: dict[bytes, dict[int, FetchedBlock]] = {}
+        self._fetches = Fetches()
+        self._durability = Durability(pool, limits.block_size)
+        self._pools: tuple[Source, ...] = ()
         self._num_arrivals = 0
         self._num_dispatches: dict[int, int] = {}
         self._out = Output()
@@ -215,31 +224,42 @@ class Engine:
                 self.on_abort(owner, fence, "its router is lost")
         self._num_dispatches.pop(router, None)
 
-    def on_blocks(self, fetch_id: bytes, blocks: Sequence[FetchedBlock]) -> None:
+    def on_blocks(self, fetch_id: bytes, batch: FetchedBatch) -> None:
         """Verified blocks have been written where the plan said. They are used when the fetch has ended."""
-        if fetch_id in self._fetching:
-            self._arrived[fetch_id].update((block.block_id, block) for block in blocks)
+        self._fetches.arrive(fetch_id, batch)
+
+    def on_pools(self, pools: Sequence[Source]) -> None:
+        """These pool nodes keep blocks of this group: a preempted sequence asks them for what it lost here."""
+        self._pools = tuple(pools)
 
     def on_fetch_ended(self, ended: FetchEnded, now_s: float) -> None:
-        """A fetch is over: go on with what it brought, or end the job if too little came."""
-        sequence = self._fetching.pop(ended.fetch_id, None)
-        if sequence is None:
+        """A fetch is over: whoever waited for it goes on with what it brought, fetches the rest of what another one was to
+        fetch, or ends if too little came."""
+        waiting = self._fetches.end(ended.fetch_id)
+        if not waiting:
             return
-        arrived = self._arrived.pop(ended.fetch_id)
-        job = sequence.job
-        sequence.fetch_id = None
+        owner, *sharers = waiting
         if ended.tainted:
-            self._retire(sequence, set(ended.tainted))
-        self._take_arrived(sequence, arrived, now_s)
-        if job.aborting:
-            if not job.fetch_ids:
-                self._abort(job)
-        elif job.forked and sequence.index in job.stopped:
-            self._finish_sample(job, sequence)
-        elif sequence.state is State.WAITING or ended.tainted:
-            self.scheduler.requeue(sequence)
-        else:
-            self._after_fetch(sequence, now_s)
+            for sequence in sharers:
+                self._let_go(sequence, set(ended.tainted))
+                self._start_over(sequence)
+            sharers = []
+            self._retire(owner, set(ended.tainted))
+        goes_on = owner.state is State.FETCHING and not owner.job.aborting and not ended.tainted
+        if not (goes_on and owner.is_waiting_for_blocks):
+            self._take_arrived(owner, now_s)
+        if owner.job.aborting:
+            if not owner.job.fetch_ids:
+                self._abort(owner.job)
+        elif owner.job.forked and owner.index in owner.job.stopped:
+            self._finish_sample(owner.job, owner)
+        elif owner.state is State.WAITING or ended.tainted:
+            self._start_over(owner)
+        elif not owner.is_waiting_for_blocks:
+            self._after_fetch(owner, now_s)
+        for sequence in sharers:
+            if not sequence.is_waiting_for_blocks and sequence.state is State.FETCHING:
+                self._after_sharing(sequence, now_s)
 
     # --- the step --------------------------------------------------------------------------------------------------
 
@@ -258,6 +278,7 @@ class Engine:
         """One iteration: expire, admit, compute, postprocess. `clock` only measures how long the computation took."""
         self._expire(now_s)
         self._admit(now_s)
+        self._durability.update(self._decoding(), now_s)
         plan = self.scheduler.plan()
         if plan is not None:
             logits = self._run(plan, clock)
@@ -295,6 +316,8 @@ class Engine:
         stats = self._pool.stats()
         totals = self._count | {
             "preemptions": self.scheduler.num_preemptions,
+            "unprotected_streams": self._durability.num_unprotected,
+            "held_back_steps": self._durability.num_held_back,
             "evicted_blocks": stats.evicted_total,
             "expired_leases": stats.expired_leases_total,
         }
@@ -331,11 +354,31 @@ class Engine:
             if not job.reported:
                 job.local_hit_tokens = sequence.num_computed_tokens
                 job.fetched_tokens = 0
-            wanted = self._wanted(sequence)
-            if wanted and job.dispatch.sources:
-                self._start_fetch(sequence, wanted, now_s)
-            else:
-                self._after_fetch(sequence, now_s)
+            self._fetch_or_compute(sequence, now_s)
+
+    def _fetch_or_compute(self, sequence: Seq, now_s: float) -> None:
+        """Gets what the sequence lacks from others, where there are any and that is the faster way."""
+        wanted = self._wanted(sequence)
+        sources = self._sources(sequence)
+        if wanted and sources and self._worth_fetching(sequence, len(wanted)):
+            self._fetch(sequence, wanted, sources, now_s)
+        else:
+            self._after_fetch(sequence, now_s)
+
+    def _sources(self, sequence: Seq) -> tuple[Source, ...]:
+        """Whom to ask: those that the router named, and the pool for what was lost here."""
+        named = sequence.job.dispatch.sources
+        if not sequence.preempted:
+            return tuple(named)
+        known = {(source.process, source.epoch) for source in named}
+        return (*named, *(pool for pool in self._pools if (pool.process, pool.epoch) not in known))
+
+    def _worth_fetching(self, sequence: Seq, num_blocks: int) -> bool:
+        """By predicted seconds. A hand-over is fetched in any case: its computation is somebody else's."""
+        if not sequence.draws or not self._fetch_bytes_per_s or not self._prefill_tokens_per_s:
+            return True
+        fetch_s = FETCH_SETUP_S + num_blocks * self._limits.slab_bytes / self._fetch_bytes_per_s
+        return fetch_s < num_blocks * self._limits.block_size / self._prefill_tokens_per_s
 
     def _wanted(self, sequence: Seq) -> tuple[WantedBlock, ...]:
         """The blocks to fetch: all that are not computed, but those that have to be computed to draw a token."""
@@ -354,24 +397,97 @@ class Engine:
             )
         return tuple(wanted)
 
-    def _start_fetch(self, sequence: Seq, wanted: tuple[WantedBlock, ...], now_s: float) -> None:
+    def _fetch(
+        self,
+        sequence: Seq,
+        wanted: Sequence[WantedBlock],
+        sources: tuple[Source, ...],
+        now_s: float,
+        share: bool = True,
+    ) -> None:
+        """Starts to fetch what nobody else here is fetching, and waits for the rest with whoever does."""
         job = sequence.job
         # Who waits for a prefill waits as long as the request may; the source says so when that prefill is over.
         waits = bool(job.dispatch.wait_source) and not job.reported
-        sequence.fetch_id = self._new_fetch_id()
+        wait_source = job.dispatch.wait_source if waits else ""
         sequence.state = State.FETCHING
-        self._fetching[sequence.fetch_id] = sequence
-        self._arrived[sequence.fetch_id] = {}
+        own: list[WantedBlock] = []
+        for block in wanted:
+            found = self._fetches.under_way(block.key, wait_source) if share else None
+            if found is None:
+                own.append(block)
+            else:
+                self._share(sequence, block, *found)
+        if not own:
+            return
+        held = job.dispatch.held_blocks
+        fetch_id = self._new_fetch_id()
+        self._fetches.start(fetch_id, sequence, own, wait_source, self._limits.block_size)
         self._out.fetches.append(
             FetchPlan(
-                fetch_id=sequence.fetch_id,
+                fetch_id=fetch_id,
                 request_id=job.dispatch.fence.request_id,
-                wanted=wanted,
-                sources=tuple(job.dispatch.sources),
-                wait_source=job.dispatch.wait_source if waits else "",
+                wanted=tuple(own),
+                sources=sources,
+                wait_source=wait_source,
                 deadline_s=job.deadline_s if waits else min(job.deadline_s, now_s + self._limits.fetch_timeout_s),
+                order=job.arrival,
+                first_block=sequence.num_computed_tokens // self._limits.block_size,
+                held=tuple(held) if len(held) == len(sources) and len(own) == len(wanted) else (),
             )
         )
+
+    def _share(self, sequence: Seq, block: WantedBlock, their_block: int, fetch_id: bytes) -> None:
+        """Puts the block that another sequence's fetch is filling in the place of its own."""
+        self._pool.retain([their_block])
+        sequence.block_table[sequence.block_table.index(block.block_id)] = their_block
+        self._pool.release([block.block_id])
+        self._fetches.share(fetch_id, sequence)
+        self._count["shared_blocks"] += 1
+
+    def _after_sharing(self, sequence: Seq, now_s: float) -> None:
+        """What others fetched is here, or did not come: then this one fetches the rest for itself, once."""
+        self._take_arrived(sequence, now_s)
+        wanted = self._wanted(sequence)
+        sources = self._sources(sequence)
+        if wanted and sources and self._make_private(sequence, wanted):
+            self._fetch(sequence, self._wanted(sequence), sources, now_s, share=False)
+        else:
+            self._after_fetch(sequence, now_s)
+
+    def _make_private(self, sequence: Seq, wanted: Sequence[WantedBlock]) -> bool:
+        """Puts blocks of its own in the place of those that another sequence owns too, into which nothing can be fetched. False
+        if there is no room for them; computing makes it."""
+        shared = [block.block_id for block in wanted if self._pool.is_shared(block.block_id)]
+        fresh = self._pool.allocate(len(shared))
+        if fresh is None:
+            return False
+        for old, new in zip(shared, fresh, strict=True):
+            sequence.block_table[sequence.block_table.index(old)] = new
+            self._pool.release([old])
+        return True
+
+    def _decoding(self) -> list[Seq]:
+        return [
+            sequence
+            for sequence in self.scheduler.holding
+            if sequence.state is State.RUNNING and sequence.num_generated_tokens > 0
+        ]
+
+    def _let_go(self, sequence: Seq, tainted: set[int]) -> None:
+        """Its owner retires these blocks; a sequence that is about to start over needs no table without holes."""
+        shared = [block for block in sequence.block_table if block in tainted]
+        sequence.block_table = [block for block in sequence.block_table if block not in tainted]
+        self._pool.release(shared)
+
+    def _start_over(self, sequence: Seq) -> None:
+        """Gives its blocks back and waits in line again; as soon as nothing is written into them any more."""
+        self._fetches.leave(sequence)
+        sequence.arrived = {}
+        if sequence.fetch_id is None:
+            self.scheduler.requeue(sequence)
+        elif sequence.state is State.FETCHING:
+            self._cancel_fetch(sequence)
 
     def _cancel_fetch(self, sequence: Seq) -> None:
         """Preemption of a fetch: it gives its blocks back when the sink has let go of them."""
@@ -388,26 +504,29 @@ class Engine:
         self._pool.release([block for block in dropped if block not in tainted])
         sequence.block_table = kept
 
-    def _take_arrived(self, sequence: Seq, arrived: dict[int, FetchedBlock], now_s: float) -> None:
+    def _take_arrived(self, sequence: Seq, now_s: float) -> None:
         """Counts the blocks that came as computed and makes them findable here, as far as they follow one another without
         a hole: what lies behind one is computed again, into the same memory."""
         job = sequence.job
         size = self._limits.block_size
+        arrived, sequence.arrived = sequence.arrived, {}
         num_fetched_tokens = 0
-        totals: dict[tuple[str, str, str], list[int]] = {}
-        for block in sequence.block_table[sequence.num_computed_tokens // size :]:
-            found = arrived.get(block)
-            if found is None:
+        totals: dict[tuple[str, str, str], int] = {}
+        for block in list(sequence.block_table[sequence.num_computed_tokens // size :]):
+            if block not in arrived:
                 break
+            found, batch = arrived[block]
             sequence.num_computed_tokens += found.num_tokens
             if found.num_tokens == size:
-                self._pool.publish(block, found.key, found.parent, size, found.checksum)
+                self._publish(
+                    sequence, block, found.key, found.parent, found.checksum, writer=found.writer, owner=found.owner
+                )
                 sequence.num_published_blocks += 1
             num_fetched_tokens += found.num_tokens
-            total = totals.setdefault((found.process, found.tier, found.transport), [0, 0])
-            total[0] += 1
-            total[1] += found.num_bytes
-        fetched = [FetchedFrom(*source, blocks, num_bytes) for source, (blocks, num_bytes) in totals.items()]  # type: ignore[arg-type]
+            origin = (batch.source.process, batch.source.tier, batch.transport)
+            totals[origin] = totals.get(origin, 0) + 1
+        slab_bytes = self._limits.slab_bytes
+        fetched = [FetchedFrom(*origin, num, num * slab_bytes) for origin, num in totals.items()]  # type: ignore[arg-type]
         if not job.reported:
             job.fetched_s = now_s
             job.fetched_tokens = num_fetched_tokens
@@ -495,10 +614,31 @@ class Engine:
         size = self._limits.block_size
         for i in range(sequence.num_published_blocks, sequence.num_computed_tokens // size):
             block = sequence.block_table[i]
-            self._pool.publish(
-                block, sequence.chain.keys[i], sequence.chain.parent_of(i), size, self._memory.checksum(block)
+            self._publish(
+                sequence,
+                block,
+                sequence.chain.keys[i],
+                sequence.chain.parent_of(i),
+                self._memory.checksum(block),
+                writer=self._writer,
+                owner=owner_of(sequence.chain.root),
             )
             sequence.num_published_blocks = i + 1
+
+    def _publish(
+        self, sequence: Seq, block: int, key: Key, parent: Key, checksum: bytes, *, writer: bytes, owner: bytes
+    ) -> None:
+        """Makes a full block of `sequence` findable. If another one was first, `sequence` goes on with that block: a duplicate
+        would hold the other one against eviction, as its parent, and never be found itself."""
+        size = self._limits.block_size
+        with self._pool.lock:
+            known = self._pool.lookup(key)
+            if known is not None and known.block_id == block:
+                return  # it came for two
+            if not self._pool.publish(block, key, parent, size, checksum, writer=writer, owner=owner):
+                index = sequence.block_table.index(block)
+                sequence.block_table[index : index + 1] = self._pool.match([key])
+                self._pool.release([block])
 
     def _draw(self, drawing: list[Seq], logits: torch.Tensor, now_s: float) -> None:
         """Draws the next token of each of `drawing`, whose logits are the rows of `logits`; an unforked one draws `n`."""
@@ -569,6 +709,7 @@ class Engine:
                     token_ids=token_ids,
                     logprobs=logprobs,
                     finish_reason=reason,
+                    durable_position=self._durability.position(sequence),
                 ),
             )
         )
@@ -592,7 +733,10 @@ class Engine:
             self._memory.zero_unused(block, tail)
             parent = chain.parent_of(len(chain.keys))
             with self._pool.lock:
-                if not self._pool.publish(block, key, parent, tail, self._memory.checksum(block), announce=False):
+                checksum = self._memory.checksum(block)
+                if not self._pool.publish(
+                    block, key, parent, tail, checksum, announce=False, writer=self._writer, owner=owner_of(chain.root)
+                ):
                     # Another job holds the same prompt: this one holds its block too, or it would go with that job.
                     trunk.block_table[index : index + 1] = self._pool.match([key])
                     self._pool.release([block])
@@ -640,6 +784,7 @@ class Engine:
         )
 
     def _finish_sample(self, job: Job, sequence: Seq) -> None:
+        self._fetches.leave(sequence)
         self.scheduler.finish(sequence)
         del job.samples[sequence.index]
         if not job.samples:
@@ -650,6 +795,7 @@ class Engine:
         """Gives back all that a job holds; nothing of it may be in a fetch any more."""
         assert not job.fetch_ids
         for sequence in list(job.samples.values()):
+            self._fetches.leave(sequence)
             self.scheduler.finish(sequence)
         job.samples.clear()
         self._forget(job)

@@ -10,8 +10,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from kvpool.block_pool import BlockPool
-from tandem.engine.sequence import BlockId, Sequence, State
+from kvpool.block_pool import BlockId, BlockPool
+from tandem.engine.sequence import Sequence, State
+
+MAX_AHEAD = 4
+"""So many sequences more than may run get their blocks, if these have to be fetched: they are here when their turn comes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,7 +80,7 @@ class Scheduler:
     @property
     def has_work(self) -> bool:
         """Whether a step could compute something."""
-        return any(sequence.state is State.RUNNING for sequence in self._holding)
+        return any(sequence.state is State.RUNNING and not sequence.held_back for sequence in self._holding)
 
     def add(self, sequence: Sequence) -> None:
         """Queues a new sequence; it must be in WAITING and hold no blocks."""
@@ -93,14 +96,16 @@ class Scheduler:
         Sets `block_table`, `num_computed_tokens` and `num_published_blocks`; the caller sets the state. A sequence that
         draws keeps at least its last token to compute. None when nothing waits or there is no room for the first in line:
         nobody overtakes, so nobody starves. Without anything to fetch it waits until a step has room for it: till then blocks
-        would lie reserved for nothing, and a prefix that is being computed just now would be missed.
+        would lie reserved for nothing, and a prefix that is being computed just now would be missed. With something to fetch it
+        is admitted ahead of its turn.
         """
         if not self._waiting:
             return None
         sequence = self._waiting[0]
-        if self._holding and self.num_running + sequence.num_future > self._max_running:
+        limit = self._max_running + (MAX_AHEAD if sequence.may_fetch else 0)
+        if self._holding and self.num_running + sequence.num_future > limit:
             return None
-        if not sequence.job.dispatch.sources and self._backlog_tokens >= self._max_step_tokens:
+        if not sequence.may_fetch and self._backlog_tokens >= self._max_step_tokens:
             return None
         num_full = (sequence.num_tokens - sequence.draws) // self._block_size
         hits = self._pool.match(sequence.chain.keys[:num_full])
@@ -129,12 +134,25 @@ class Scheduler:
         """Tokens that running sequences have still to compute."""
         return sum(sequence.num_missing_tokens for sequence in self._holding if sequence.state is State.RUNNING)
 
+    def _running(self) -> list[Sequence]:
+        """The sequences that may run, the oldest up to the limit."""
+        running: list[Sequence] = []
+        num_rows = 0
+        for sequence in self._holding:
+            if sequence.state is State.RUNNING:
+                num_rows += sequence.num_future
+                if num_rows > self._max_running and running:
+                    break
+                if not sequence.held_back:
+                    running.append(sequence)
+        return running
+
     def plan(self) -> StepPlan | None:
         """What the next step computes; None if nothing can run. May preempt."""
         scheduled: list[Scheduled] = []
         copies: list[CopyBlock] = []
         budget = self._max_step_tokens
-        running = [sequence for sequence in self._holding if sequence.state is State.RUNNING]
+        running = self._running()
         running.sort(key=lambda sequence: (sequence.num_missing_tokens > 1, sequence.order))
         for sequence in running:
             if budget == 0:
@@ -166,6 +184,7 @@ class Scheduler:
         self._holding.remove(sequence)
         self._release(sequence)
         sequence.state = State.WAITING
+        sequence.preempted = True
         self._insert(self._waiting, sequence)
         self.num_preemptions += 1
 
@@ -196,8 +215,8 @@ class Scheduler:
         for victim in reversed(self._holding):
             if victim is sequence or victim.order < sequence.order:
                 return False
-            if victim.fetch_id is not None:
-                if victim.state is State.FETCHING:
+            if victim.is_waiting_for_blocks:
+                if victim.state is State.FETCHING and victim.fetch_id is not None:
                     self._cancel_fetch(victim)
                 return False
             if victim.state in (State.RUNNING, State.PARKED):
@@ -210,6 +229,8 @@ class Scheduler:
         sequence.block_table = []
         sequence.num_computed_tokens = 0
         sequence.num_published_blocks = 0
+        sequence.num_kept_blocks = 0
+        sequence.held_back = False
 
     @staticmethod
     def _insert(line: list[Sequence], sequence: Sequence) -> None:

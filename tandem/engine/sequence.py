@@ -9,10 +9,10 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from enum import Enum, auto
 
+from kvpool.block_pool import BlockId
 from kvpool.keys import KeyChain
-from protos.control import Dispatch, FetchedFrom
-
-BlockId = int
+from kvpool.sink import FetchedBatch
+from protos.control import Dispatch, FetchedFrom, ReadyBlock
 
 
 class State(Enum):
@@ -90,11 +90,34 @@ class Sequence:
     block_table: list[BlockId] = field(default_factory=list)
     num_computed_tokens: int = 0
     num_published_blocks: int = 0
+    num_kept_blocks: int = 0
+    """Leading blocks of which a pool node has a copy, as far as it said so."""
     fetch_id: bytes | None = None
+    """Its own fetch, if one is running."""
+    shared_fetch_ids: set[bytes] = field(default_factory=set)
+    """Other sequences' fetches that it waits for."""
+    arrived: dict[BlockId, tuple[ReadyBlock, FetchedBatch]] = field(default_factory=dict)
+    """What ended fetches brought for it."""
+    preempted: bool = False
+    """It had KV here once, some of which may be elsewhere by now."""
+    held_back: bool = False
+    """It sits this step out, until the pool has what it generated."""
+    unprotected: bool = False
+    """It goes on although the pool doesn't."""
 
     @property
     def num_tokens(self) -> int:
         return len(self.tokens)
+
+    @property
+    def is_waiting_for_blocks(self) -> bool:
+        """Whether a fetch that has not ended is to bring it something."""
+        return self.fetch_id is not None or bool(self.shared_fetch_ids)
+
+    @property
+    def may_fetch(self) -> bool:
+        """Whether somebody may hold what it lacks."""
+        return bool(self.job.dispatch.sources) or self.preempted
 
     @property
     def num_missing_tokens(self) -> int:

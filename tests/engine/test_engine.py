@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 
 from kvpool.block_pool import BlockPool
 from kvpool.keys import KeyChain, tokens_as_bytes
-from kvpool.sink import FetchedBlock, FetchEnded
-from protos.control import Aborted, Dispatch, Failed, Fence, RoleReport, Sampling, Source, Tokens
+from kvpool.sink import FetchedBatch, FetchEnded
+from protos.control import Aborted, Dispatch, Failed, Fence, ReadyBlock, RoleReport, Sampling, Source, Tokens
 from protos.control import Endpoints as ControlEndpoints
 from tandem.engine.engine import Engine, EngineLimits, Output
 from tests.engine import fake_model
@@ -45,6 +45,7 @@ class World:
                 recompute_limit_tokens=recompute,
                 fetch_timeout_s=5.0,
                 block_size=BLOCK,
+                slab_bytes=64,
             ),
             new_fetch_id=lambda: next(ids).to_bytes(16, "big"),
         )
@@ -272,27 +273,20 @@ class Handover:
         )
         (self.plan,) = self.decode.step().fetches
 
-    def copy(self, kept: set[int]) -> list[FetchedBlock]:
+    def copy(self, kept: set[int]) -> list[ReadyBlock]:
         """Moves the wanted blocks with these numbers."""
         blocks = []
+        block_ids = []
         for wanted in (block for i, block in enumerate(self.plan.wanted) if i in kept):
             record = self.prefill.pool.lookup(wanted.key)
             assert record is not None
             self.decode.memory.cells[wanted.block_id] = self.prefill.memory.cells[record.block_id]
             blocks.append(
-                FetchedBlock(
-                    key=wanted.key,
-                    parent=wanted.parent,
-                    num_tokens=wanted.num_tokens,
-                    block_id=wanted.block_id,
-                    checksum=record.checksum,
-                    process="prefill-0",
-                    tier="DEVICE",
-                    transport="shm",
-                    num_bytes=64,
-                )
+                ReadyBlock(wanted.key, record.block_id, wanted.num_tokens, record.checksum, wanted.parent, b"computer")
             )
-        self.decode.engine.on_blocks(self.plan.fetch_id, blocks)
+            block_ids.append(wanted.block_id)
+        batch = FetchedBatch(SOURCE, "shm", tuple(blocks), tuple(block_ids))
+        self.decode.engine.on_blocks(self.plan.fetch_id, batch)
         return blocks
 
     def end(self, keep: int, tainted: tuple[int, ...] = (), lost: int = -1) -> None:
@@ -529,14 +523,13 @@ def test_a_forked_sample_can_be_stopped_while_it_fetches_again() -> None:
     for sequence in list(world.engine.scheduler.holding):
         world.engine.scheduler.requeue(sequence)  # both are preempted, and what they had computed is evicted
     world.pool.clear_cached()
-    out = world.step()
-    out.fetches = out.fetches[:1]
-    (plan,) = out.fetches
+    (plan,) = world.step().fetches  # one for both
     fetching = next(seq for seq in world.engine.scheduler.holding if seq.fetch_id == plan.fetch_id)
     world.engine.on_stop_sample(0, hand.fence, fetching.index)
     assert world.step().cancels == [plan.fetch_id]
-    for pending in list(world.engine._fetching):
-        world.engine.on_fetch_ended(FetchEnded(pending, (), (), ()), world.now_s)
+    world.engine.on_fetch_ended(FetchEnded(plan.fetch_id, (), (), ()), world.now_s)
+    (again,) = world.step().fetches  # the other one tries for itself
+    world.engine.on_fetch_ended(FetchEnded(again.fetch_id, (), (), ()), world.now_s)
     world.run()
     assert not [m for m in world.said if isinstance(m, Tokens) and m.index == fetching.index and m.finish_reason]
     other = [t for m in world.said if isinstance(m, Tokens) and m.index != fetching.index for t in m.token_ids]

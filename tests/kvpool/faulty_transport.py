@@ -1,4 +1,4 @@
-"""A transport inside one process whose faults a test can choose; it keeps the `Channel` contract like any other."""
+"""A transport inside one process whose faults a test can choose; it keeps the contract like any other."""
 
 from __future__ import annotations
 
@@ -6,8 +6,9 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from kvpool.arena import Arena, checksum_of
-from kvpool.transport.base import BlockRead, ReadResult
+from kernels.block_copy import checksum_blocks
+from kvpool.arena import Arena
+from kvpool.transport.base import ReadResult
 from protos.control import Source
 from tandem.errors import TransportError
 
@@ -23,62 +24,33 @@ class Faults:
     """An abort can't prove that nothing will be written any more."""
 
 
+@dataclass
 class FaultyChannel:
-    def __init__(self, arena: Arena, faults: Faults, epoch_fits: bool) -> None:
-        self._arena: Arena | None = arena
-        self._faults = faults
-        self._fd = os.eventfd(0)
-        self._queue: list[tuple[int, Sequence[BlockRead]]] = []
-        self._failed: list[ReadResult] = []
-        self._error = ""
-        if not epoch_fits:
-            self.lose("another epoch")
+    transport: FaultyTransport
+    source: Source
+    theirs: Arena
+    closed_because: str = ""
+    queue: list[tuple[int, Sequence[int], Sequence[int]]] = field(default_factory=list)
 
-    def fileno(self) -> int:
-        return self._fd
-
-    @property
-    def closed(self) -> bool:
-        return self._arena is None
-
-    @property
-    def busy(self) -> bool:
-        return bool(self._failed or (self._queue and not self._faults.stall))
-
-    def start_read(self, read_id: int, blocks: Sequence[BlockRead]) -> None:
-        if self._arena is None:
-            self._failed.append(ReadResult(read_id, None, self._error))
+    def start_read(self, read_id: int, locations: Sequence[int], block_ids: Sequence[int]) -> None:
+        if self.closed_because:
+            self.transport.failed.append(ReadResult(read_id, None, self.closed_because))
         else:
-            self._queue.append((read_id, blocks))
-
-    def poll(self) -> list[ReadResult]:
-        results, self._failed = self._failed, []
-        if self._arena is None or self._faults.stall or not self._queue:
-            return results
-        read_id, blocks = self._queue.pop(0)
-        if any(not 0 <= block.location < self._arena.num_blocks for block in blocks):
-            return [*results, ReadResult(read_id, None, "a location outside the arena")]
-        for block in blocks:
-            block.destination[:] = self._arena.slab(block.location)
-            if self._faults.corrupt:
-                block.destination[0] ^= 0xFF
-        return [*results, ReadResult(read_id, tuple(checksum_of(block.destination) for block in blocks))]
+            self.queue.append((read_id, locations, block_ids))
 
     def abort(self, read_id: int) -> bool:
-        self._queue = [read for read in self._queue if read[0] != read_id]
-        self._failed = [result for result in self._failed if result.read_id != read_id]
-        return not self._faults.noisy_abort
+        self.queue = [read for read in self.queue if read[0] != read_id]
+        self.transport.failed = [result for result in self.transport.failed if result.read_id != read_id]
+        return not self.transport.faults.noisy_abort
 
     def lose(self, error: str) -> None:
         """The peer is gone."""
-        if self._arena is None:
+        if self.closed_because:
             return
-        self._arena = None
-        self._error = error
-        self._failed += [ReadResult(read_id, None, error) for read_id, _ in self._queue]
-        self._queue.clear()
-        os.close(self._fd)
-        self._fd = -1
+        self.closed_because = error
+        self.transport.failed += [ReadResult(read[0], None, error) for read in self.queue]
+        self.queue.clear()
+        os.eventfd_write(self.transport.fd, 1)
 
     def close(self) -> None:
         self.lose("closed by us")
@@ -88,10 +60,22 @@ class FaultyChannel:
 class FaultyTransport:
     """Reaches the arenas in `served`, by process name and epoch."""
 
+    ours: Arena
     served: dict[str, tuple[bytes, Arena]]
     faults: Faults = field(default_factory=Faults)
     channels: list[FaultyChannel] = field(default_factory=list)
+    failed: list[ReadResult] = field(default_factory=list)
     name: str = "faulty"
+    endpoint: str = ""
+    num_readers: int = 0
+    fd: int = field(default_factory=lambda: os.eventfd(0, os.EFD_NONBLOCK))
+
+    def fileno(self) -> int:
+        return self.fd
+
+    @property
+    def busy(self) -> bool:
+        return bool(self.failed or (not self.faults.stall and any(channel.queue for channel in self.channels)))
 
     def reaches(self, source: Source) -> bool:
         return True
@@ -99,6 +83,37 @@ class FaultyTransport:
     def connect(self, source: Source) -> FaultyChannel:
         if self.faults.refuse or source.process not in self.served:
             raise TransportError(f"{source.process} is not there")
-        epoch, arena = self.served[source.process]
-        self.channels.append(FaultyChannel(arena, self.faults, epoch == source.epoch))
-        return self.channels[-1]
+        epoch, theirs = self.served[source.process]
+        channel = FaultyChannel(self, source, theirs)
+        self.channels.append(channel)
+        if epoch != source.epoch:
+            channel.lose("another epoch")
+        return channel
+
+    def poll(self) -> list[ReadResult]:
+        results, self.failed = self.failed, []
+        for channel in self.channels:
+            if channel.queue and not self.faults.stall:
+                results.append(self._copy(channel, *channel.queue.pop(0)))
+        return results
+
+    def lose_all(self, error: str) -> None:
+        for channel in self.channels:
+            channel.lose(error)
+
+    def close(self) -> None:
+        self.lose_all("closed by us")
+        if self.fd >= 0:
+            os.close(self.fd)
+            self.fd = -1
+
+    def _copy(
+        self, channel: FaultyChannel, read_id: int, locations: Sequence[int], block_ids: Sequence[int]
+    ) -> ReadResult:
+        if any(not 0 <= location < channel.theirs.num_blocks for location in locations):
+            return ReadResult(read_id, None, "a location outside the arena")
+        for location, block_id in zip(locations, block_ids, strict=True):
+            self.ours.slab(block_id)[:] = channel.theirs.slab(location)
+            if self.faults.corrupt:
+                self.ours.slab(block_id)[0] ^= 0xFF
+        return ReadResult(read_id, checksum_blocks(None, self.ours.array, block_ids))

@@ -13,11 +13,15 @@ from typing import Any
 
 import zmq
 
+from kernels.cpu import native
 from kvpool.arena import Arena
 from kvpool.block_pool import BlockPool
 from kvpool.service import KVService
+from kvpool.transport.base import Transport
+from kvpool.transport.build import make_transports
 from protos.control import Endpoints, Source
 from tandem.clock import now_s
+from tandem.config import TransferConfig
 from tandem.machine import machine_id
 
 SIZE = 16
@@ -32,6 +36,11 @@ def key_of(name: object) -> bytes:
 def bytes_of(name: str, slab_bytes: int) -> bytes:
     """The bytes of the block of that name: different at every offset."""
     return (name.encode() * (slab_bytes // len(name) + 1))[:slab_bytes]
+
+
+def shm(arena: Arena, epoch: bytes) -> list[Transport]:
+    """Shared memory alone."""
+    return make_transports(TransferConfig(transports=["shm"]), arena, epoch, machine_id=machine_id(), native=native())
 
 
 def wait_for(condition: Callable[[], Any], seconds: float = 15.0, step: Callable[[], object] = lambda: None) -> Any:
@@ -97,8 +106,8 @@ def _serve(arguments: dict[str, Any]) -> None:
     slab_bytes, num_blocks = arguments["slab_bytes"], arguments["num_blocks"]
     pool, arena, epoch = BlockPool(num_blocks, SIZE, "DEVICE"), Arena(num_blocks, slab_bytes), os.urandom(8)
     service = KVService(
-        context=zmq.Context(), pool=pool, arena=arena, process=arguments["process"], epoch=epoch, tier="DEVICE",
-        bind_host="127.0.0.1", transports=["shm"], machine_id=machine_id(), lease_s=arguments.get("lease_s", 5.0),
+        context=zmq.Context(), pool=pool, arena=arena, process=arguments["process"], epoch=epoch,
+        bind_host="127.0.0.1", transports=shm(arena, epoch), machine_id=machine_id(), lease_s=arguments.get("lease_s", 5.0),
         grace_s=arguments.get("grace_s", 1.0), on_blocks=lambda *_: None, on_ended=lambda _: None,
     )  # fmt: skip
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+import select
 import signal
 import subprocess
 import sys
@@ -17,13 +18,12 @@ import zmq
 from kvpool.arena import MEMFD_NAME, Arena
 from kvpool.block_pool import BlockPool
 from kvpool.service import KVService
-from kvpool.sink import FetchedBlock, FetchEnded, FetchPlan, WantedBlock
-from kvpool.transport.base import BlockRead
-from kvpool.transport.shm import ShmChannel
-from protos.control import Source
+from kvpool.sink import FetchedBatch, FetchEnded, FetchPlan, WantedBlock
+from kvpool.transport.shm import ShmTransport
+from protos.control import Counters, Source
 from tandem.clock import now_s
 from tandem.machine import machine_id
-from tests.kvpool.processes import REPOSITORY, ROOT, SIZE, SourceProcess, bytes_of, key_of, wait_for
+from tests.kvpool.processes import REPOSITORY, ROOT, SIZE, SourceProcess, bytes_of, key_of, shm, wait_for
 
 SLAB = 1 << 20
 NUM_BLOCKS = 64
@@ -36,11 +36,12 @@ class Sink:
         self.context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self.pool = BlockPool(NUM_BLOCKS, SIZE, "DEVICE")
         self.arena = Arena(NUM_BLOCKS, SLAB)
-        self.came: dict[bytes, FetchedBlock] = {}
+        self.came: dict[bytes, tuple[str, int]] = {}
         self.ended: FetchEnded | None = None
+        epoch = os.urandom(8)
         self.service = KVService(
-            context=self.context, pool=self.pool, arena=self.arena, process="sink", epoch=os.urandom(8), tier="DEVICE",
-            bind_host="127.0.0.1", transports=["shm"], machine_id=machine_id(), lease_s=5.0, grace_s=1.0,
+            context=self.context, pool=self.pool, arena=self.arena, process="sink", epoch=epoch,
+            bind_host="127.0.0.1", transports=shm(self.arena, epoch), machine_id=machine_id(), lease_s=5.0, grace_s=1.0,
             on_blocks=self._on_blocks, on_ended=self._on_ended,
         )  # fmt: skip
         self.poller = zmq.Poller()
@@ -49,8 +50,9 @@ class Sink:
         self._maps_before = self._count_maps()
         self._memfds_before = self._count_memfds()
 
-    def _on_blocks(self, fetch_id: bytes, blocks: list[FetchedBlock]) -> None:
-        self.came |= {block.key: block for block in blocks}
+    def _on_blocks(self, fetch_id: bytes, batch: FetchedBatch) -> None:
+        for block, block_id in zip(batch.blocks, batch.block_ids, strict=True):
+            self.came[block.key] = (batch.source.process, block_id)
 
     def _on_ended(self, ended: FetchEnded) -> None:
         assert self.ended is None
@@ -71,9 +73,9 @@ class Sink:
     def finish(self) -> FetchEnded:
         wait_for(lambda: self.ended, step=self.step)
         assert self.ended is not None
-        for block in self.came.values():
-            name = block.key.decode().strip()
-            assert self.arena.slab(block.block_id).tobytes() == bytes_of(name, SLAB), f"wrong bytes for {name}"
+        for key, (_, block_id) in self.came.items():
+            name = key.decode().strip()
+            assert self.arena.slab(block_id).tobytes() == bytes_of(name, SLAB), f"wrong bytes for {name}"
         return self.ended
 
     def mapped_arenas(self) -> int:
@@ -133,12 +135,12 @@ def test_a_source_killed_in_the_middle_of_a_read_is_replaced_by_the_next_and_lea
         assert sink.ended is None, "the read was over before the source could die"
         first.kill()
         assert sink.finish().missing == ()
-        assert {block.process for block in sink.came.values()} == {"second"}
+        assert {process for process, _ in sink.came.values()} == {"first", "second"}, "what had come whole stays"
         assert sink.mapped_arenas() == 1
         second.kill()
         wait_for(lambda: sink.mapped_arenas() == 0, step=sink.step)
         assert sink.open_memfds() == 0
-        assert not sink.service._peers
+        assert not sink.service._fetcher._peers
 
 
 def test_a_source_killed_while_we_wait_ends_the_fetch_at_once(sink: Sink) -> None:
@@ -156,7 +158,7 @@ def test_a_frozen_source_is_given_up_and_its_late_answer_harmless(sink: Sink) ->
         os.kill(frozen.pid, signal.SIGSTOP)
         sink.start(["a"], [frozen.source, other.source])
         assert sink.finish().missing == ()
-        assert sink.came[key_of("a")].process == "q"
+        assert sink.came[key_of("a")][0] == "q"
         os.kill(frozen.pid, signal.SIGCONT)
         wait_for(lambda: frozen.command()["leases"] == 0, step=sink.step)
         assert sink.service.num_fetches == 0
@@ -169,8 +171,11 @@ def test_corrupt_bytes_never_become_visible(sink: Sink) -> None:
     ):
         sink.start(["a", "b"], [liar.source, honest.source])
         assert sink.finish().missing == ()
-        assert {key.decode().strip(): block.process for key, block in sink.came.items()} == {"a": "liar", "b": "honest"}
-        assert sink.service.counters.fetch_corrupt == 1
+        assert {key.decode().strip(): process for key, (process, _) in sink.came.items()} == {
+            "a": "liar",
+            "b": "honest",
+        }
+        assert sink.service.add_counters(Counters()).fetch_corrupt == 1
 
 
 def test_a_process_with_another_epoch_than_named_is_not_read(sink: Sink) -> None:
@@ -189,15 +194,18 @@ def test_a_process_with_other_slabs_is_not_read(sink: Sink) -> None:
 
 def test_what_was_mapped_stays_readable_until_we_hear_of_the_peers_death(sink: Sink) -> None:
     with SourceProcess("p", ["a"], slab_bytes=SLAB) as source:
-        channel = ShmChannel(source.source, SLAB)
-        wait_for(lambda: channel.poll() or channel._map is not None)
+        transport = ShmTransport(sink.arena, os.urandom(8), machine_id(), None)
+        channel = transport.connect(source.source)
+        wait_for(lambda: transport.poll() or channel._map is not None)
         source.kill()
         assert channel._map is not None
         assert channel._map[:SLAB] == bytes_of("a", SLAB), "a copy in progress must not fault"
-        channel.start_read(1, [BlockRead(0, sink.arena.slab(0))])
-        (result,) = wait_for(channel.poll)
+        wait_for(lambda: select.select([transport.fileno()], [], [], 0)[0])
+        channel.start_read(1, [0], [0])
+        (result,) = wait_for(transport.poll)
         assert result.error
-        assert channel.closed
+        assert channel.closed_because
+        transport.close()
         assert sink.mapped_arenas() == 0
 
 

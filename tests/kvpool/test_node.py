@@ -17,9 +17,10 @@ from kvpool.arena import MEMFD_NAME, Arena
 from kvpool.block_pool import BlockPool
 from kvpool.follower import EventFollower
 from kvpool.keys import Key
-from kvpool.node import MAX_TRIES, Keeper, run
+from kvpool.keeper import MAX_TRIES, Keeper
+from kvpool.node import run
 from kvpool.service import KVService
-from kvpool.sink import FetchedBlock, FetchEnded, FetchPlan, WantedBlock
+from kvpool.sink import FetchedBatch, FetchEnded, FetchPlan, WantedBlock
 from protos import control
 from protos.control import (
     FromRouter,
@@ -37,7 +38,7 @@ from tandem.clock import now_s
 from tandem.config import load_config
 from tandem.errors import ConfigError
 from tandem.machine import machine_id
-from tests.kvpool.processes import REPOSITORY, ROOT, SIZE, SourceProcess, bytes_of, key_of, wait_for
+from tests.kvpool.processes import REPOSITORY, ROOT, SIZE, SourceProcess, bytes_of, key_of, shm, wait_for
 
 SLAB = 64 * 1024
 HOST_BLOCKS = 32
@@ -133,12 +134,13 @@ def fetch(source: Source, names: list[str], parent: Key = ROOT) -> dict[str, byt
     """What a worker would get from `source`: bytes by name."""
     context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
     pool, arena = BlockPool(len(names), SIZE, "DEVICE"), Arena(len(names), SLAB)
-    came: list[FetchedBlock] = []
+    came: list[FetchedBatch] = []
     ended: list[FetchEnded] = []
+    epoch = os.urandom(8)
     service = KVService(
-        context=context, pool=pool, arena=arena, process="reader", epoch=os.urandom(8), tier="DEVICE",
-        bind_host="127.0.0.1", transports=["shm"], machine_id=machine_id(), lease_s=1.0, grace_s=1.0,
-        on_blocks=lambda _, blocks: came.extend(blocks), on_ended=ended.append,
+        context=context, pool=pool, arena=arena, process="reader", epoch=epoch,
+        bind_host="127.0.0.1", transports=shm(arena, epoch), machine_id=machine_id(), lease_s=1.0, grace_s=1.0,
+        on_blocks=lambda _, batch: came.append(batch), on_ended=ended.append,
     )  # fmt: skip
     poller = zmq.Poller()
     service.register(poller)
@@ -155,8 +157,11 @@ def fetch(source: Source, names: list[str], parent: Key = ROOT) -> dict[str, byt
         service.start_fetch(FetchPlan(os.urandom(16), "r", wanted, (source,), "", now_s() + 5), now_s())
         wait_for(lambda: ended, step=step)
         by_key = {key_of(name): name for name in names}
-        assert all(block.tier == source.tier for block in came)
-        return {by_key[block.key]: arena.slab(block.block_id).tobytes() for block in came}
+        return {
+            by_key[block.key]: arena.slab(block_id).tobytes()
+            for batch in came
+            for block, block_id in zip(batch.blocks, batch.block_ids, strict=True)
+        }
     finally:
         service.close()
         context.term()
@@ -289,13 +294,13 @@ def test_events_that_are_garbage_do_not_stop_the_node(router: Router, node: Node
 
 def test_what_no_worker_delivers_is_given_up_by_all_of_them() -> None:
     keys = [bytes([i]) * 16 for i in range(3)]
-    keepers = [Keeper(EventFollower(b"e" * 8)) for _ in range(2)]
+    keepers = [Keeper(EventFollower(b"e" * 8), lambda key: False) for _ in range(2)]
     for keeper in keepers:
         keeper.follower.announced.update(dict.fromkeys(keys, b"p" * 16))
         keeper.offer(keys)
     pool = BlockPool(64, 16, "HOST")
     rounds = 0
-    while any(batches := [keeper.next_batch(pool, set()) for keeper in keepers]):
+    while any(batches := [keeper.next_batch(set(), 64) for keeper in keepers]):
         rounds += 1
         assert rounds < 100, "two workers offer each other what neither delivers"
         for i, batch in enumerate(batches):

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 
 import msgspec
 import pytest
 import zmq
 
+from kernels.cpu import native
 from kvpool.arena import Arena
 from kvpool.block_pool import BlockPool
 from kvpool.service import KVService
-from kvpool.sink import FetchedBlock, FetchEnded, FetchPlan, WantedBlock
+from kvpool.sink import FetchedBatch, FetchEnded, FetchPlan, WantedBlock
+from kvpool.transport.shm import ShmTransport
 from protos import control, kv_events
-from protos.control import Source
+from protos.control import Counters, Source
 from protos.kv_events import AllBlocksCleared, BlockRemoved, BlockStored
 from tandem.clock import now_s
 from tests.kvpool.faulty_transport import FaultyTransport
@@ -29,6 +32,17 @@ def key_of(name: object) -> bytes:
     return f"{name!s:>16}".encode()[-16:]
 
 
+@dataclass(frozen=True)
+class Came:
+    """A block that arrived."""
+
+    key: bytes
+    block_id: int
+    process: str
+    tier: str
+    transport: str
+
+
 class Node:
     """A pool, an arena and a service on one poller; `names` are published blocks whose bytes follow from the name."""
 
@@ -39,23 +53,34 @@ class Node:
         self.epoch = os.urandom(8)
         self.pool = BlockPool(num_blocks, SIZE, "DEVICE")
         self.arena = Arena(num_blocks, SLAB)
-        self.blocks: dict[bytes, list[FetchedBlock]] = {}
+        self.blocks: dict[bytes, list[Came]] = {}
         self.ended: dict[bytes, FetchEnded] = {}
         settings: dict[str, object] = {
             "bind_host": "127.0.0.1",
-            "transports": ["shm"],
             "machine_id": MACHINE,
             "lease_s": 5.0,
             "grace_s": 0.3,
             **options,
         }
+        if "transports" not in settings:
+            settings["transports"] = [ShmTransport(self.arena, self.epoch, MACHINE, native())]
         self.service = KVService(
-            context=context, pool=self.pool, arena=self.arena, process=process, epoch=self.epoch, tier="DEVICE",
-            on_blocks=lambda fetch_id, blocks: self.blocks.setdefault(fetch_id, []).extend(blocks),
-            on_ended=self._on_ended, **settings,  # type: ignore[arg-type]
+            context=context, pool=self.pool, arena=self.arena, process=process, epoch=self.epoch,
+            on_blocks=self._on_blocks, on_ended=self._on_ended, **settings,  # type: ignore[arg-type]
         )  # fmt: skip
         self.poller = zmq.Poller()
         self.service.register(self.poller)
+
+    def _on_blocks(self, fetch_id: bytes, batch: FetchedBatch) -> None:
+        source = batch.source
+        self.blocks.setdefault(fetch_id, []).extend(
+            Came(block.key, block_id, source.process, source.tier, batch.transport)
+            for block, block_id in zip(batch.blocks, batch.block_ids, strict=True)
+        )
+
+    @property
+    def counters(self) -> Counters:
+        return self.service.add_counters(Counters())
 
     def _on_ended(self, ended: FetchEnded) -> None:
         assert ended.fetch_id not in self.ended, "a fetch ended twice"
@@ -157,10 +182,10 @@ def test_held_blocks_arrive_with_their_bytes_and_leave_no_lease(make: Make) -> N
     assert (ended.committed, ended.missing, ended.tainted) == (tuple(map(key_of, "abc")), (), ())
     for block, name in zip(sink.blocks[plan.fetch_id], "abc", strict=True):
         assert sink.arena.slab(block.block_id).tobytes() == name.encode() * SLAB
-        assert (block.process, block.tier, block.transport, block.num_bytes) == ("source", "DEVICE", "shm", SLAB)
+        assert (block.process, block.tier, block.transport) == ("source", "DEVICE", "shm")
     run_until([source, sink], lambda: source.pool.stats().num_leases == 0, seconds=2)
-    assert source.service.counters.served_blocks == 3
-    assert sink.service.counters.fetched_bytes == 3 * SLAB
+    assert source.counters.served_blocks == 3
+    assert sink.counters.fetched_bytes == 3 * SLAB
     source.pool.check()
 
 
@@ -188,7 +213,7 @@ def test_an_unknown_key_is_a_miss_after_the_grace_time_and_at_once_without_wait(
     assert now_s() - begun >= 0.3
     assert sink.ended[quick.fetch_id].missing == (key_of("b"),)
     assert sink.ended[waiting.fetch_id].missing == tuple(map(key_of, "yz"))
-    assert sink.service.counters.fetch_misses == 3
+    assert sink.counters.fetch_misses == 3
 
 
 def test_a_failed_prefill_is_a_miss_at_once(make: Make) -> None:
@@ -212,7 +237,7 @@ def test_what_one_source_lacks_or_garbles_comes_from_the_next(make: Make) -> Non
     came = {block.key: block for block in sink.blocks[plan.fetch_id]}
     assert {name: came[key_of(name)].process for name in "abc"} == {"a": "first", "b": "second", "c": "second"}
     assert sink.arena.slab(came[key_of("b")].block_id).tobytes() == b"b" * SLAB
-    assert sink.service.counters.fetch_corrupt == 1
+    assert sink.counters.fetch_corrupt == 1
 
 
 def test_another_epoch_than_the_named_one_is_not_read(make: Make) -> None:
@@ -292,11 +317,11 @@ def test_frames_that_are_no_messages_are_counted_and_dropped(
     dealer.connect(node.service.endpoints.fetch)
     dealer.send(payload)
     dealer.send_multipart([b"two", b"frames"])
-    run_until([node], lambda: node.service.counters.undecodable == 2)
+    run_until([node], lambda: node.service.num_undecodable == 2)
     replay = linger_free(context, zmq.DEALER)
     replay.connect(node.service.endpoints.replay)
     replay.send_multipart([b"", b"short"])
-    run_until([node], lambda: node.service.counters.undecodable == 3)
+    run_until([node], lambda: node.service.num_undecodable == 3)
 
 
 # --- events ------------------------------------------------------------------------------------------------------------
@@ -386,7 +411,7 @@ def test_a_snapshot_includes_what_was_not_published_yet(make: Make, context: zmq
         node.put([name])
         node.service.publish_pool_events(now_s())
     node.put(["d"])
-    answer = node.service._batches_from(0, now_s())
+    answer = node.service._publisher._batches_from(0)
     assert {seq for seq, _ in answer} == {3}
     decoded = [(seq, kv_events.decode_batch(payload)) for seq, payload in answer]
     assert held(decoded) == {key_of(n) for n in "abcd"}
@@ -397,7 +422,6 @@ def test_blocks_that_were_there_before_are_the_first_event(context: zmq.Context[
     old = make("worker")
     old.pool.release(old.put("abc"))
     settings = {
-        "tier": "DEVICE",
         "bind_host": "127.0.0.1",
         "transports": [],
         "machine_id": "",
@@ -410,7 +434,7 @@ def test_blocks_that_were_there_before_are_the_first_event(context: zmq.Context[
     )  # fmt: skip
     try:
         assert again.events_seq == 0
-        assert held([(0, kv_events.decode_batch(again._history[0][1]))]) == {key_of(n) for n in "abc"}
+        assert held([(0, kv_events.decode_batch(again._publisher._history[0][1]))]) == {key_of(n) for n in "abc"}
     finally:
         again.close()
 
@@ -418,7 +442,7 @@ def test_blocks_that_were_there_before_are_the_first_event(context: zmq.Context[
 def test_large_batches_are_cut(make: Make) -> None:
     node = make("worker")
     events = [BlockStored([key_of(i)] * 4096, ROOT, [], SIZE) for i in range(20)]
-    payloads = node.service._payloads(events)
+    payloads = node.service._publisher._payloads(events)
     assert len(payloads) == 3
     assert all(len(payload) < control.MAX_MESSAGE_BYTES // 8 for payload in payloads)
     assert [e for p in payloads for e in kv_events.decode_batch(p).events] == events
@@ -427,49 +451,109 @@ def test_large_batches_are_cut(make: Make) -> None:
 # --- a transport that fails ------------------------------------------------------------------------------------------
 
 
-def faulty(sink: Node, *sources: Node) -> FaultyTransport:
-    transport = FaultyTransport({node.process: (node.epoch, node.arena) for node in sources})
-    sink.service._transports[:] = [transport]
-    return transport
+class FaultySink(Node):
+    """A sink that reaches `sources` by the faulty transport alone."""
+
+    def __init__(self, context: zmq.Context[zmq.Socket[bytes]], *sources: Node, num_blocks: int = 64) -> None:
+        served = {node.process: (node.epoch, node.arena) for node in sources}
+        self.transport = FaultyTransport(Arena(num_blocks, SLAB), served)
+        super().__init__(context, "sink", num_blocks, transports=[self.transport])
+        self.transport.ours = self.arena
 
 
-def test_memory_under_an_abort_that_is_not_quiet_is_reported_as_tainted(make: Make) -> None:
-    source, sink = make("source"), make("sink")
+@pytest.fixture
+def faulty(context: zmq.Context[zmq.Socket[bytes]]) -> Iterator[Callable[..., FaultySink]]:
+    sinks: list[FaultySink] = []
+
+    def build(*sources: Node, **options: int) -> FaultySink:
+        sinks.append(FaultySink(context, *sources, **options))
+        return sinks[-1]
+
+    yield build
+    for sink in sinks:
+        sink.close()
+
+
+Faulty = Callable[..., FaultySink]
+
+
+def test_memory_under_an_abort_that_is_not_quiet_is_reported_as_tainted(make: Make, faulty: Faulty) -> None:
+    source = make("source")
+    sink = faulty(source)
     source.put("ab")
-    transport = faulty(sink, source)
+    transport = sink.transport
     transport.faults.stall = transport.faults.noisy_abort = True
     plan = sink.fetch("ab", [source.source], seconds=30.0)
-    run_until([source, sink], lambda: transport.channels and transport.channels[0]._queue)
+    run_until([source, sink], lambda: transport.channels and transport.channels[0].queue)
     sink.service.cancel_fetch(plan.fetch_id, now_s())
     ended = sink.ended[plan.fetch_id]
     assert ended.tainted == tuple(sorted(w.block_id for w in plan.wanted))
     assert ended.missing == (key_of("a"), key_of("b"))
-    assert not sink.service._read_owner
-    assert not sink.service._channel_read_id
+    assert not sink.service._fetcher._readings
+    assert not sink.service._fetcher._reading_ids
     assert source.pool.stats().num_leases == 1, "a lease under a read that may still run ends by itself alone"
 
 
-def test_a_transport_that_corrupts_everything_commits_nothing(make: Make) -> None:
-    source, sink = make("source"), make("sink")
+def test_a_transport_that_taints_too_much_is_switched_off_and_the_others_go_on(make: Make, faulty: Faulty) -> None:
+    source = make("source")
+    sink = faulty(source)
+    source.put("abcdefgh")
+    transport = sink.transport
+    transport.faults.stall = transport.faults.noisy_abort = True
+    for names, open_after in (("ab", True), ("cde", False)):
+        plan = sink.fetch(names, [source.source], seconds=30.0, root=key_of("b") if names == "cde" else ROOT)
+        run_until([source, sink], lambda: transport.channels and transport.channels[0].queue)
+        sink.service.cancel_fetch(plan.fetch_id, now_s())
+        assert (transport.fd >= 0) == open_after
+    plan = sink.fetch("f", [source.source], root=key_of("e"))
+    assert sink.ended[plan.fetch_id].missing == (key_of("f"),)
+    run_until([source, sink], lambda: sink.service.tick(now_s()))
+
+
+def test_a_transport_that_corrupts_everything_commits_nothing(make: Make, faulty: Faulty) -> None:
+    source = make("source")
+    sink = faulty(source)
     source.put("ab")
-    faulty(sink, source).faults.corrupt = True
+    sink.transport.faults.corrupt = True
     plan = sink.fetch("ab", [source.source])
     run_until([source, sink], lambda: plan.fetch_id in sink.ended)
     assert sink.ended[plan.fetch_id].missing == (key_of("a"), key_of("b"))
     assert plan.fetch_id not in sink.blocks
-    assert sink.service.counters.fetch_corrupt == 2
+    assert sink.counters.fetch_corrupt == 2
 
 
-def test_a_channel_that_dies_under_its_reads_moves_the_fetch_to_the_next_source(make: Make) -> None:
-    first, second, sink = make("first"), make("second"), make("sink")
+def test_a_channel_that_dies_under_its_reads_moves_the_fetch_to_the_next_source(make: Make, faulty: Faulty) -> None:
+    first, second = make("first"), make("second")
+    sink = faulty(first, second)
     first.put("ab")
     second.put("ab")
-    transport = faulty(sink, first, second)
+    transport = sink.transport
     transport.faults.stall = True
     plan = sink.fetch("ab", [first.source, second.source])
-    run_until([first, second, sink], lambda: transport.channels and transport.channels[0]._queue)
+    run_until([first, second, sink], lambda: transport.channels and transport.channels[0].queue)
     transport.faults.stall = False
     transport.channels[0].lose("cable pulled")
     run_until([first, second, sink], lambda: plan.fetch_id in sink.ended)
     assert {block.process for block in sink.blocks[plan.fetch_id]} == {"second"}
-    assert sink.service.counters.sources_lost == 1
+    assert sink.service.num_sources_lost == 1
+
+
+def test_a_source_whose_bytes_do_not_come_is_given_up_and_left_alone_for_a_while(make: Make, faulty: Faulty) -> None:
+    first, second = make("first"), make("second")
+    sink = faulty(first, second)
+    first.put("ab")
+    second.put("ab")
+    transport = sink.transport
+    transport.faults.stall = True
+    plan = sink.fetch("ab", [first.source, second.source], seconds=30.0)
+    run_until([first, second, sink], lambda: transport.channels and transport.channels[0].queue)
+    began = now_s()
+    run_until([first, second, sink], lambda: len(transport.channels) == 2)
+    assert now_s() - began > 2.5
+    transport.faults.stall = False
+    run_until([first, second, sink], lambda: plan.fetch_id in sink.ended)
+    assert {block.process for block in sink.blocks[plan.fetch_id]} == {"second"}
+    served = first.counters.served_blocks
+    again = sink.fetch("ab", [first.source], root=ROOT)
+    assert sink.ended[again.fetch_id].missing == (key_of("a"), key_of("b")), "it is in quarantine"
+    assert first.counters.served_blocks == served

@@ -12,10 +12,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from kernels.cpu import native
 from kvpool.arena import ARENA_SEALS, Arena
 from kvpool.transport import shm
-from kvpool.transport.base import BlockRead
-from kvpool.transport.shm import COPY_BYTES_PER_POLL, ShmChannel, ShmListener, ShmTransport
+from kvpool.transport.base import POLL_BYTES
+from kvpool.transport.shm import ShmChannel, ShmTransport
 from protos.control import Endpoints, Source
 from tandem.errors import TransportError
 from tests.kvpool.processes import wait_for
@@ -28,6 +29,10 @@ def source_at(endpoint: str) -> Source:
     return Source("p", EPOCH, "DEVICE", Endpoints("", "", "", endpoint, "here"))
 
 
+def transport_of(arena: Arena) -> ShmTransport:
+    return ShmTransport(arena, EPOCH, "here", native())
+
+
 class Liar:
     """A source that sends what it likes."""
 
@@ -37,16 +42,24 @@ class Liar:
         self.listener.bind("\0" + self.endpoint[1:])
         self.listener.listen()
 
+        self.arena = Arena(4, SLAB)
+        self.transport = transport_of(self.arena)
+
     def meet(self) -> tuple[ShmChannel, socket.socket]:
-        channel = ShmChannel(source_at(self.endpoint), SLAB)
+        channel = self.transport.connect(source_at(self.endpoint))
         return channel, self.listener.accept()[0]
+
+    def close(self) -> None:
+        self.listener.close()
+        self.transport.close()
+        self.arena.close()
 
 
 @pytest.fixture
 def liar() -> Iterator[Liar]:
     liar = Liar()
     yield liar
-    liar.listener.close()
+    liar.close()
 
 
 def memfd(num_bytes: int, seals: int) -> int:
@@ -86,8 +99,8 @@ def test_a_handshake_that_does_not_hold_is_refused(
     channel, peer = liar.meet()
     fd = memfd(num_bytes, seals)
     socket.send_fds(peer, [data], [fd])
-    channel.poll()
-    assert channel.closed
+    liar.transport.poll()
+    assert channel.closed_because
     assert why in channel.closed_because
     os.close(fd)
     peer.close()
@@ -97,12 +110,12 @@ def test_a_descriptor_that_is_no_memfd_or_missing_is_refused(liar: Liar) -> None
     channel, peer = liar.meet()
     with Path("/dev/zero").open("rb") as zero:
         socket.send_fds(peer, [header()], [zero.fileno()])
-    channel.poll()
+    liar.transport.poll()
     assert "not a memfd" in channel.closed_because
     peer.close()
     channel, peer = liar.meet()
     peer.send(header())
-    channel.poll()
+    liar.transport.poll()
     assert "0 descriptors" in channel.closed_because
     peer.close()
 
@@ -114,8 +127,8 @@ def test_superfluous_descriptors_do_not_leak(liar: Liar) -> None:
     socket.send_fds(peer, [header()], fds)
     for fd in fds:
         os.close(fd)
-    channel.poll()
-    assert channel.closed
+    liar.transport.poll()
+    assert channel.closed_because
     peer.close()
     assert len(list(Path("/proc/self/fd").iterdir())) == before
 
@@ -124,10 +137,10 @@ def test_anything_after_the_header_closes_the_channel_and_drops_the_mapping(liar
     channel, peer = liar.meet()
     fd = memfd(4 * SLAB, ARENA_SEALS)
     socket.send_fds(peer, [header()], [fd])
-    channel.poll()
-    assert not channel.closed
+    liar.transport.poll()
+    assert not channel.closed_because
     peer.send(b"more")
-    channel.poll()
+    liar.transport.poll()
     assert "more than its header" in channel.closed_because
     os.close(fd)
     peer.close()
@@ -136,68 +149,72 @@ def test_anything_after_the_header_closes_the_channel_and_drops_the_mapping(liar
 def test_a_source_of_another_user_is_refused(liar: Liar, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "geteuid", lambda: os.getuid() + 1)
     with pytest.raises(TransportError, match="runs under user"):
-        ShmChannel(source_at(liar.endpoint), SLAB)
+        liar.transport.connect(source_at(liar.endpoint))
 
 
-def test_a_reader_of_another_user_gets_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    arena = Arena(4, SLAB)
-    listener = ShmListener(arena, EPOCH)
-    channel = ShmChannel(source_at(listener.endpoint), SLAB)
+@pytest.fixture
+def pair() -> Iterator[tuple[ShmTransport, ShmTransport]]:
+    """A source and a sink of 48 blocks."""
+    arenas = Arena(48, SLAB), Arena(48, SLAB)
+    transports = transport_of(arenas[0]), transport_of(arenas[1])
+    yield transports
+    for transport, arena in zip(transports, arenas, strict=True):
+        transport.close()
+        arena.close()
+
+
+Pair = tuple[ShmTransport, ShmTransport]
+
+
+def test_a_reader_of_another_user_gets_nothing(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
+    source, sink = pair
+    channel = sink.connect(source_at(source.endpoint))
     monkeypatch.setattr(os, "geteuid", lambda: os.getuid() + 1)
-    listener.handle()
-    channel.poll()
-    assert channel.closed
-    assert (listener.num_refused, listener.num_connections) == (1, 0)
-    listener.close()
-    arena.close()
+    source.poll()
+    sink.poll()
+    assert channel.closed_because
+    assert (source.num_refused, source.num_readers) == (1, 0)
 
 
 @pytest.mark.parametrize("endpoint", ["", "/run/socket", "@other", "tcp://127.0.0.1:1", "@tandem-" + "x" * 300])
-def test_an_endpoint_of_another_kind_is_refused(endpoint: str) -> None:
+def test_an_endpoint_of_another_kind_is_refused(pair: Pair, endpoint: str) -> None:
     with pytest.raises(TransportError):
-        ShmChannel(source_at(endpoint), SLAB)
+        pair[1].connect(source_at(endpoint))
 
 
-def test_a_reader_that_talks_or_leaves_is_forgotten() -> None:
-    arena = Arena(4, SLAB)
-    listener = ShmListener(arena, EPOCH)
-    talker, leaver, stays = (ShmChannel(source_at(listener.endpoint), SLAB) for _ in range(3))
-    wait_for(lambda: listener.num_connections == 3, step=listener.handle)
+def test_a_reader_that_talks_or_leaves_is_forgotten(pair: Pair) -> None:
+    source, sink = pair
+    talker, leaver, stays = (sink.connect(source_at(source.endpoint)) for _ in range(3))
+    wait_for(lambda: source.num_readers == 3, step=source.poll)
     talker._socket.send(b"hello?")
     leaver.close()
-    wait_for(lambda: listener.num_connections == 1, step=listener.handle)
-    talker.poll()
-    stays.poll()
-    assert talker.closed
-    assert not stays.closed
-    stays.close()
-    listener.close()
-    arena.close()
+    wait_for(lambda: source.num_readers == 1, step=source.poll)
+    sink.poll()
+    assert talker.closed_because
+    assert not stays.closed_because
 
 
-def test_one_poll_copies_a_bounded_amount() -> None:
-    num = 3 * COPY_BYTES_PER_POLL // SLAB
-    theirs, ours = Arena(num, SLAB), Arena(num, SLAB)
-    listener = ShmListener(theirs, EPOCH)
-    theirs.array[:] = 5
-    channel = ShmTransport("here", SLAB).connect(source_at(listener.endpoint))
-    channel.start_read(1, [BlockRead(i, ours.slab(i)) for i in range(num)])
-    assert not channel.busy, "nothing can be copied before the handshake"
-    listener.handle()
-    copied = []
-    while not (results := channel.poll()):
-        copied.append(int(ours.array[:, 0].astype(bool).sum()) * SLAB)
-    assert copied == [COPY_BYTES_PER_POLL, 2 * COPY_BYTES_PER_POLL]
-    assert results[0].checksums is not None
-    assert np.array_equal(ours.array, theirs.array)
-    channel.close()
-    listener.close()
-    theirs.close()
-    ours.close()
+def test_one_poll_copies_a_bounded_amount_and_takes_turns(pair: Pair) -> None:
+    source, sink = pair
+    source._arena.array[:] = 5
+    ours = sink._arena.array
+    one, other = (sink.connect(source_at(source.endpoint)) for _ in range(2))
+    for i in range(24):
+        one.start_read(i, [i], [i])
+        other.start_read(24 + i, [24 + i], [24 + i])
+    assert not sink.busy, "nothing can be copied before the handshake"
+    wait_for(lambda: source.num_readers == 2, step=source.poll)
+    first = [result.read_id for result in sink.poll()]
+    assert len(first) == POLL_BYTES // SLAB
+    assert int(ours[:, 0].astype(bool).sum()) == len(first)
+    second = [result.read_id for result in sink.poll()]
+    assert {read_id < 24 for read_id in first} != {read_id < 24 for read_id in second}, "each has its turn"
+    assert len(first) + len(second) + len(sink.poll()) == 48
+    assert np.array_equal(ours, source._arena.array)
 
 
-def test_only_sources_on_this_machine_are_within_reach() -> None:
-    transport = ShmTransport("here", SLAB)
+def test_only_sources_on_this_machine_are_within_reach(pair: Pair) -> None:
+    transport = pair[1]
     assert transport.reaches(source_at("@tandem-x"))
     assert not transport.reaches(Source("p", EPOCH, "DEVICE", Endpoints("", "", "", "@tandem-x", "elsewhere")))
     assert not transport.reaches(Source("p", EPOCH, "DEVICE", Endpoints("", "", "", "", "here")))

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from numpy.typing import NDArray
 
 from kvpool.sink import (
     LEASE_MARGIN,
@@ -52,12 +55,27 @@ def plan_of(names: str, sources: Sequence[Source], wait: str = "") -> FetchPlan:
     return FetchPlan(b"f" * 16, "request", wanted, tuple(sources), wait, DEADLINE)
 
 
+def as_array(sums: Sequence[bytes]) -> NDArray[np.uint64]:
+    return np.frombuffer(b"".join(sums), dtype=">u8").astype(np.uint64)
+
+
 class Run:
     """A machine and everything it said, by kind."""
 
-    def __init__(self, names: str, sources: Sequence[Source], wait: str = "") -> None:
+    def __init__(
+        self,
+        names: str,
+        sources: Sequence[Source],
+        wait: str = "",
+        *,
+        portion: int = 100,
+        held: Sequence[int] = (),
+        parallel: Sequence[int] = (),
+    ) -> None:
         self.names = names
-        self.machine = FetchMachine(plan_of(names, sources, wait), slab_bytes=1000, silence_s=3.0)
+        plan = replace(plan_of(names, sources, wait), held=tuple(held))
+        self.machine = FetchMachine(plan, max_read_blocks=portion, parallel=parallel, silence_s=3.0)
+        self.portion = portion
         self.fetches: list[tuple[Source, Fetch]] = []
         self.others: list[Done | Cancel] = []
         self.reads: list[StartRead] = []
@@ -79,8 +97,10 @@ class Run:
                     self.reads.append(action)
                 case AbortRead():
                     self.aborts.append(action)
-                case Committed(blocks=blocks):
-                    self.committed |= {block.key: block.process for block in blocks}
+                case Committed(batch=batch):
+                    wanted = {w.key: w.block_id for w in self.machine.plan.wanted}
+                    assert [wanted[block.key] for block in batch.blocks] == list(batch.block_ids)
+                    self.committed |= {block.key: batch.source.process for block in batch.blocks}
                 case FetchEnded():
                     self.ended = action
 
@@ -106,7 +126,7 @@ class Run:
         self.do(self.machine.on_message(Miss(self.fetches[ask][1].fetch_id, [key_of(n) for n in names]), now))
 
     def read(self, number: int, sums: str | None, now: float = 0.2) -> None:
-        checksums = None if sums is None else [sum_of(n) for n in sums]
+        checksums = None if sums is None else as_array([sum_of(n) for n in sums])
         self.do(self.machine.on_read(self.reads[number].read_id, checksums, "shm", now))
 
     def result(self) -> tuple[str, str]:
@@ -120,7 +140,7 @@ def test_a_plain_fetch_reads_verifies_commits_and_says_done() -> None:
     run = Run("abc", [P, Q])
     assert run.asked() == [("p", "abc", False)]
     run.ready(0, "abc")
-    assert run.reads == [StartRead(P, 0, ((7, 100), (7, 101), (7, 102)))]
+    assert run.reads == [StartRead(P, 0, (7, 7, 7), (100, 101, 102), 4.0)]
     assert not run.committed
     run.read(0, "abc")
     assert run.committed == {key_of(n): "p" for n in "abc"}
@@ -259,6 +279,52 @@ def test_a_silent_source_is_given_up_but_one_that_is_asked_to_wait_has_until_the
     assert run.result() == ("", "ab")
 
 
+def test_a_batch_is_read_in_portions_and_done_after_the_last() -> None:
+    run = Run("abcde", [P], portion=2)
+    run.ready(0, "abcde")
+    assert [len(read.locations) for read in run.reads] == [2, 2, 1]
+    run.read(2, "e")
+    assert run.committed == {key_of("e"): "p"}
+    run.read(0, "ab")
+    assert not run.others
+    run.read(1, "cd")
+    assert run.others == [Done(run.fetches[0][1].fetch_id, 0)]
+    assert run.result() == ("abcde", "")
+
+
+def test_a_portion_that_is_wrong_ends_the_others_of_its_source() -> None:
+    run = Run("abcd", [P, Q], portion=2)
+    run.ready(0, "abcd")
+    run.read(0, None)
+    assert run.aborts == [AbortRead(P, 1)]
+    assert run.asked()[1:] == [("q", "ab", False)]
+    run.do(run.machine.on_aborted(1, True, 0.3))
+    assert run.asked()[2:] == [("q", "cd", False)]
+
+
+def test_a_read_that_could_not_begin_in_time_is_asked_of_the_same_source_again() -> None:
+    run = Run("abc", [P, Q], portion=2)
+    run.ready(0, "abc")
+    run.read(0, "ab")
+    run.do(run.machine.on_read_late(run.reads[1].read_id, 4.5))
+    assert run.others == [Done(run.fetches[0][1].fetch_id, 0)], "its lease has no use any more"
+    assert run.asked()[1:] == [("p", "c", False)]
+    run.ready(1, "c", 4.6)
+    run.read(2, "c", 4.7)
+    assert run.result() == ("abc", "")
+
+
+def test_sources_that_hold_the_same_blocks_share_the_work_and_stand_in_for_each_other() -> None:
+    run = Run("abcdefgh", [P, Q, W], wait="w", portion=2, held=[8, 6, 8], parallel=[0, 1])
+    assert run.asked() == [("p", "abefgh", False), ("q", "cd", False)]
+    run.miss(1, "cd")
+    assert run.asked()[2:] == [("p", "cd", False)]
+    run.miss(2, "d")
+    assert run.asked()[3:] == [("w", "d", True)]
+    run = Run("abcd", [P, Q], portion=2, held=[4, 4])
+    assert run.asked() == [("p", "abcd", False)], "there is nothing to gain"
+
+
 def test_a_late_answer_of_a_source_that_was_given_up_is_ignored() -> None:
     run = Run("a", [P, Q])
     run.do(run.machine.tick(3.0))
@@ -300,7 +366,14 @@ def test_the_table_reaches_its_end_from_everywhere() -> None:
 def test_whatever_sources_do_the_fetch_ends_once_with_every_key_accounted_for(data: st.DataObject) -> None:
     names = "abcdef"[: data.draw(st.integers(1, 6))]
     sources = data.draw(st.lists(st.sampled_from([P, Q, W]), max_size=4))
-    run = Run(names, sources, wait=data.draw(st.sampled_from(["", "w"])))
+    run = Run(
+        names,
+        sources,
+        wait=data.draw(st.sampled_from(["", "w"])),
+        portion=data.draw(st.sampled_from([1, 2, 100])),
+        held=data.draw(st.lists(st.integers(0, 6), min_size=len(sources), max_size=len(sources))),
+        parallel=data.draw(st.lists(st.integers(0, 3), unique=True, max_size=4)),
+    )
     now, batch = 0.0, 0
     pending: dict[int, StartRead] = {}
     seen_reads = seen_aborts = 0
@@ -336,7 +409,8 @@ def test_whatever_sources_do_the_fetch_ends_once_with_every_key_accounted_for(da
         if len(run.reads) > before:
             assert not lie or not blocks
             assert now < fetch_sent[fetch.fetch_id] + lease_s
-            expected[run.reads[-1].read_id] = keys
+            portion = [keys[i : i + run.portion] for i in range(0, len(keys), run.portion)]
+            expected.update((read.read_id, part) for read, part in zip(run.reads[before:], portion, strict=True))
 
     def on_miss() -> None:
         _, fetch = data.draw(st.sampled_from(run.fetches))
@@ -349,14 +423,17 @@ def test_whatever_sources_do_the_fetch_ends_once_with_every_key_accounted_for(da
         read_id = data.draw(st.sampled_from(sorted(pending)))
         del pending[read_id]
         keys = expected[read_id]
-        how = data.draw(st.sampled_from(["good", "good", "failed", "corrupt"]))
+        how = data.draw(st.sampled_from(["good", "good", "failed", "corrupt", "late"]))
+        if how == "late":
+            run.do(run.machine.on_read_late(read_id, now))
+            return
         sums: list[bytes] | None = [sum_of(k.decode().strip()) for k in keys]
         if how == "corrupt" and sums:
             sums[0] = b"corrupt!"
         if how == "failed":
             sums = None
         landed.update(k for k, s in zip(keys, sums or [], strict=False) if s != b"corrupt!")
-        run.do(run.machine.on_read(read_id, sums, "shm", now))
+        run.do(run.machine.on_read(read_id, None if sums is None else as_array(sums), "shm", now))
 
     def on_lost() -> None:
         source = data.draw(st.sampled_from([P, Q, W]))

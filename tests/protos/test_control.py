@@ -30,7 +30,9 @@ from protos.control import (
     Goodbye,
     Heartbeat,
     Hello,
+    Kept,
     Load,
+    Lost,
     Miss,
     Peers,
     Ready,
@@ -73,7 +75,7 @@ FROM_ROUTER = [
     Abort(FENCE, "why"),
     Peers([SOURCE], GROUP, 4096),
 ]
-TO_SOURCE = [Fetch(KEY, "request", [KEY], True, 5.0), Done(KEY, 1), Cancel(KEY)]
+TO_SOURCE = [Fetch(KEY, "request", [KEY], True, 5.0), Done(KEY, 1), Cancel(KEY), Kept([KEY]), Lost([KEY])]
 TO_SINK = [Ready(KEY, 0, EPOCH, 5.0, [ReadyBlock(KEY, 2**40, 16, EPOCH, KEY)], 1.5), Miss(KEY, [KEY, KEY])]
 
 Decode = Callable[[bytes], Any]

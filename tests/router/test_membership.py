@@ -121,7 +121,7 @@ def test_only_the_served_group_routes_and_the_next_takes_over_when_its_last_work
     assert [m.name for m in members.workers("decode")] == ["new0", "new1"]
 
 
-def test_pool_nodes_are_told_of_the_workers_of_the_served_group() -> None:
+def test_the_served_group_is_told_of_each_other_and_pool_nodes_without_a_group_of_it() -> None:
     members = membership()
     members.hello(hello("pool-0", role="pool", group=None), 0.0)
     assert members.peers().group is None
@@ -131,7 +131,9 @@ def test_pool_nodes_are_told_of_the_workers_of_the_served_group() -> None:
     assert [source.process for source in peers.workers] == ["p0"]
     assert peers.group == GROUP
     assert peers.slab_bytes == 64
-    assert [m.name for m in members.pools_to_tell()] == ["pool-0"]
+    assert peers.pools == []
+    assert [m.name for m in members.to_tell()] == ["pool-0", "p0"]
     (event,) = members.hello(hello("pool-0", role="pool", group=GROUP), 1.0)
     assert isinstance(event, Changed)
     assert event.group_changed
+    assert [(source.process, source.tier) for source in members.peers().pools] == [("pool-0", "HOST")]

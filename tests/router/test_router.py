@@ -457,8 +457,10 @@ def test_joining_and_leaving_are_told_to_the_shell_and_to_pool_nodes() -> None:
     actions = bench.join("d0", "decode")
     assert [type(a) for a in actions if not isinstance(a, Send)] == [Subscribe, Replay]
     assert len(sent(actions, Welcome)) == 1
-    ((name, peers),) = sent(actions, Peers)
-    assert (name, [s.process for s in peers.workers], peers.group) == ("pool-0", ["d0"], GROUP)
+    told = dict(sent(actions, Peers))
+    assert set(told) == {"pool-0", "d0"}
+    peers = told["pool-0"]
+    assert ([s.process for s in peers.workers], peers.group) == (["d0"], GROUP)
     actions = bench.say("d0", Goodbye("d0", EPOCH))
     assert Unsubscribe("d0", EPOCH, "said goodbye") in actions
     assert [p.workers for _, p in sent(actions, Peers)] == [[]]

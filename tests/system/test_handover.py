@@ -13,14 +13,16 @@ from pathlib import Path
 import pytest
 import zmq
 
+from kernels.cpu import native
 from kvpool.arena import Arena
 from kvpool.block_pool import BlockPool
 from kvpool.keys import KEY_BYTES, prompt_keys, root_key
 from kvpool.service import KVService
-from kvpool.sink import FetchedBlock, FetchEnded, FetchPlan, WantedBlock
+from kvpool.sink import FetchEnded, FetchPlan, WantedBlock
+from kvpool.transport.build import make_transports
 from protos.control import Endpoints, Sampling, Source
 from tandem.clock import now_s
-from tandem.config import WorkerConfig
+from tandem.config import TransferConfig, WorkerConfig
 from tandem.engine.local import LocalEngine
 from tandem.machine import machine_id
 from tandem.model_files import resolve_model
@@ -113,21 +115,20 @@ def fetch(source: Source, root: bytes, keys: Sequence[bytes], slab_bytes: int, b
     arena = Arena(len(keys), slab_bytes)
     pool = BlockPool(len(keys), block_size, "DEVICE")
     context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
-    arrived: list[FetchedBlock] = []
     ended: list[FetchEnded] = []
+    epoch = secrets.token_bytes(8)
     service = KVService(
         context=context,
         pool=pool,
         arena=arena,
         process="test-sink",
-        epoch=secrets.token_bytes(8),
-        tier="DEVICE",
+        epoch=epoch,
         bind_host="127.0.0.1",
-        transports=["shm"],
+        transports=make_transports(TransferConfig(transports=["shm"]), arena, epoch, machine_id=machine_id(), native=native()),
         machine_id=machine_id(),
         lease_s=5.0,
         grace_s=1.0,
-        on_blocks=lambda fetch_id, blocks: arrived.extend(blocks),
+        on_blocks=lambda fetch_id, batch: None,
         on_ended=ended.append,
     )
     try:

@@ -1,0 +1,172 @@
+"""What KV that exists somewhere is worth to a whole cluster: time to first token by tier, what a hand-over adds, and what keeping
+copies costs each step.
+
+Owns the small clusters that force a prompt's KV into one tier, and the prompts. It speaks the public API alone and believes
+nothing: a prompt that was not found where it should be is an error.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
+from random import Random
+from statistics import median
+
+from protos import tandem_pb2 as pb
+from tandem.bench.report import Metric, metric
+from tandem.client import Client
+from tandem.clock import now_s
+from tandem.config import Config, DiskConfig
+from tandem.errors import DeadlineExceeded, TandemError
+
+PROMPT_TOKENS = 2000
+NUM_PROMPTS = 6
+NUM_ROUNDS = 3
+_HANDOVERS = 8
+_STREAM_TOKENS = 256
+_KEPT_WITHIN_S = 60.0
+_FIRST_TOKEN_ID = 1000
+_NUM_TOKEN_IDS = 8000
+
+OwnCluster = Callable[[Config], AbstractContextManager[str]]
+"""A cluster of a configuration, for as long as the context lasts; it gives the target."""
+Say = Callable[[str], None]
+
+
+def ttft_by_tier(config: Config, own_cluster: OwnCluster, slab_bytes: int, disk_dir: str, say: Say) -> Iterator[Metric]:
+    """Time to first token of a prompt that nobody has, that HOST has, and that only DISK has. The worker has room for one prompt
+    and a quarter, so that the next one pushes it out; so has HOST where DISK is measured."""
+    num_blocks = -(-PROMPT_TOKENS // config.decode.block_size)
+    one = (num_blocks + num_blocks // 4) * slab_bytes
+    recomputed: list[float] = []
+    found: dict[str, list[float]] = {}
+    for tier in ("HOST", "DISK"):
+        disk = DiskConfig(dirs=[disk_dir], bytes=4 * NUM_PROMPTS * one) if tier == "DISK" else DiskConfig()
+        pool = config.pool.model_copy(
+            update={"replicas": 1, "host_bytes": one if tier == "DISK" else 2 * NUM_PROMPTS * one, "disk": disk}
+        )
+        small = config.model_copy(
+            update={
+                "prefill": config.prefill.model_copy(update={"replicas": 0}),
+                "decode": config.decode.model_copy(update={"replicas": 1, "arena_bytes": one}),
+                "pool": pool,
+            }
+        )
+        with own_cluster(small) as target, Client(target) as client:
+            prompts = _prompts(NUM_PROMPTS, seed=len(tier))
+            for i, prompt in enumerate(prompts):
+                say(f"{tier}: computing prompt {i + 1} of {len(prompts)}")
+                done = _ask(client, prompt, 2)
+                recomputed.append(done.ttft_s)
+                _wait_until_kept(client, tier, (i + 1) * num_blocks - i - 1)
+            for _ in range(NUM_ROUNDS):
+                for prompt in prompts[:-2]:
+                    done = _ask(client, prompt, 2)
+                    found.setdefault(tier, []).append(done.ttft_s)
+                    _check_tier(done, tier)
+    reference = "the same prompts, computed, in the same clusters"
+    for tier, goal in (("HOST", 20), ("DISK", 8)):
+        faster = median(recomputed) / median(found[tier])
+        yield metric(
+            f"ttft_{PROMPT_TOKENS}_tokens_in_{tier.lower()}",
+            found[tier],
+            "s",
+            reference=reference,
+            reference_values=recomputed,
+            goal=f"{goal} x faster",
+            ok=faster >= goal,
+        )
+
+
+def exposed_transfer(config: Config, own_cluster: OwnCluster, say: Say) -> Iterator[Metric]:
+    """How long after prefill's first token the prompt's KV is complete at the decode worker."""
+    workers = {role: getattr(config, role).model_copy(update={"replicas": 1}) for role in ("prefill", "decode")}
+    exposed: list[float] = []
+    with own_cluster(config.model_copy(update=workers)) as target, Client(target) as client:
+        for i, prompt in enumerate(_prompts(_HANDOVERS + 2, seed=1)):
+            say(f"hand-over {i + 1} of {_HANDOVERS + 2}")
+            done = _ask(client, prompt, 8)
+            if not done.HasField("exposed_transfer_s"):
+                raise TandemError(f"prompt {i + 1} was not handed over: {done}")
+            if i >= 2:  # the first ones learn the speeds that placement goes by
+                exposed.append(done.exposed_transfer_s)
+    yield metric(
+        f"exposed_transfer_{PROMPT_TOKENS}_tokens",
+        exposed,
+        "s",
+        goal="at most 0.005",
+        ok=median(exposed) <= 0.005,
+    )
+
+
+def checkpoint_cost(config: Config, own_cluster: OwnCluster, say: Say) -> Iterator[Metric]:
+    """Seconds a token of one stream, with and without a pool node that keeps each block, in clusters that take turns."""
+    steps: dict[int, list[float]] = {0: [], 1: []}
+    for number in range(NUM_ROUNDS):
+        for replicas in (0, 1):
+            say(f"round {number + 1} of {NUM_ROUNDS}, {'with' if replicas else 'without'} a pool")
+            parts = {
+                "prefill": config.prefill.model_copy(update={"replicas": 0}),
+                "decode": config.decode.model_copy(update={"replicas": 1}),
+                "pool": config.pool.model_copy(update={"replicas": replicas}),
+            }
+            with own_cluster(config.model_copy(update=parts)) as target, Client(target) as client:
+                for prompt in _prompts(4, seed=2):
+                    times_s = _times(client, prompt[:128], _STREAM_TOKENS)
+                    steps[replicas].append((times_s[-1] - times_s[0]) / (len(times_s) - 1))
+                if replicas:
+                    _wait_until_kept(client, "HOST", 4 * (128 + _STREAM_TOKENS) // config.decode.block_size - 8)
+    yield metric(
+        "decode_step_with_checkpoints",
+        steps[1],
+        "s",
+        reference="the same streams without a pool node",
+        reference_values=steps[0],
+        goal="at most 1.02 x",
+        ok=median(steps[1]) <= 1.02 * median(steps[0]),
+    )
+
+
+def _prompts(count: int, seed: int) -> list[list[int]]:
+    random = Random(seed)
+    return [
+        [_FIRST_TOKEN_ID + random.randrange(_NUM_TOKEN_IDS) for _ in range(PROMPT_TOKENS)] for _ in range(count)
+    ]
+
+
+def _ask(client: Client, prompt: Sequence[int], num_tokens: int) -> pb.Completed:
+    sampling = pb.SamplingParams(max_tokens=num_tokens, ignore_eos=True)
+    for event in client.generate(prompt, sampling, timeout_s=120.0):
+        if event.HasField("completed"):
+            return event.completed
+    raise TandemError("an answer ended without its last message")
+
+
+def _times(client: Client, prompt: Sequence[int], num_tokens: int) -> list[float]:
+    """When each token came."""
+    times_s: list[float] = []
+    for event in client.generate(prompt, pb.SamplingParams(max_tokens=num_tokens, ignore_eos=True), timeout_s=120.0):
+        if event.HasField("chunk"):
+            times_s.extend([now_s()] * len(event.chunk.token_ids))
+    if len(times_s) != num_tokens:
+        raise TandemError(f"an answer has {len(times_s)} of {num_tokens} tokens")
+    return times_s
+
+
+def _check_tier(done: pb.Completed, tier: str) -> None:
+    fetched = {(item.process, item.tier): item.num_blocks for run in done.runs for item in run.fetched}
+    in_tier = sum(num for (_, found), num in fetched.items() if found == tier)
+    total = sum(fetched.values())
+    if done.num_cached_tokens < PROMPT_TOKENS * 0.95 or in_tier < 0.9 * total:
+        raise TandemError(f"a prompt was to be found in {tier}; found: {fetched}, {done.num_cached_tokens} tokens in all")
+
+
+def _wait_until_kept(client: Client, tier: str, num_blocks: int) -> None:
+    deadline_s = now_s() + _KEPT_WITHIN_S
+    kept = 0
+    while now_s() < deadline_s:
+        pool = next(process for process in client.cluster().processes if process.role == "pool")
+        kept = pool.counters["stored_blocks"] if tier == "DISK" else pool.fetched_blocks
+        if kept >= num_blocks:
+            return
+    raise DeadlineExceeded(f"the pool node kept {kept} of {num_blocks} blocks in {tier} within {_KEPT_WITHIN_S:.0f} s")
