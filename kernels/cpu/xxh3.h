@@ -9,6 +9,7 @@ namespace xxh3 {
 
 constexpr int64_t kShortest = 241;
 constexpr int kStripe = 64, kStripesPerBlock = 16, kSecretBytes = 192;
+constexpr int64_t kAhead = 1024;  // bytes: memory is slower to begin than the hardware's own prefetch thinks (19.8 GB/s without, 22.6 with)
 
 constexpr uint64_t kPrime32_1 = 0x9E3779B1, kPrime32_2 = 0x85EBCA77, kPrime32_3 = 0xC2B2AE3D;
 constexpr uint64_t kPrime64_1 = 0x9E3779B185EBCA87, kPrime64_2 = 0xC2B2AE3D27D4EB4F, kPrime64_3 = 0x165667B19E3779F9,
@@ -118,6 +119,7 @@ uint64_t pass(const char* from, char* to, int64_t bytes) {
   int64_t left = stripes;
   for (; left >= kStripesPerBlock; left -= kStripesPerBlock) {
     for (int i = 0; i < kStripesPerBlock; i++, from += kStripe, to += kStripe) {
+      __builtin_prefetch(from + kAhead);
       sums.stripe<kKeep>(from, to, kSecret + 8 * i);
     }
     sums.scramble(kSecret + kSecretBytes - kStripe);

@@ -206,10 +206,10 @@ class UcxTransport:
         try:
             for _ in range(_ROUNDS):
                 moved = station.work()
-                idle = moved is None
-                if idle and not station.lingers():
-                    break
                 num_bytes += moved or 0
+                idle = moved is None and not station.lingers()
+                if idle:
+                    break
             if not idle or not station.arm():
                 self.wake(fd)
         except Exception as error:

@@ -6,10 +6,18 @@ from typing import Any
 
 import numpy as np
 import pytest
+import xxhash
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kernels.block_copy import Blocks, copy_blocks, copy_blocks_ref, gather_blocks, scatter_blocks
+from kernels.block_copy import (
+    Blocks,
+    checksum_blocks,
+    copy_blocks,
+    copy_blocks_ref,
+    gather_blocks,
+    scatter_blocks,
+)
 from kernels.cpu import Native
 from tests.backends import ALL, backend
 
@@ -112,3 +120,38 @@ def test_memory_that_breaks_the_contract_is_refused() -> None:
     for bad, message in cases:
         with pytest.raises(ValueError, match=message):
             copy_blocks(None, blocks(4, 64, 1), [0], bad, [0])
+
+
+@every_backend
+@given(
+    slab_bytes=st.one_of(
+        st.integers(0, 2200), st.sampled_from([4096, 16_384, 65_535, 65_536, 65_537]), st.integers(240, 242)
+    ),
+    skip=st.integers(0, 65),
+)
+def test_checksums_are_the_librarys_whatever_the_length_and_alignment(name: str, slab_bytes: int, skip: int) -> None:
+    source = blocks(4, slab_bytes + 66, seed=3)[:, skip : skip + slab_bytes]
+    expected = [xxhash.xxh3_64_intdigest(row.tobytes()) for row in source]
+    target, checksums = np.zeros((4, slab_bytes), dtype=np.uint8), np.zeros(4, dtype=np.uint64)
+    copy_blocks(backend(name), source, [2, 0, 3, 1], target, [0, 1, 2, 3], checksums)
+    assert checksums.tolist() == [expected[i] for i in (2, 0, 3, 1)]
+    assert np.array_equal(target, source[[2, 0, 3, 1]])
+    assert checksum_blocks(backend(name), source, [3, 3, 0]).tolist() == [expected[3], expected[3], expected[0]]
+
+
+@every_backend
+def test_large_copies_have_checksums_too(name: str) -> None:
+    count = LARGE // 368_640 + 2
+    arena, back = blocks(count, 368_640), np.zeros((count, 368_640), dtype=np.uint8)
+    checksums = np.zeros(count, dtype=np.uint64)
+    copy_blocks(backend(name), arena, range(count), back, range(count), checksums)
+    assert np.array_equal(back, arena)
+    assert checksums.tolist() == [xxhash.xxh3_64_intdigest(row.data) for row in arena]
+
+
+def test_checksums_need_room_of_their_own_kind() -> None:
+    arena, target = blocks(4, 1000), np.zeros((4, 1000), dtype=np.uint8)
+    for wrong in (np.zeros(3, dtype=np.uint64), np.zeros(2, dtype=np.int64), np.zeros(4, dtype=np.uint64)[::2]):
+        with pytest.raises(ValueError, match="checksums of shape"):
+            copy_blocks(None, arena, [0, 1], target, [0, 1], wrong)
+    assert not target.any()

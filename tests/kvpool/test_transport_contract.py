@@ -15,8 +15,14 @@ from tandem.errors import TransportError
 from tests.kvpool.processes import wait_for
 from tests.kvpool.tcp_world import TcpWorld
 from tests.kvpool.transport_worlds import NUM_BLOCKS, OTHER_EPOCH, FaultyWorld, ShmWorld, World
+from tests.kvpool.ucx_world import UcxWorld
 
-WORLDS: dict[str, Callable[[], World]] = {"shm": ShmWorld, "tcp": TcpWorld, "faulty": FaultyWorld}
+WORLDS: dict[str, Callable[[], World]] = {
+    "shm": ShmWorld,
+    "ucx": UcxWorld,
+    "tcp": TcpWorld,
+    "faulty": FaultyWorld,
+}
 
 
 @pytest.fixture(params=list(WORLDS))

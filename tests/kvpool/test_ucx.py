@@ -352,6 +352,30 @@ def test_asking_wakes_a_source_that_sleeps(world: UcxWorld) -> None:
     assert not results_of(world, 1)[0].error
 
 
+def test_two_processes_that_sleep_whenever_they_may_never_oversleep(sink: Sink) -> None:
+    with UcxProcess(NUM_BLOCKS, SLAB) as far:
+        channel = sink.transport.connect(far.source)
+        for i in range(80):
+            channel.start_read(i, range(NUM_BLOCKS), range(NUM_BLOCKS))
+            while not sink.results:
+                assert sink.transport.busy or select.select([sink.transport.fileno()], [], [], 5)[0]
+                sink.step()
+            assert not sink.wait(1)[0].error
+
+
+def test_what_came_while_it_lingered_is_looked_at_before_it_sleeps(
+    world: UcxWorld, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    channel = connect(world)
+    wait_for(lambda: not world.transport.busy, step=lambda: both(world))
+    monkeypatch.setattr(channel, "lingers", lambda: True)
+    world.transport.wake(channel.fd)
+    world.transport.poll()
+    assert world.transport.busy
+    monkeypatch.undo()
+    wait_for(lambda: not world.transport.busy, step=lambda: both(world))
+
+
 # --- ends --------------------------------------------------------------------------------------------------------------
 
 
