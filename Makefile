@@ -3,7 +3,8 @@
 #   make test                the tests, at most ten minutes      make test-full   the slow ones too
 #   make check               format, lint, types, import arrows, generated code
 #   make proto               regenerate protos/tandem_pb2*       make clean       remove what was built
-#   make peers               llama.cpp and vLLM's CPU build, for `tandem bench engine --against` (some minutes, 3.5 GB)
+#   make peers               what `tandem bench … --against` compares with (some minutes, 6 GB); `make peers-engine` and
+#                            `make peers-transfer` install those of `bench engine`, and of `bench transfer` and `bench pool`
 
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
@@ -17,10 +18,10 @@ PROMPT ?= Write one sentence about the sea.
 override PROMPT := $(value PROMPT)
 export PROMPT
 
-.PHONY: help setup platform model demo test test-full check proto peers clean
+.PHONY: help setup platform model demo test test-full check proto peers peers-engine peers-transfer clean
 
 help:
-	@sed -n 's/^# \{0,1\}//; 1,6p' Makefile
+	@sed -n 's/^# \{0,1\}//; 1,7p' Makefile
 
 platform:
 	@found="$$(uname -s) $$(uname -m)"; \
@@ -65,22 +66,35 @@ check: setup
 proto: setup
 	@$(BIN)/python -m protos.generate
 
-# What the engine is compared with, each in a virtual environment of its own: none of it is Tandem's. pip brings cmake by itself.
+# What the engine, the transports and the pool are compared with, each in a virtual environment of its own: none of it is
+# Tandem's. pip brings cmake by itself.
 PEERS_CHECK_llama-cpp = for tool in cc c++; do command -v $$tool >/dev/null || \
 	    { echo "error: llama.cpp is compiled here and needs a C and C++ compiler: there is no '$$tool' (Debian: build-essential)" >&2; exit 1; }; done
 PEERS_CHECK_vllm = :
+PEERS_CHECK_nixl = :
+PEERS_CHECK_lmcache = :
+# Its wheel is linked against these, whatever it moves bytes by.
+PEERS_CHECK_mooncake = for library in libibverbs.so.1 libnuma.so.1 libcurl.so.4; do \
+	    $(BIN)/python -c 'import ctypes, sys; ctypes.CDLL(sys.argv[1])' $$library 2>/dev/null || \
+	    { echo "error: Mooncake needs $$library, which is not here (Debian: apt-get install libibverbs1 libnuma1 libcurl4)" >&2; exit 1; }; done
+PEERS_PIP_nixl = --no-deps
 PEERS_AFTER_llama-cpp = :
+PEERS_AFTER_nixl = :
+PEERS_AFTER_mooncake = :
+PEERS_AFTER_lmcache = $(PEERS)/lmcache/bin/python -m pip install --quiet --disable-pip-version-check --no-deps lmcache==0.5.6
 # They don't match the torch that vLLM comes with, and importing vLLM fails while they are there.
 PEERS_AFTER_vllm = $(PEERS)/vllm/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
 
-peers: $(PEERS)/llama-cpp/.installed $(PEERS)/vllm/.installed
+peers: peers-engine peers-transfer
+peers-engine: $(PEERS)/llama-cpp/.installed $(PEERS)/vllm/.installed
+peers-transfer: $(PEERS)/nixl/.installed $(PEERS)/mooncake/.installed $(PEERS)/lmcache/.installed
 
 $(PEERS)/%/.installed: benchmarks/peers/%.txt | setup
 	@$(PEERS_CHECK_$*)
 	@echo "Installing $* into $(@D) (minutes: llama.cpp is compiled, vLLM brings its own torch) …"
 	@rm -rf $(@D)
 	@$(BIN)/python -m venv $(@D)
-	@$(@D)/bin/python -m pip install --quiet --disable-pip-version-check -r $< || \
+	@$(@D)/bin/python -m pip install --quiet --disable-pip-version-check $(PEERS_PIP_$*) -r $< || \
 	    { echo "error: $* could not be installed; pip's words are above. 'make peers' tries again" >&2; exit 1; }
 	@$(PEERS_AFTER_$*)
 	@touch $@

@@ -53,7 +53,7 @@ BACKGROUND_ORDER = 2**62
 """What the pool copies may wait behind what somebody needs."""
 MAX_KEYS_PER_MESSAGE = 4096
 _STOP_CHECK_S = 0.1
-_RETRY_S = 0.05
+_RETRY_S = 0.01
 _GOODBYE_LINGER_MS = 200
 
 Name = tuple[str, bytes]
@@ -76,6 +76,7 @@ class PoolNode:
         self._opening: Opening | None = None
         self._tiers: NodeTiers | None = None
         self._peers: Peers | None = None
+        self._members: set[Name] = set()
         self._workers: dict[Name, FollowedWorker] = {}
         self._fetches: dict[bytes, tuple[Name, FetchPlan]] = {}
         self._busy: set[Key] = set()
@@ -122,12 +123,15 @@ class PoolNode:
         if tiers is None:
             return due_s
         tiers.service.handle(ready, now)
+        now = now_s()
         for worker in self._workers.values():
             due_s = min(due_s, worker.tick(now))
-        due_s = min(due_s, self._fetch_more(tiers, now))
+        due_s = min(due_s, tiers.service.tick(now))
+        # After all that brings blocks: nobody waits for the next round to hear of them, or to be asked for more.
         due_s = min(due_s, tiers.tick(ready, now))
+        due_s = min(due_s, self._fetch_more(tiers, now))
         self._tell_workers(tiers, now)
-        return min(due_s, tiers.service.tick(now_s()))
+        return due_s
 
     def _close(self) -> None:
         for worker in self._workers.values():
@@ -180,6 +184,10 @@ class PoolNode:
         if peers.group != tiers.group:
             log.warning("told of the workers of another group; this node keeps to the first it was told")
             return
+        members = {(source.process, source.epoch) for source in peers.workers}
+        for gone in self._members - members:
+            tiers.service.drop_peer(*gone, now_s())
+        self._members = members
         us = (self._name, self._epoch)
         pools = [source for source in peers.pools if (source.process, source.epoch) != us] + [self._source()]
         copies = self._config.pool.replicas
@@ -228,7 +236,11 @@ class PoolNode:
             for socket in worker.sockets():
                 self._poller.unregister(socket)
             worker.close()
-            tiers.service.drop_peer(*name, now_s())
+            if (
+                name in self._members
+            ):  # another node keeps for it from now on: what we forget later it won't hear from us
+                for keys in _portions(list(worker.follower.announced)):
+                    tiers.service.tell(worker.source, Lost(keys))
             log.info("no longer following %s", worker.source.process)
         for name, source in told.items():
             if name in self._workers:
@@ -274,7 +286,7 @@ class PoolNode:
         pairs = worker.keeper.next_batch(self._busy, most, now)
         if not pairs:
             return False
-        blocks = tiers.pool.allocate(len(pairs))
+        blocks = tiers.allocate(len(pairs), now)
         if blocks is None:
             # So much is leased, or on its way to or from somewhere, that there is no room: a moment later there is.
             worker.keeper.put_back([key for key, _ in pairs])

@@ -22,7 +22,7 @@ import zmq
 
 from kernels.cpu import native
 from kvpool.arena import Arena
-from kvpool.block_pool import BlockPool
+from kvpool.block_pool import BlockId, BlockPool
 from kvpool.expiry import Expiry
 from kvpool.keys import Key
 from kvpool.service import KVService
@@ -38,6 +38,8 @@ from tandem.errors import ConfigError
 
 log = logging.getLogger(__name__)
 
+CLOSE_S = 5.0
+"""Opening is waited for so long when the node stops meanwhile."""
 FLUSH_S = 5.0
 """A clean stop writes for so long what the disk should have, no longer."""
 
@@ -122,8 +124,12 @@ class Opening:
         return memory
 
     def close(self) -> None:
-        """Waits for the thread; what it opened and nobody took is closed. Idempotent."""
-        self._thread.join()
+        """What was opened and nobody took is closed. A disk that doesn't answer is not waited for long: its thread ends with the
+        process. Idempotent."""
+        self._thread.join(CLOSE_S)
+        if self._thread.is_alive():
+            log.error("opening the tiers doesn't end; leaving it")
+            return
         if self._memory is not None:
             self._memory.close()
             self._memory = None
@@ -173,6 +179,7 @@ class NodeTiers:
                 policy=settings.disk.policy,
                 hits=settings.disk.hits,
                 read_ahead_blocks=settings.disk.read_ahead_blocks,
+                is_paced=settings.disk.write_bytes_per_s > 0,
                 on_up=lambda keys: self._note(self.service.publish_pool_events(now_s())),
                 on_absent=lambda keys: self.service.on_absent(keys, now_s()),
                 on_used=lambda keys, at_s: self._expiry.used(keys, at_s) if self._expiry is not None else None,
@@ -216,6 +223,12 @@ class NodeTiers:
         """Whether some tier holds the block."""
         return self.pool.contains(key) or (self.disk is not None and self.disk.contains(key))
 
+    def allocate(self, num_blocks: int, now: float) -> list[BlockId] | None:
+        """Blocks of HOST for copies of others' blocks. None if there is no room now."""
+        if self._tiering is not None and not self._tiering.has_room(num_blocks, now):
+            return None
+        return self.pool.allocate(num_blocks)
+
     def take_in(self, batch: FetchedBatch) -> None:
         """Publishes what was fetched into HOST."""
         fresh: list[Key] = []
@@ -255,10 +268,13 @@ class NodeTiers:
         for event in events:
             if not isinstance(event, BlockRemoved):
                 continue
-            lost = [key for key in event.block_hashes if isinstance(key, bytes) and not self.has(key)]
+            removed = [key for key in event.block_hashes if isinstance(key, bytes)]
+            lost = [key for key in removed if not self.has(key)]
             gone |= dict.fromkeys(lost)
             if self._tiering is not None and event.medium == "HOST":
                 self._tiering.evicted(lost)
+            elif self._tiering is not None:
+                self._tiering.evicted_below([key for key in removed if self.disk and not self.disk.contains(key)])
         if self.disk is not None:
             self.disk.pool.take_published()  # nobody waits for a block on disk: it comes up first
         return list(gone)

@@ -11,10 +11,14 @@ Down, by the configured policy:
 
 Blocks go down in batches: the first waits for others up to `GATHER_S`. What the disk refuses is tried again after `RETRY_S`, and
 what its write rate has no room for waits, as long as HOST holds it. Blocks that are being written are pinned, not
-referenced: going down is no use of them.
+referenced: going down is no use of them. While the disk gets on, and its rate isn't limited, whoever copies blocks here waits
+for it rather than push out what is about to be written (`has_room`).
 
 Up: what somebody asks for, and then what follows it in its chain, as far as nothing is evicted for it that isn't on disk too.
-What HOST has no room for doesn't come, and whoever asked is told at once. What is used in HOST counts as used on disk.
+What HOST has no room for doesn't come, and whoever asked is told at once.
+
+Each pool is told of the other: of the blocks that HOST would evict next, those that the disk keeps go first, and what is used
+in HOST counts as used on disk.
 """
 
 from __future__ import annotations
@@ -23,6 +27,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Literal
 
 from kvpool.block_pool import BlockPool
+from kvpool.eviction import MAX_KEEPERS
 from kvpool.keys import Key
 from kvpool.tiers.disk.requests import Loaded, LoadFailed, LoadRequest, NotStored, Stored, StoreRequest
 from kvpool.tiers.disk.tier import DiskTier
@@ -40,13 +45,17 @@ MAX_LOADING_PART = 1 / 2
 """Of HOST, at most this part is being read into at once, …"""
 MAX_AHEAD_PART = 1 / 8
 """… and nothing is read ahead beyond this one."""
+PATIENCE_S = 0.5
+"""A disk of which nothing is heard for so long is not waited for."""
+DISK = MAX_KEEPERS - 1
+"""As a keeper of HOST's blocks."""
 TOUCH_S = 1.0
 """The disk learns so often what was used in HOST."""
 
 
 class Tiering:
     """`on_up(keys)` is called when blocks came up and are published in HOST, `on_absent(keys)` when they will not come. `on_used`
-    hears, some time later, which blocks were used."""
+    hears, some time later, which blocks were used. `is_paced`: the disk's write rate is limited."""
 
     def __init__(
         self,
@@ -56,6 +65,7 @@ class Tiering:
         policy: WritePolicy,
         hits: int,
         read_ahead_blocks: int,
+        is_paced: bool,
         on_up: Callable[[list[Key]], None],
         on_absent: Callable[[list[Key]], None],
         on_used: Callable[[Iterable[Key], float], None] = lambda keys, now_s: None,
@@ -65,6 +75,7 @@ class Tiering:
         self._policy = policy
         self._hits = hits
         self._read_ahead_blocks = read_ahead_blocks
+        self._is_paced = is_paced
         self._on_up = on_up
         self._on_absent = on_absent
         self._on_used = on_used
@@ -73,6 +84,7 @@ class Tiering:
         self._not_before_s = float("-inf")
         self._tries: dict[Key, int] = {}
         self._storing: set[Key] = set()
+        self._progress_s = float("-inf")
         self._loading: set[Key] = set()
         self._ahead_of: dict[Key, None] = {}
         self._uses: dict[Key, int] = {}
@@ -120,6 +132,20 @@ class Tiering:
             if self._policy == "write-through":
                 self._want_stored(key)
 
+    def has_room(self, num_blocks: int, now_s: float) -> bool:
+        """Whether HOST gives so many blocks without forgetting what goes to disk in a moment."""
+        num_evicted = num_blocks - self._host.stats().free
+        if num_evicted <= 0 or not self._waiting or self._is_paced or now_s >= self._progress_s + PATIENCE_S:
+            return True
+        return not any(record.key in self._waiting for record in self._host.coldest(num_evicted))
+
+    def evicted_below(self, keys: Sequence[Key]) -> None:
+        """The disk holds these no more. What it lost (a bad block takes with it what follows, a drive all) and HOST still has is
+        written again; what made room for others would only push those out in turn."""
+        self._host.unmark_kept(keys, DISK)
+        if self._disk.pool.stats().free:
+            self.arrived([key for key in keys if self._host.contains(key)])
+
     def evicted(self, keys: Iterable[Key]) -> None:
         """HOST holds these no more, and neither does the disk."""
         for key in keys:
@@ -140,6 +166,7 @@ class Tiering:
             return None
         if self._gathered_since_s is None:
             self._gathered_since_s = now_s
+            self._progress_s = now_s if not self._storing else self._progress_s
         due_s = max(self._gathered_since_s + GATHER_S, self._not_before_s)
         if now_s < self._not_before_s or (len(self._waiting) < GATHER_BLOCKS and now_s < due_s):
             return due_s
@@ -160,13 +187,17 @@ class Tiering:
 
     def poll(self, now_s: float) -> None:
         """Takes in what the disk has done."""
+        stored: list[Key] = []
         up: list[Key] = []
         absent: list[Key] = []
         free: list[int] = []
         for result in self._disk.poll():
             match result:
                 case Stored(key=key):
-                    self._stored(key)
+                    self._storing.discard(key)
+                    self._tries.pop(key, None)
+                    self._progress_s = now_s
+                    stored.append(key)
                 case NotStored(key=key):
                     self._refused(key, now_s)
                 case Loaded(key=key, block_id=block_id) as loaded:
@@ -186,6 +217,9 @@ class Tiering:
                     self._loading.discard(key)
                     absent.append(key)
                     free.append(block_id)
+        # What was forgotten again meanwhile isn't kept.
+        self._host.mark_kept([key for key in [*stored, *up] if self._disk.contains(key)], DISK)
+        self._host.unpin(stored)
         if up:
             self._on_up(up)  # before they are let go: whoever waits has a lease by then
         if absent:
@@ -287,11 +321,6 @@ class Tiering:
             )
         if requests:
             self._disk.store(requests)
-
-    def _stored(self, key: Key) -> None:
-        self._storing.discard(key)
-        self._tries.pop(key, None)
-        self._host.unpin([key])
 
     def _refused(self, key: Key, now_s: float) -> None:
         self._storing.discard(key)

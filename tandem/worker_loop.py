@@ -137,6 +137,7 @@ class _EngineThread:
 
     def connect(self, transfer: _TransferThread) -> None:
         self._publish = transfer.take_output
+        self._engine.on_published = transfer.wake
 
     def post(self, message: Input) -> None:
         """From any thread: `message` is called on the engine thread before its next step."""
@@ -203,12 +204,16 @@ class _TransferThread:
     def take_output(self, output: Output) -> None:
         """The engine's output of one step, to be sent."""
         self._outputs.put(output)
+        self.wake()
+
+    def wake(self) -> None:
+        """There is something new in the pool."""
         os.eventfd_write(self._wake_fd, 1)
 
     def stop(self) -> None:
         """Ends the thread after it has said goodbye."""
         self._stopping = True
-        os.eventfd_write(self._wake_fd, 1)
+        self.wake()
 
     def close(self) -> None:
         """Gives up what other threads reach it by. The thread must have ended, and nobody may call any more."""

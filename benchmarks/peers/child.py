@@ -12,6 +12,7 @@ import os
 import random
 import sys
 import traceback
+from collections.abc import Callable
 from typing import Any, Protocol, TextIO
 
 
@@ -54,17 +55,25 @@ def random_tokens(generator: random.Random, vocab: int, count: int) -> list[int]
 
 def serve(answers: TextIO, version: str, engine: Engine) -> None:
     """Answers until stdin ends, which it does when the parent is gone."""
+
+    def measured(request: dict[str, Any]) -> dict[str, Any]:
+        run = {"prefill": engine.prefill, "decode": engine.decode}[request.pop("t")]
+        tokens, seconds = run(**request)
+        return {"t": "measured", "tokens": tokens, "seconds": seconds}
+
+    answer_all(answers, version, measured)
+
+
+def answer_all(answers: TextIO, version: str, answer: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
+    """Answers every request by `answer`, whose errors are said to the parent, until stdin ends."""
     _say(answers, {"t": "ready", "version": version})
     for line in sys.stdin:
-        request = json.loads(line)
-        run = {"prefill": engine.prefill, "decode": engine.decode}[request.pop("t")]
         try:
-            tokens, seconds = run(**request)
+            found = answer(json.loads(line))
         except Exception as error:  # said to the parent, whatever it is: it decides
             traceback.print_exc()
-            _say(answers, {"t": "failed", "message": f"{type(error).__name__}: {error}"})
-        else:
-            _say(answers, {"t": "measured", "tokens": tokens, "seconds": seconds})
+            found = {"t": "failed", "message": f"{type(error).__name__}: {error}"}
+        _say(answers, found)
 
 
 def _say(answers: TextIO, message: dict[str, Any]) -> None:

@@ -1,8 +1,9 @@
-"""Other engines as long-lived child processes, so that they can be measured in turns with Tandem.
+"""What Tandem is measured against, and its own helpers, as long-lived child processes, so that they can take turns.
 
 Owns the child: its start, its lines, its deadlines, its end. Speaks JSON lines: the child says `ready` once, then answers each
-`prefill` or `decode` on stdin with `measured` or `failed` on stdout. What it writes to stderr is kept for the message of its
-error. The other half is `benchmarks/peers`, which runs in the peer's own virtual environment and knows nothing of Tandem.
+request on stdin (to an engine `prefill` or `decode`) with an answer (of an engine `measured`) or `failed` on stdout. What it
+writes to stderr is kept for the message of its error. The other half is `benchmarks/peers`, which runs in the peer's own
+virtual environment and knows nothing of Tandem.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Annotated, TypeVar
+from typing import Annotated, TypeVar, Union
 
 import msgspec
 from msgspec import Meta, Struct
@@ -91,16 +92,21 @@ class Program:
 
     def command(self, model: Path, vocab_size: int, cpus: Sequence[int], max_batch: int, max_len: int) -> list[str]:
         """How to start it on these cores, a thread each. Raises TandemError if it isn't installed."""
-        python = _REPOSITORY / ".peers" / self.folder / "bin" / "python"
-        script = _REPOSITORY / "benchmarks" / "peers" / self.script
-        if not (python.parent.parent / ".installed").is_file() or not script.is_file():
-            raise TandemError(
-                f"{self.name} is not installed beside Tandem's source (looked for {python}): `make peers` installs it"
-            )
         return [
-            str(python), str(script), "--model", str(model), "--vocab", str(vocab_size),
+            *installed(self.name, self.folder, self.script), "--model", str(model), "--vocab", str(vocab_size),
             "--cpus", ",".join(map(str, cpus)), "--max-batch", str(max_batch), "--max-len", str(max_len),
         ]  # fmt: skip
+
+
+def installed(name: str, folder: str, script: str) -> list[str]:
+    """The peer's own Python and its script. Raises TandemError if it isn't installed."""
+    python = _REPOSITORY / ".peers" / folder / "bin" / "python"
+    path = _REPOSITORY / "benchmarks" / "peers" / script
+    if not (python.parent.parent / ".installed").is_file() or not path.is_file():
+        raise TandemError(
+            f"{name} is not installed beside Tandem's source (looked for {python}): `make peers` installs it"
+        )
+    return [str(python), str(path)]
 
 
 LLAMA_CPP = Program("llama.cpp", "llama-cpp", "llama_cpp_peer.py")
@@ -108,7 +114,7 @@ VLLM = Program("vllm", "vllm", "vllm_peer.py")
 PROGRAMS = {program.name: program for program in (LLAMA_CPP, VLLM)}
 
 
-_Answer = TypeVar("_Answer", Ready, Measured)
+_Answer = TypeVar("_Answer", bound=Struct)
 
 
 class Peer:
@@ -122,8 +128,10 @@ class Peer:
         start_s: float = START_S,
         answer_s: float = ANSWER_S,
         advice: str = _ADVICE,
+        begins: str = "loaded its model",
     ) -> None:
-        """Starts the child and waits until it has loaded its model. `advice` ends the message of any error."""
+        """Starts the child and waits until it is ready, which is to say that it has `begins`. `advice` ends the message of any
+        error."""
         self.name = name
         self._advice = advice
         self._answer_s = answer_s
@@ -142,9 +150,9 @@ class Peer:
             self._stderr.close()
             raise TandemError(f"{name} can't be started: {error}; `make peers` installs it") from error
         try:
-            self.version = self._receive(Ready, start_s, "loaded its model").version
+            self.version = self._receive(Ready, start_s, begins).version
         except BaseException:
-            self._kill()
+            self.kill()
             self.close()
             raise
 
@@ -154,22 +162,54 @@ class Peer:
 
     def rate(self, case: Case) -> float:
         """Tokens a second of one run of `case`."""
-        if case.what == "prefill":
-            measured = self._ask(Prefill(case.batch, case.context))
-        else:
-            measured = self._ask(Decode(case.batch, case.context, DECODE_TOKENS))
+        request: Prefill | Decode = (
+            Prefill(case.batch, case.context)
+            if case.what == "prefill"
+            else Decode(case.batch, case.context, DECODE_TOKENS)
+        )
+        measured = self.ask(request, Measured, f"answered {case.what} of {case.batch} x {case.context} tokens")
         return measured.tokens / measured.seconds
+
+    def ask(self, request: Struct, expected: type[_Answer], what: str) -> _Answer:
+        """The answer to `request`, which is to say that the child has done `what`."""
+        self.tell(request)
+        return self._receive(expected, self._answer_s, what)
+
+    def tell(self, request: Struct) -> None:
+        """Sends what has no answer."""
+        assert self._process.stdin is not None
+        try:
+            os.write(self._process.stdin.fileno(), msgspec.json.encode(request) + b"\n")
+        except (OSError, ValueError) as error:
+            raise self._ended() from error
+
+    def pause(self) -> None:
+        """Stops it and whatever it started: it takes no core from others while they have their turn."""
+        os.killpg(self._process.pid, signal.SIGSTOP)
+
+    def resume(self) -> None:
+        """After `pause`; else it does nothing."""
+        with suppress(ProcessLookupError):
+            os.killpg(self._process.pid, signal.SIGCONT)
+
+    def kill(self) -> None:
+        """Ends it and whatever it started, by force. `close` has to follow."""
+        if self._process.poll() is None:
+            with suppress(ProcessLookupError):
+                os.killpg(self._process.pid, signal.SIGKILL)
+            self._process.wait()
 
     def close(self) -> None:
         """Ends the child, if need be by force."""
         process = self._process
+        self.resume()
         assert process.stdin is not None and process.stdout is not None  # noqa: PT018
         with suppress(OSError):
             process.stdin.close()  # which it takes as the end
         try:
             process.wait(_END_S)
         except subprocess.TimeoutExpired:
-            self._kill()
+            self.kill()
         process.stdout.close()
         self._stderr.close()
 
@@ -181,19 +221,10 @@ class Peer:
     ) -> None:
         self.close()
 
-    def _ask(self, request: Prefill | Decode) -> Measured:
-        assert self._process.stdin is not None
-        try:
-            os.write(self._process.stdin.fileno(), msgspec.json.encode(request) + b"\n")
-        except (OSError, ValueError) as error:
-            raise self._ended() from error
-        what = type(request).__name__.lower()
-        return self._receive(Measured, self._answer_s, f"answered {what} of {request.batch} x {request.context} tokens")
-
     def _receive(self, expected: type[_Answer], limit_s: float, what: str) -> _Answer:
         line = self._line(limit_s, what)
         try:
-            answer = msgspec.json.decode(line, type=Ready | Measured | Failed)
+            answer = msgspec.json.decode(line, type=Union[Ready, Measured, Failed, expected])  # noqa: UP007
         except msgspec.DecodeError as error:
             raise self._fail(f"said {line[:80]!r}, which is no answer ({error})") from error
         if isinstance(answer, Failed):
@@ -231,16 +262,10 @@ class Peer:
         return self._fail(how)
 
     def _fail(self, what: str) -> TandemError:
-        self._kill()
+        self.kill()
         end = self._stderr.seek(0, os.SEEK_END)
         self._stderr.seek(max(0, end - _LAST_WORDS))
         lines = [line.strip() for line in self._stderr.read().decode("utf-8", "replace").splitlines()]
         words = " | ".join([line for line in lines if line][-_LAST_LINES:])
         self.close()
         return TandemError(f"{self.name} {what}; its last words: {words or 'none'}. {self._advice}".rstrip())
-
-    def _kill(self) -> None:
-        if self._process.poll() is None:
-            with suppress(ProcessLookupError):
-                os.killpg(self._process.pid, signal.SIGKILL)
-            self._process.wait()

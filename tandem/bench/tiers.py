@@ -129,9 +129,7 @@ def checkpoint_cost(config: Config, own_cluster: OwnCluster, say: Say) -> Iterat
 
 def _prompts(count: int, seed: int) -> list[list[int]]:
     random = Random(seed)
-    return [
-        [_FIRST_TOKEN_ID + random.randrange(_NUM_TOKEN_IDS) for _ in range(PROMPT_TOKENS)] for _ in range(count)
-    ]
+    return [[_FIRST_TOKEN_ID + random.randrange(_NUM_TOKEN_IDS) for _ in range(PROMPT_TOKENS)] for _ in range(count)]
 
 
 def _ask(client: Client, prompt: Sequence[int], num_tokens: int) -> pb.Completed:
@@ -158,7 +156,9 @@ def _check_tier(done: pb.Completed, tier: str) -> None:
     in_tier = sum(num for (_, found), num in fetched.items() if found == tier)
     total = sum(fetched.values())
     if done.num_cached_tokens < PROMPT_TOKENS * 0.95 or in_tier < 0.9 * total:
-        raise TandemError(f"a prompt was to be found in {tier}; found: {fetched}, {done.num_cached_tokens} tokens in all")
+        raise TandemError(
+            f"a prompt was to be found in {tier}; found: {fetched}, {done.num_cached_tokens} tokens in all"
+        )
 
 
 def _wait_until_kept(client: Client, tier: str, num_blocks: int) -> None:

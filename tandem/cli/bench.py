@@ -1,4 +1,4 @@
-"""`tandem bench engine`, `serve`, `ladder` and `quality`: run a benchmark, print it for people or programs.
+"""`tandem bench engine`, `serve`, `transfer`, `pool`, `ladder` and `quality`: run a benchmark, print it for people or programs.
 
 Owns the printing and the exit code; what is measured is in `tandem.bench`.
 """
@@ -6,9 +6,13 @@ Owns the printing and the exit code; what is measured is in `tandem.bench`.
 from __future__ import annotations
 
 import contextlib
+import functools
+import signal
 import tempfile
+import threading
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from types import FrameType
 from typing import Annotated, Literal
 
 import typer
@@ -19,6 +23,7 @@ from tandem.bench.ladder.results import Step
 from tandem.bench.report import Metric, as_line, header
 from tandem.bench.serve import Load
 from tandem.cli.common import ConfigOption, JsonOption, print_json, stderr, stdout
+from tandem.cli.serve import stop_on_signals
 from tandem.config import Config, load_config
 from tandem.errors import ConfigError
 
@@ -120,19 +125,46 @@ def serve(
         str, typer.Option(help="host:port of a running cluster. Default: one is started for the run.")
     ] = "",
     clients: Annotated[int, typer.Option(min=1, max=1024, help="Concurrent clients, each one request at a time.")] = 16,
-    seconds: Annotated[float, typer.Option(min=1, help="How long they go on sending.")] = 60.0,
+    seconds: Annotated[
+        float | None,
+        typer.Option(min=1, help="How long they go on sending. Default: 60; with --against 30, counted at each rate."),
+    ] = None,
+    against: Annotated[
+        str,
+        typer.Option(
+            help="vllm: another load, a committed chat, on this cluster and on vLLM's server in turns, to find the highest rate "
+            "of each (--clients and --target don't apply). `make peers` installs it."
+        ),
+    ] = "",
+    workload: Annotated[
+        Path | None, typer.Option(help="With --against: the chat. Default: benchmarks/workloads/chat.json.")
+    ] = None,
+    rounds: Annotated[int, typer.Option(min=1, max=100, help="With --against: searches for each system's rate.")] = 3,
     as_json: JsonOption = False,
 ) -> None:
     """Latency and throughput of a real cluster under concurrent clients. Any error makes the exit code 1.
 
     Takes --seconds, the time of one to three waves of all clients for the reference in each of three rounds, and the start of
     a cluster where no --target is given.
+
+    With --against vllm: conversations of four turns with shared system prompts arrive at random times of a fixed seed, at a
+    rate that the systems can't slow down. A rate holds if at least 90 % of the turns have their first token within 300 ms and
+    the others, on average, every 50 ms. Printed are the highest rates that hold in turns a second, medians of the rounds, and
+    both systems' latencies at rates that both were tried at. Takes some ten minutes a round. The exit code is 1 if Tandem
+    holds less than twice vLLM's rate.
     """
     from tandem.bench import serve as bench
     from tandem.cluster import check_replicas
     from tandem.model_files import resolve_model
 
     config = load_config(config_path)
+    if against:
+        if target:
+            raise ConfigError(f"--target {target} can't be given with --against: the cluster is started for the run")
+        _print(_chat(config, against, workload, seconds or 30.0, rounds, as_json), as_json)
+        return
+    if workload is not None:
+        raise ConfigError(f"--workload {workload} is what --against sends, and that isn't given")
     if not target:
         check_replicas(config)
     path = resolve_model(config.model.path)
@@ -141,7 +173,7 @@ def serve(
     reference = bench.Reference(path, config.model.dtype, config.decode, clients)
     measured: list[tuple[Load, Load]] = []
     with contextlib.nullcontext(target) if target else _own_cluster(config) as reached:
-        for number, (cluster, local) in enumerate(bench.rounds(reached, reference, clients, seconds), 1):
+        for number, (cluster, local) in enumerate(bench.rounds(reached, reference, clients, seconds or 60.0), 1):
             measured.append((cluster, local))
             note = (
                 f"round {number} of {bench.NUM_ROUNDS}: {cluster.num_requests} requests, {len(cluster.errors)} errors"
@@ -150,6 +182,141 @@ def serve(
             for error in cluster.errors:
                 stderr.print(f"error: {error}", highlight=False, markup=False, soft_wrap=True)
     _print(bench.metrics(measured), as_json)
+
+
+def _chat(
+    config: Config, against: str, workload: Path | None, seconds: float, rounds: int, as_json: bool
+) -> Iterator[Metric]:
+    """The chat load on a cluster of `config` and on vLLM."""
+    from tandem.bench.chat import contest
+    from tandem.bench.chat.vllm_system import server_program
+    from tandem.bench.chat.workload import WORKLOAD, load_workload
+    from tandem.cluster import check_replicas
+    from tandem.model_files import resolve_model
+
+    if against != "vllm":
+        raise ConfigError(f"{against!r} is no server that Tandem's can be measured against (vllm is)")
+    weights = config.model.weights or config.model.dtype
+    if config.model.dtype != "bf16" or weights != "bf16":
+        raise ConfigError(f"model.dtype is {config.model.dtype}, weights are {weights}; --against compares bf16 alone")
+    check_replicas(config)
+    chat = load_workload(workload or WORKLOAD)
+    server_program()  # said before anything is loaded
+    path = resolve_model(config.model.path)
+    if as_json:
+        print_json(header() | {"serve": {"against": against, "seconds": seconds, "rounds": rounds}})
+    with stop_on_signals() as stop:
+        start = functools.partial(_own_cluster, stop=stop)
+        yield from contest.run(path, config, chat, start, seconds=seconds, rounds=rounds, say=_say, stop=stop)
+
+
+_BlockBytes = Annotated[
+    int,
+    typer.Option("--block-bytes", min=4096, max=1 << 26, help="Of one block; the default: 16 tokens of SmolLM2-135M."),
+]
+_BatchBlocks = Annotated[int, typer.Option("--batch", min=1, max=512, help="Scattered blocks of one batch.")]
+_Rounds = Annotated[int, typer.Option(min=1, max=1000, help="Everything is measured so often, in turns.")]
+
+
+@app.command()
+def transfer(
+    transports: Annotated[
+        str, typer.Option(help="shm, ucx, tcp, tls (tcp with TLS), separated by commas.")
+    ] = "shm,ucx,tcp,tls",
+    block_bytes: _BlockBytes = 368_640,
+    batch: _BatchBlocks = 64,
+    arena_mib: Annotated[int, typer.Option(min=1, help="Of each process's arena.")] = 512,
+    batches: Annotated[int, typer.Option(min=1, max=1000, help="Of each turn.")] = 20,
+    rounds: _Rounds = 5,
+    against: Annotated[
+        str,
+        typer.Option(
+            help="nixl, mooncake or both, separated by a comma: in turns with Tandem. `make peers` installs them."
+        ),
+    ] = "",
+    as_json: JsonOption = False,
+) -> None:
+    """How fast blocks move from one process to another, by each transport: checksums included, and whole fetches with their
+    messages; beside copies in one process, plain sockets and UCX's own test, measured in turns. And what a block costs of
+    processor time when its bytes cost nothing.
+
+    Everything is on this machine, over loopback. Takes about a minute, with --against two. The exit code is 1 if a goal isn't
+    reached.
+    """
+    from tandem.bench import transfer as bench
+    from tandem.bench.block_peers import MOVERS, named
+    from tandem.bench.kv_source import transports_named
+
+    chosen = transports_named(_names(transports))
+    peers = named(_names(against), list(MOVERS))
+    shape = bench.shape_of(block_bytes, batch, arena_mib << 20, batches)
+    if as_json:
+        blocks = {"block_bytes": block_bytes, "batch": batch, "arena_blocks": shape.num_blocks}
+        print_json(header() | {"transfer": {"transports": chosen, **blocks}})
+    with _interruptible(), contextlib.closing(bench.run(shape, chosen, peers, rounds=rounds, say=_say)) as results:
+        _print(results, as_json)
+
+
+@app.command()
+def pool(
+    tiers: Annotated[str, typer.Option(help="host, disk, restart, separated by commas.")] = "host,disk,restart",
+    block_bytes: _BlockBytes = 368_640,
+    batch: _BatchBlocks = 64,
+    values: Annotated[int, typer.Option(min=1, help="Blocks that are put and got.")] = 2000,
+    restart_blocks: Annotated[
+        int, typer.Option(min=1, help="Blocks of 4,096 bytes on the disk of a node that starts again.")
+    ] = 100_000,
+    directory: Annotated[
+        Path | None,
+        typer.Option(
+            "--dir", help="On the disk to measure; a new folder in it is made and removed. Default: the cache's."
+        ),
+    ] = None,
+    rounds: _Rounds = 5,
+    against: Annotated[
+        str,
+        typer.Option(
+            help="lmcache, mooncake (HOST alone) or both, separated by a comma: in turns with Tandem. `make peers` installs them."
+        ),
+    ] = "",
+    as_json: JsonOption = False,
+) -> None:
+    """How fast a pool node's tiers take blocks in and give them out: HOST from another process, DISK beside plain direct I/O in
+    the same directory; and how soon a node with blocks on disk serves after it was killed.
+
+    Takes one to three minutes, and of memory some six times the values (with --against lmcache,mooncake fifteen times). The
+    exit code is 1 if a goal isn't reached.
+    """
+    from tandem.bench import pool as bench
+    from tandem.bench.block_peers import HOST_STORES, named
+
+    chosen = bench.tiers_named(_names(tiers))
+    peers = named(_names(against), list(HOST_STORES))
+    load = bench.Load(block_bytes, batch, values, restart_blocks)
+    if as_json:
+        blocks = {"block_bytes": block_bytes, "batch": batch, "values": values, "restart_blocks": restart_blocks}
+        print_json(header() | {"pool": {"tiers": chosen, **blocks}})
+    results = bench.run(load, chosen, peers, directory, rounds=rounds, say=_say)
+    with _interruptible(), contextlib.closing(results):
+        _print(results, as_json)
+
+
+def _names(text: str) -> list[str]:
+    return [name.strip() for name in text.split(",") if name.strip()]
+
+
+@contextlib.contextmanager
+def _interruptible() -> Iterator[None]:
+    """A polite kill ends like Ctrl-C: what was started is ended, what was written is removed."""
+
+    def end(number: int, frame: FrameType | None) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 @app.command()
@@ -239,14 +406,15 @@ def _ladder_table(steps: Sequence[Step]) -> Table:
 
 
 @contextlib.contextmanager
-def _own_cluster(config: Config) -> Iterator[str]:
-    """A cluster of that configuration on free ports for the time of the measurement."""
+def _own_cluster(config: Config, stop: threading.Event | None = None) -> Iterator[str]:
+    """A cluster of that configuration on free ports for the time of the measurement. Raises Cancelled if `stop` is set while it
+    starts."""
     from tandem.cluster import Cluster
 
     with tempfile.TemporaryDirectory(prefix="tandem-bench-") as folder:
         ports = config.router.model_copy(update={"grpc_port": 0, "control_port": 0, "metrics_port": 0})
         with Cluster(config.model_copy(update={"run_dir": folder, "router": ports})) as cluster:
-            cluster.start(progress=lambda line: stderr.print(line, style="dim", highlight=False, markup=False))
+            cluster.start(progress=_say, stop=stop)
             yield cluster.target
 
 

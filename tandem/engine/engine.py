@@ -134,6 +134,8 @@ class Engine:
         self._fetches = Fetches()
         self._durability = Durability(pool, limits.block_size)
         self._pools: tuple[Source, ...] = ()
+        self.on_published: Callable[[], None] = lambda: None
+        """Called when a step has published blocks, before it draws: whoever waits for them need not wait for that."""
         self._num_arrivals = 0
         self._num_dispatches: dict[int, int] = {}
         self._out = Output()
@@ -595,23 +597,28 @@ class Engine:
 
     def _postprocess(self, plan: StepPlan, logits: torch.Tensor, now_s: float) -> None:
         drawing: list[Seq] = []
+        num_published = 0
         for item in plan.scheduled:
             sequence = item.sequence
             if not sequence.job.reported:
                 sequence.job.computed_tokens += item.num_tokens
             sequence.num_computed_tokens += item.num_tokens
-            self._publish_full_blocks(sequence)
+            num_published += self._publish_full_blocks(sequence)
             if sequence.num_missing_tokens:
                 continue
             if sequence.draws:
                 drawing.append(sequence)
             else:
                 self._caught_up_without_drawing(sequence, now_s)
+        if num_published:
+            self.on_published()
         if drawing:
             self._draw(drawing, logits, now_s)
 
-    def _publish_full_blocks(self, sequence: Seq) -> None:
+    def _publish_full_blocks(self, sequence: Seq) -> int:
+        """How many there were."""
         size = self._limits.block_size
+        first = sequence.num_published_blocks
         for i in range(sequence.num_published_blocks, sequence.num_computed_tokens // size):
             block = sequence.block_table[i]
             self._publish(
@@ -624,6 +631,7 @@ class Engine:
                 owner=owner_of(sequence.chain.root),
             )
             sequence.num_published_blocks = i + 1
+        return sequence.num_published_blocks - first
 
     def _publish(
         self, sequence: Seq, block: int, key: Key, parent: Key, checksum: bytes, *, writer: bytes, owner: bytes

@@ -28,7 +28,7 @@ from kvpool.service import KVService
 from kvpool.sink import FetchedBatch, FetchEnded, FetchPlan, WantedBlock
 from kvpool.transport.build import make_transports
 from protos import control, kv_events
-from protos.control import FromRouter, Goodbye, Heartbeat, Hello, Peers, RoutingGroup, Source, Welcome
+from protos.control import FromRouter, Heartbeat, Hello, Peers, RoutingGroup, Source, Welcome
 from protos.kv_events import BlockRemoved, BlockStored
 from tandem.clock import now_s
 from tandem.config import TransferConfig
@@ -39,7 +39,7 @@ from tests.kvpool.processes import REPOSITORY, SIZE, wait_for
 SLAB = 32 * 1024
 """The least memory that may be configured for a tier is 32 of these."""
 GROUP = RoutingGroup(b"m" * 16, "format", b"n" * 16, SIZE)
-HEARTBEAT_S = 0.05
+PORTION = 12
 
 
 @dataclass
@@ -49,7 +49,6 @@ class Heard:
     identity: bytes
     hello: Hello
     heartbeat: Heartbeat | None = None
-    goodbye: Goodbye | None = None
     num_heartbeats: int = 0
     last_heartbeat_s: float = 0.0
     longest_silence_s: float = 0.0
@@ -111,7 +110,7 @@ class Node:
 
     @property
     def is_over(self) -> bool:
-        return bool(select.select([self._pidfd], [], [], 0)[0])
+        return self._pidfd < 0 or bool(select.select([self._pidfd], [], [], 0)[0])
 
     def wait_until_open(self, seconds: float = 15.0) -> None:
         """Until it knows its group and serves."""
@@ -146,9 +145,12 @@ class Node:
         self.world.wait(lambda: self.is_over)
 
     def close(self) -> None:
-        self.send_signal(signal.SIGKILL)
-        select.select([self._pidfd], [], [], 10)
-        os.close(self._pidfd)
+        """Ends it if need be. Idempotent."""
+        if self._pidfd >= 0:
+            self.send_signal(signal.SIGKILL)
+            select.select([self._pidfd], [], [], 10)
+            os.close(self._pidfd)
+            self._pidfd = -1
 
 
 class Worker:
@@ -244,11 +246,14 @@ class Worker:
         return found
 
     def fetch(self, source: Source, numbers: Sequence[int], seconds: float = 10.0) -> set[int]:
-        """What comes of `numbers` (and is right)."""
+        """What comes of `numbers` (and is right), asked for in portions for which the smallest HOST has room."""
         by_key = {key_of(number): number for number in numbers}
-        fetch_id = self.start_fetch(source, numbers, seconds)
-        self.world.wait(lambda: self.is_over(fetch_id), seconds + 5)
-        return {by_key[key] for key in self.take(fetch_id)}
+        found: set[bytes] = set()
+        for begin in range(0, len(numbers), PORTION):
+            fetch_id = self.start_fetch(source, numbers[begin : begin + PORTION], seconds)
+            self.world.wait(lambda fetch_id=fetch_id: self.is_over(fetch_id), seconds + 5)
+            found |= self.take(fetch_id)
+        return {by_key[key] for key in found}
 
     def step(self) -> None:
         self.service.handle(dict(self.poller.poll(0)), now_s())
@@ -327,19 +332,29 @@ class World:
         self.router.linger = 0
         self.router.setsockopt(zmq.ROUTER_HANDOVER, 1)
         self.port = self.router.bind_to_random_port("tcp://127.0.0.1")
+        self.heartbeat_s = 0.05
         self.heard: dict[str, Heard] = {}
         self.nodes: list[Node] = []
         self.workers: list[Worker] = []
         self.watchers: list[Watcher] = []
 
-    def start_node(self, name: str = "pool-0", *, host_blocks: int = 32, wait: bool = True, **options: Any) -> Node:
-        """A node with `options` as environment variables (`pool__disk__dirs='[…]'`), told of this world's workers."""
+    def start_node(
+        self,
+        name: str = "pool-0",
+        *,
+        host_blocks: int = 32,
+        wait: bool = True,
+        workers: Sequence[Worker] | None = None,
+        **options: Any,
+    ) -> Node:
+        """A node with `options` as environment variables (`pool__disk__dirs='[…]'`), told of `workers`, or of all of this world;
+        unless `wait` is False it is open."""
         options.setdefault("pool__host_bytes", max(2**20, host_blocks * SLAB))
         node = Node(self, name, options)
         self.nodes.append(node)
         if wait:
             self.wait(lambda: name in self.heard)
-            self.tell_peers(node)
+            self.tell_peers(node, workers)
             node.wait_until_open()
         return node
 
@@ -372,11 +387,13 @@ class World:
     def _on_message(self, identity: bytes, message: control.ToRouter) -> None:
         match message:
             case Hello(process=name):
+                if any(node.name == name and node.pid != message.pid for node in self.nodes[-1:]):
+                    return  # what one that was killed had still said
                 known = self.heard.get(name)
                 if known is None or known.hello.epoch != message.epoch:
                     known = self.heard[name] = Heard(identity, message)
                 known.identity, known.hello = identity, message
-                welcome = Welcome(control.PROTOCOL_VERSION, "router", b"router-1", HEARTBEAT_S, 60.0)
+                welcome = Welcome(control.PROTOCOL_VERSION, "router", b"router-1", self.heartbeat_s, 60.0)
                 self.router.send_multipart([identity, control.encode(welcome)])
             case Heartbeat(process=name):
                 heard, now = self.heard.get(name), now_s()
@@ -386,8 +403,8 @@ class World:
                     heard.longest_silence_s = max(heard.longest_silence_s, now - heard.last_heartbeat_s)
                 heard.heartbeat, heard.last_heartbeat_s = message, now
                 heard.num_heartbeats += 1
-            case Goodbye(process=name):
-                self.heard[name].goodbye = message
+            case _:
+                pass
 
     def __enter__(self) -> World:
         return self
@@ -404,5 +421,3 @@ class World:
             one.close()
         self.router.close()
         self.context.term()
-
-

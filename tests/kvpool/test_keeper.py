@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 
 from hypothesis import given
@@ -124,7 +125,7 @@ def test_a_worker_that_delivers_nothing_is_left_alone_longer_each_time() -> None
         assert world.batch(world.keeper.paused_until_s - 0.001) == []
         now_s = world.keeper.paused_until_s
     assert pauses[0] == FIRST_PAUSE_S
-    assert all(later >= earlier for earlier, later in zip(pauses, pauses[1:], strict=False))
+    assert all(later >= earlier for earlier, later in itertools.pairwise(pauses))
     assert now_s > 10.0, "a worker that is out of reach for some seconds loses none of its blocks"
     assert max(pauses) <= LONGEST_PAUSE_S
     assert world.batch(now_s) == [], "given up"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import os
 import signal
 import subprocess
@@ -9,11 +11,17 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import msgspec
+import numpy as np
 import pytest
+import zmq
 
 from kvpool.tiers.disk.directory import Directory
 from kvpool.tiers.disk.journal import Entry
-from protos.control import Peers, RoutingGroup
+from protos import control
+from protos.control import Fetch, Peers, RoutingGroup
+from tandem.clock import now_s
+from tandem.zmq_io import identity
 from tests.kvpool.disk_blocks import CHAIN, key_of, parent_of
 from tests.kvpool.node_world import GROUP, SLAB, Node, Watcher, Worker, World
 from tests.kvpool.processes import REPOSITORY, SIZE
@@ -31,11 +39,12 @@ def start(world: World, *, slots: int = 128, **options: object) -> Node:
 
 
 def fill_host(world: World, node: Node, worker: Worker) -> None:
-    """Pushes everything else out of HOST."""
+    """Pushes everything else out of HOST, where `FIRST` was, and down."""
     watcher = Watcher(world, node.source)
     others = list(range(1000, 1032))
     worker.put(others)
     world.wait(lambda: watcher.held["HOST"] == keys_of(others))
+    node.wait_for_counters(stored_blocks=len(FIRST) + len(others))
     watcher.close()
 
 
@@ -72,6 +81,19 @@ def test_two_readers_of_one_block_on_disk_and_one_of_none(world: World) -> None:
     assert [reader.take(one) for reader, one in zip(readers, fetches, strict=False)] == [keys_of([0, 1])] * 2
     assert readers[2].take(nothing) == set()
     assert node.heartbeat().counters.loaded_blocks == 2
+
+
+def test_a_worker_hears_at_once_of_what_is_kept(world: World) -> None:
+    world.heartbeat_s = 10.0  # without it, and without a disk, nothing else makes the node look up
+    worker = Worker(world, "decode-0")
+    world.start_node()
+    waits: list[float] = []
+    for number in range(6):
+        began_s = now_s()
+        worker.put([number])
+        world.wait(lambda number=number: key_of(number) in worker.kept)
+        waits.append(now_s() - began_s)
+    assert min(waits) < 0.05, waits
 
 
 @pytest.mark.parametrize("end", [signal.SIGKILL, signal.SIGTERM])
@@ -132,8 +154,7 @@ def test_workers_are_told_when_the_last_copy_is_gone_and_when_there_is_one_again
         worker.put(list(range(first, first + 16)))
         everything = keys_of([*FIRST, *range(1000, first + 16)])
         world.wait(lambda everything=everything: worker.kept == watcher.all & everything)
-    world.wait(lambda: not keys_of(FIRST) & watcher.all)
-    assert not keys_of(FIRST) & worker.kept
+    world.wait(lambda: not keys_of(FIRST) & (watcher.all | worker.kept))
     worker.forget()
     worker.put(FIRST)
     world.wait(lambda: keys_of(FIRST) <= worker.kept)
@@ -157,7 +178,9 @@ def test_a_block_that_rots_on_disk_is_a_miss_and_gone_for_good(world: World) -> 
     node.kill()
     segment = world.path / "disk" / "segment-00000"
     with segment.open("r+b") as file:
-        file.seek(SLAB * len(FIRST) - 1 - 100)  # of the last of them, if slots are taken in order; else of some other one
+        file.seek(
+            SLAB * len(FIRST) - 1 - 100
+        )  # of the last of them, if slots are taken in order; else of some other one
         byte = file.read(1)
         file.seek(-1, os.SEEK_CUR)
         file.write(bytes([byte[0] ^ 1]))
@@ -185,8 +208,7 @@ def test_idle_blocks_end_in_both_tiers_and_stay_away_after_a_restart(world: Worl
     watcher = Watcher(world, node.source)
     worker.put(FIRST)
     world.wait(lambda: worker.kept == keys_of(FIRST))
-    world.wait(lambda: not watcher.all)
-    assert worker.kept == set()
+    world.wait(lambda: not watcher.all | worker.kept)
     node.kill()
     node = start(world)  # no time to live any more: what is gone is gone nevertheless
     world.tell_peers(node, [])
@@ -220,8 +242,8 @@ def test_a_tenant_over_its_quota_gives_room_in_both_tiers(world: World) -> None:
     watcher = Watcher(world, node.source)
     worker.put(FIRST[:8], owner=b"tenant-a")
     world.wait(lambda: len(watcher.held["DISK"]) == 8)
-    for first in range(1000, 1000 + 4 * CHAIN, CHAIN):
-        numbers = list(range(first, first + 16))
+    for first in range(1000, 1000 + 64, 8):  # what is being written can't make room, so one after the other
+        numbers = list(range(first, first + 8))
         worker.put(numbers, owner=b"tenant-b")
         world.wait(lambda numbers=numbers: keys_of(numbers) <= watcher.held["DISK"])
     assert keys_of(FIRST[:8]) <= watcher.held["DISK"]
@@ -251,13 +273,13 @@ def test_a_missing_directory_is_named(world: World) -> None:
     assert f"{world.path}/there: no such directory" in refused(world, **options)
 
 
-def test_a_directory_that_is_too_small_is_named_with_both_numbers(world: World) -> None:
+def test_a_directory_that_is_too_small_is_named_with_what_is_needed_and_there(world: World) -> None:
     options = world.disk_options(world.path / "disk")
     options["pool__disk__bytes"] = 2**60
     words = refused(world, **options)
     assert f"{world.path}/disk" in words
-    assert str(2**60) in words
-    assert "available" in words
+    assert "bytes are needed for " in words
+    assert "are available: configure fewer bytes, or make room" in words
 
 
 def test_the_directory_of_another_node_is_refused_and_that_one_goes_on(world: World) -> None:
@@ -306,9 +328,11 @@ def test_more_memory_than_the_machine_has_is_refused(world: World) -> None:
     assert f"pool.host_bytes is {2**55}, more than the " in words
 
 
-def test_an_address_that_is_not_ours_is_refused_and_the_node_ends(world: World) -> None:
-    words = refused(world, **world.disk_options(world.path / "disk", transfer__host="203.0.113.7"))
-    assert "transfer.host: can't listen on '203.0.113.7'" in words
+@pytest.mark.parametrize("transport", ["shm", "tcp"])
+def test_an_address_that_is_not_ours_is_refused_and_the_node_ends(world: World, transport: str) -> None:
+    options = {"transfer__host": "203.0.113.7", "transfer__transports": f'["{transport}"]'}
+    words = refused(world, **world.disk_options(world.path / "disk", **options))
+    assert "'203.0.113.7'" in words
 
 
 def test_a_node_that_can_not_start_exits_with_one_sentence(world: World) -> None:
@@ -363,15 +387,17 @@ def test_a_disk_whose_files_are_cut_is_disabled_and_the_others_go_on(world: Worl
     directories = [world.path / "a", world.path / "b"]
     node = world.start_node(**world.disk_options(*directories, slots=64, pool__disk__read_ahead_blocks=0))
     watcher = Watcher(world, node.source)
-    worker.put(FIRST)
-    node.wait_for_counters(stored_blocks=len(FIRST))
+    heads = [number * CHAIN for number in range(100, 124)]  # a chain would go whole with its beginning
+    worker.put(heads)
+    node.wait_for_counters(stored_blocks=len(heads))
     fill_host(world, node, worker)
     os.truncate(directories[0] / "segment-00000", 0)
     reader = Worker(world, "decode-1")
-    came = reader.fetch(node.source, FIRST)
-    assert 0 < len(came) < len(FIRST)
+    came = reader.fetch(node.source, heads)
+    assert 0 < len(came) < len(heads)
     node.wait_for_counters(disk_faults=1)
-    world.wait(lambda: worker.kept == watcher.all & keys_of([*FIRST, *range(1000, 1032)]))
+    world.wait(lambda: worker.kept == watcher.all)
+    assert not keys_of(heads) - keys_of(list(came)) & worker.kept
     worker.put(MORE)
     world.wait(lambda: keys_of(MORE) <= watcher.held["DISK"])
     assert reader.fetch(node.source, MORE) == set(MORE)
@@ -382,14 +408,16 @@ def test_a_disk_whose_files_are_cut_is_disabled_and_the_others_go_on(world: Worl
 
 def test_a_node_whose_only_disk_fails_goes_on_in_memory(world: World) -> None:
     worker = Worker(world, "decode-0")
-    node = start(world, pool__disk__read_ahead_blocks=0)
+    node = start(world, pool__disk__read_ahead_blocks=0, transfer__grace_s=30.0)
     watcher = Watcher(world, node.source)
     worker.put(FIRST)
     node.wait_for_counters(stored_blocks=len(FIRST))
     fill_host(world, node, worker)
     os.truncate(world.path / "disk" / "segment-00000", 0)
     reader = Worker(world, "decode-1")
+    began_s = now_s()
     assert reader.fetch(node.source, FIRST) == set()
+    assert now_s() - began_s < 5.0, "it said so, and did not let the reader wait"
     node.wait_for_counters(disk_faults=1)
     world.wait(lambda: not watcher.held["DISK"])
     worker.put(MORE)
@@ -401,11 +429,10 @@ def test_a_node_whose_only_disk_fails_goes_on_in_memory(world: World) -> None:
 def test_a_disk_that_others_filled_costs_no_block_in_memory(world: World, small_disk: Path) -> None:
     worker = Worker(world, "decode-0")
     node = world.start_node(**world.disk_options(small_disk, slots=64))
-    (small_disk / "others").write_bytes(bytes(1))
-    with (small_disk / "others").open("wb") as file, pytest.raises(OSError, match="No space"):
+    with (small_disk / "others").open("wb", buffering=0) as file, contextlib.suppress(OSError):
         while True:
             file.write(bytes(4096))
-            file.flush()
+    assert os.statvfs(small_disk).f_bavail == 0
     worker.put(FIRST)
     world.wait(lambda: worker.kept == keys_of(FIRST))
     (small_disk / "others").unlink()
@@ -430,8 +457,6 @@ def test_a_removed_directory_stops_nothing(world: World) -> None:
 
 
 def test_heartbeats_go_on_while_a_hundred_thousand_blocks_are_found(world: World, group_digest: bytes) -> None:
-    import numpy as np
-
     num_blocks = 100_000
     (world.path / "disk").mkdir()
     directory = Directory(
@@ -463,10 +488,6 @@ def test_heartbeats_go_on_while_a_hundred_thousand_blocks_are_found(world: World
 
 @pytest.fixture
 def group_digest() -> bytes:
-    import hashlib
-
-    import msgspec
-
     return hashlib.sha256(msgspec.msgpack.encode(GROUP)).digest()
 
 
@@ -493,6 +514,31 @@ def test_two_copies_are_on_two_machines_and_one_is_enough(world: World) -> None:
     assert (link.process, link.transport) == (holders[1].name, "tcp")
 
 
+def test_a_worker_that_another_node_keeps_for_is_told_and_loses_no_lease(world: World) -> None:
+    worker = Worker(world, "decode-0", machine="m2")
+    options = {"transfer__lease_s": 60.0}
+    far = world.start_node("pool-1", transfer__machine_id="m1", **options)
+    worker.put(FIRST)
+    world.wait(lambda: worker.kept == keys_of(FIRST))
+    line = world.context.socket(zmq.DEALER)
+    line.linger = 0
+    line.setsockopt(zmq.IDENTITY, identity(worker.source.process, worker.epoch))
+    line.connect(far.source.endpoints.fetch)
+    line.send(control.encode(Fetch(b"f" * 16, "r", [key_of(0)], False, 60.0)))
+    world.wait(lambda: line.poll(0))
+    line.close()
+    near = world.start_node("pool-2", transfer__machine_id="m2", **options)
+    world.tell_peers(far)
+    world.wait(lambda: not worker.kept)
+    assert far.heartbeat().load.leased_blocks == 1, "it is alive, and may be reading"
+    worker.forget()
+    worker.put(FIRST)
+    world.wait(lambda: worker.kept == keys_of(FIRST))
+    assert near.heartbeat().load.cached_blocks == len(FIRST)
+    world.tell_peers(far, [])
+    world.wait(lambda: far.heard.heartbeat and far.heard.heartbeat.load.leased_blocks == 0)
+
+
 def _holds(world: World, node: Node, numbers: list[int]) -> bool:
     """Whether it keeps them, once it has said so by a heartbeat that came after some node had them all."""
     world.wait(lambda: _cached(world) >= 2 * len(numbers))
@@ -502,5 +548,3 @@ def _holds(world: World, node: Node, numbers: list[int]) -> bool:
 def _cached(world: World) -> int:
     beats = [heard.heartbeat for heard in world.heard.values()]
     return sum(beat.load.cached_blocks for beat in beats if beat is not None)
-
-

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvpool.block_pool import BlockPool
-from kvpool.source import MAX_BATCH_BLOCKS, Answers, FetchServer
-from protos.control import Cancel, Done, Fetch, Miss, Ready
+from kvpool.source import MAX_BATCH_BLOCKS, MAX_KEEPERS, Answers, FetchServer
+from protos.control import Cancel, Done, Fetch, Kept, Lost, Miss, Ready
 
 SIZE = 16
 LEASE_S = 5.0
@@ -291,3 +291,147 @@ def test_every_key_of_every_fetch_is_answered_once_by_its_deadline_and_no_lease_
     assert not world.server._promised
     assert not world.server._promises
     world.pool.check()
+
+
+# --- tiers below ---------------------------------------------------------------------------------------------------------
+
+
+class FakeBelow:
+    """A tier that holds names and brings them up when the test says so; `room` is how many it takes at once."""
+
+    def __init__(self, names: Sequence[object], room: int = 100) -> None:
+        self.held = {key_of(name) for name in names}
+        self.room = room
+        self.coming: list[bytes] = []
+        self.uses: list[bytes] = []
+
+    def bring_up(self, keys: Sequence[bytes]) -> set[bytes]:
+        coming = [key for key in keys if key in self.held][: self.room]
+        self.coming += coming
+        return set(coming)
+
+    def used(self, keys: Iterable[bytes]) -> None:
+        self.uses += keys
+
+
+class TieredWorld(World):
+    def __init__(self, names: Sequence[object], room: int = 100, num_blocks: int = 64, **bounds: int) -> None:
+        super().__init__(num_blocks)
+        self.below = FakeBelow(names, room)
+        self.server = FetchServer(self.pool, EPOCH, lease_s=LEASE_S, grace_s=GRACE_S, below=self.below, **bounds)
+
+
+def test_what_a_tier_below_holds_is_ready_when_it_is_up_though_the_fetch_does_not_wait() -> None:
+    world = TieredWorld("bc")
+    world.put("a", tell_at_s=0.0)
+    answers = world.server.on_message(SINK, fetch(1, "abcd"), 0.0)
+    assert (ready_names(answers), missed_names(answers)) == (["a"], ["d"])
+    assert world.below.coming == [key_of("b"), key_of("c")]
+    assert ready_names(world.put("bc", tell_at_s=0.5)) == ["b", "c"]
+    assert world.below.uses == [key_of(name) for name in "abc"], "what is given is used"
+
+
+def test_what_does_not_come_up_is_missed_at_once() -> None:
+    world = TieredWorld("ab")
+    world.server.on_message(SINK, fetch(1, "ab"), 0.0)
+    world.server.on_message(b"other@2", fetch(2, "b", wait=True), 0.0)
+    answers = world.server.on_absent([key_of("b"), key_of("unasked")], 0.5)
+    assert sorted(sink for sink, _ in answers) == [b"other@2", SINK]
+    assert missed_names(answers) == ["b", "b"]
+    assert ready_names(world.put("a", tell_at_s=0.6)) == ["a"]
+    assert world.server.num_parked == 0
+
+
+def test_what_does_not_come_up_but_is_promised_is_still_waited_for() -> None:
+    world = TieredWorld("a")
+    world.server.promise("prefill", [key_of("a")])
+    world.server.on_message(SINK, fetch(1, "a", wait=True), 0.0)
+    assert world.server.on_absent([key_of("a")], 0.5) == []
+    assert ready_names(world.put("a", tell_at_s=1.0)) == ["a"]
+
+
+def test_what_came_up_by_another_way_is_no_miss() -> None:
+    world = TieredWorld("a")
+    world.server.on_message(SINK, fetch(1, "a"), 0.0)
+    world.put("a")
+    assert world.server.on_absent([key_of("a")], 0.5) == []
+    assert ready_names(world.server.on_published(world.pool.take_published(), 0.5)) == ["a"]
+
+
+def test_what_there_is_no_room_for_above_is_missed_at_once() -> None:
+    world = TieredWorld("abc", room=1)
+    assert missed_names(world.server.on_message(SINK, fetch(1, "abc"), 0.0)) == ["b", "c"]
+
+
+def test_a_sink_with_too_much_parked_gets_a_miss_for_what_would_come_up() -> None:
+    world = TieredWorld("abc", max_parked_per_sink=2)
+    assert missed_names(world.server.on_message(SINK, fetch(1, "abc"), 0.0)) == ["c"]
+    assert ready_names(world.put("abc", tell_at_s=0.1)) == ["a", "b"]
+
+
+def test_what_was_evicted_before_we_looked_comes_up_again() -> None:
+    world = TieredWorld("a", num_blocks=1)
+    world.server.on_message(SINK, fetch(1, "a"), 0.0)
+    world.put("a")
+    world.pool.clear_cached()
+    assert world.server.on_published(world.pool.take_published(), 0.5) == []
+    assert world.below.coming == [key_of("a")] * 2
+    assert ready_names(world.put("a", tell_at_s=1.0)) == ["a"]
+
+
+def test_nothing_waits_for_a_slow_tier_longer_than_the_grace_time() -> None:
+    world = TieredWorld("a")
+    world.server.on_message(SINK, fetch(1, "a"), 0.0)
+    assert missed_names(world.server.tick(GRACE_S)) == ["a"]
+    assert world.put("a", tell_at_s=GRACE_S + 1) == []
+    assert world.server.num_fetches == 0
+
+
+# --- copies elsewhere ----------------------------------------------------------------------------------------------------
+
+
+def kept_names(world: World, names: Sequence[object]) -> str:
+    kept = ""
+    for name in names:
+        [block_id] = world.pool.match([key_of(name)])
+        kept += str(name) if world.pool.num_kept([block_id]) else ""
+        world.pool.release([block_id])
+    return kept
+
+
+def test_what_pool_nodes_keep_and_lose_is_noted_node_by_node() -> None:
+    told: list[int] = []
+    world = World()
+    world.server = FetchServer(world.pool, EPOCH, lease_s=LEASE_S, grace_s=GRACE_S, on_kept=lambda: told.append(1))
+    world.put("abc")
+    assert world.server.on_message(b"pool-0@1", Kept([key_of("a"), key_of("b"), key_of("unknown")]), 0.0) == []
+    world.server.on_message(b"pool-1@1", Kept([key_of("b")]), 0.0)
+    assert len(told) == 2
+    assert kept_names(world, "abc") == "ab"
+    world.server.on_message(b"pool-0@1", Lost([key_of("a"), key_of("b")]), 1.0)
+    assert kept_names(world, "abc") == "b"
+    world.server.on_message(b"pool-2@1", Lost([key_of("b")]), 1.0)
+    assert kept_names(world, "abc") == "b", "a node that kept nothing loses nothing"
+    assert len(told) == 2
+
+
+def test_a_pool_node_that_is_gone_keeps_nothing_and_its_place_is_free() -> None:
+    world = World()
+    world.put("a")
+    for number in range(MAX_KEEPERS):
+        world.server.on_message(b"pool-%d@1" % number, Kept([key_of("a")]), 0.0)
+    for number in range(MAX_KEEPERS):
+        assert kept_names(world, "a") == "a"
+        world.server.forget_sink(b"pool-%d@1" % number)
+    assert kept_names(world, "a") == ""
+    assert not world.pool.has_keepers
+    world.server.on_message(b"pool-new@1", Kept([key_of("a")]), 0.0)
+    assert kept_names(world, "a") == "a"
+
+
+def test_more_pool_nodes_than_can_be_told_apart_are_not_believed() -> None:
+    world = World()
+    world.put("ab")
+    for number in range(MAX_KEEPERS + 1):
+        world.server.on_message(b"pool-%d@1" % number, Kept([key_of("a" if number < MAX_KEEPERS else "b")]), 0.0)
+    assert kept_names(world, "ab") == "a"

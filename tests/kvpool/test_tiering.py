@@ -13,7 +13,7 @@ from kvpool.block_pool import BlockPool
 from kvpool.expiry import MAX_REMOVED, PORTION_PAUSE_S, Expiry
 from kvpool.keys import Key
 from kvpool.source import FetchServer
-from kvpool.tiering import GATHER_BLOCKS, GATHER_S, MAX_TRIES, RETRY_S, Tiering, WritePolicy
+from kvpool.tiering import GATHER_BLOCKS, GATHER_S, MAX_TRIES, PATIENCE_S, RETRY_S, Tiering, WritePolicy
 from kvpool.tiers.disk.requests import Loaded, LoadFailed, LoadRequest, NotStored, Result, Stored, StoreRequest
 from protos.control import Fetch, Miss, Ready
 
@@ -40,6 +40,7 @@ class FakeDisk:
     def __init__(self, num_blocks: int = 256) -> None:
         self.pool = BlockPool(num_blocks, SIZE, "DISK")
         self.stored_at_s: dict[Key, float] = {}
+        self._after: dict[Key, list[Key]] = {}
         self.room = 1000
         self.refuse = False
         self.bad: set[Key] = set()
@@ -55,6 +56,7 @@ class FakeDisk:
             self.pool.publish(block_ids[0], key(n), parent(n), SIZE, bytes(8))
             self.pool.release(block_ids)
             self.stored_at_s[key(n)] = unix_s
+            self._after.setdefault(parent(n), []).append(key(n))
 
     def held(self) -> list[int]:
         return sorted(number(k) for k in self.stored_at_s)
@@ -63,8 +65,7 @@ class FakeDisk:
         return k in self.stored_at_s
 
     def children(self, k: Key, limit: int = 16) -> list[Key]:
-        after = [n for n in map(number, self.stored_at_s) if parent(n) == k]
-        return [key(n) for n in sorted(after, reverse=True)[:limit]]
+        return sorted({child for child in self._after.get(k, []) if child in self.stored_at_s}, reverse=True)[:limit]
 
     def stored_before(self, unix_s: float) -> list[Key]:
         return [k for k, at_s in self.stored_at_s.items() if at_s < unix_s]
@@ -113,7 +114,12 @@ class FakeDisk:
 
 class World:
     def __init__(
-        self, num_blocks: int = 64, policy: WritePolicy = "write-through", hits: int = 2, read_ahead_blocks: int = 0
+        self,
+        num_blocks: int = 64,
+        policy: WritePolicy = "write-through",
+        hits: int = 2,
+        read_ahead_blocks: int = 0,
+        is_paced: bool = False,
     ) -> None:
         self.host = BlockPool(num_blocks, SIZE, "HOST")
         self.disk = FakeDisk()
@@ -127,6 +133,7 @@ class World:
             policy=policy,
             hits=hits,
             read_ahead_blocks=read_ahead_blocks,
+            is_paced=is_paced,
             on_up=self._on_up,
             on_absent=lambda keys: self.absent.extend(map(number, keys)),
             on_used=lambda keys, at_s: self.used.extend(map(number, keys)),
@@ -348,6 +355,7 @@ def test_what_the_disk_refuses_is_tried_again_but_not_for_ever() -> None:
         world.tick(GATHER_S)
         assert len(world.disk.store_calls) == tries
         world.finish()
+        world.tick()
         world.tick(RETRY_S / 2)
         assert len(world.disk.store_calls) == tries, "not at once"
         world.now_s += RETRY_S
@@ -369,6 +377,66 @@ def test_a_refusal_that_passes_loses_nothing() -> None:
     assert world.disk.held() == [1, 2]
     assert world.tiering.num_not_stored == 0
     world.check()
+
+
+@pytest.mark.parametrize("is_paced", [False, True])
+def test_what_goes_to_disk_in_a_moment_is_waited_for_unless_the_rate_is_limited(is_paced: bool) -> None:
+    world = World(num_blocks=4, is_paced=is_paced)
+    world.arrive(1, 2)
+    world.tick()
+    assert world.tiering.has_room(2, world.now_s)
+    assert world.tiering.has_room(3, world.now_s) == is_paced
+    world.tick(GATHER_S)
+    assert world.host.allocate(3) is None, "they are being written"
+    world.finish()
+    assert world.tiering.has_room(4, world.now_s)
+
+
+def test_a_disk_of_which_nothing_is_heard_is_not_waited_for() -> None:
+    world = World(num_blocks=4)
+    world.disk.room = 0
+    world.arrive(1, 2)
+    world.tick()
+    assert not world.tiering.has_room(4, world.now_s)
+    world.tick(PATIENCE_S)
+    assert world.tiering.has_room(4, world.now_s)
+
+
+def test_what_the_disk_keeps_goes_before_what_only_host_has() -> None:
+    world = World(num_blocks=4)
+    world.arrive(100)
+    world.disk.room = 0
+    world.tick()
+    world.arrive(200)
+    world.disk.put([300, 400])
+    world.tiering.bring_up([key(300), key(400)])
+    world.finish()
+    assert [number(record.key) for record in world.host.coldest(2)] == [300, 400]
+    world.disk.remove([key(300)])
+    world.tiering.evicted_below([key(300)])
+    assert [number(record.key) for record in world.host.coldest(2)] == [400, 100]
+
+
+def test_what_the_disk_loses_is_written_again_while_host_has_it() -> None:
+    world = World()
+    world.arrive(1, 2, 3)
+    world.settle()
+    world.disk.remove([key(2)])
+    world.tiering.evicted_below([key(2), key(3)])
+    world.settle()
+    assert world.disk.held() == [1, 2, 3]
+    assert world.disk.store_calls[1:] == [[2, 3]]
+
+
+def test_what_made_room_on_disk_is_not_written_again() -> None:
+    world = World()
+    world.disk.put(range(1000, 1255))
+    world.arrive(1)
+    world.settle()
+    del world.disk.stored_at_s[key(1)]  # its place is another's now
+    world.tiering.evicted_below([key(1)])
+    world.settle()
+    assert world.disk.store_calls == [[1]]
 
 
 # --- up --------------------------------------------------------------------------------------------------------------------
@@ -429,6 +497,7 @@ def test_a_block_with_wrong_bytes_does_not_come() -> None:
     world.finish()
     assert (world.up, world.absent) == ([1], [2])
     assert not world.host.contains(key(2))
+    assert world.tiering.bring_up([key(2)]) == set(), "nor the next time"
     world.settle()
     world.check()
 
@@ -465,12 +534,12 @@ def test_reading_ahead_goes_on_when_its_blocks_are_used() -> None:
 
 
 def test_reading_ahead_takes_no_room_from_what_is_nowhere_else() -> None:
-    world = World(num_blocks=16, policy="write-back", read_ahead_blocks=8)
+    world = World(num_blocks=64, policy="after-hits", read_ahead_blocks=8)
     world.disk.put(range(1, 20))
-    world.arrive(*range(101, 115))  # two blocks are free; these are not on disk
+    world.arrive(*range(101, 162))  # three blocks are free; these are not on disk
     world.tiering.bring_up([key(1)])
     world.tick()
-    assert [number(request.key) for request in world.disk.loads] == [1, 2], "one for 1, one ahead"
+    assert [number(request.key) for request in world.disk.loads] == [1, 2, 3], "one for 1, two ahead"
 
 
 def test_reading_ahead_takes_the_room_of_what_can_be_read_again() -> None:

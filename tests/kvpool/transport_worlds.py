@@ -102,4 +102,3 @@ class FaultyWorld(_Base):
         self.transport.close()
         self.theirs.close()
         self.ours.close()
-
