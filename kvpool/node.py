@@ -236,9 +236,8 @@ class PoolNode:
             for socket in worker.sockets():
                 self._poller.unregister(socket)
             worker.close()
-            if (
-                name in self._members
-            ):  # another node keeps for it from now on: what we forget later it won't hear from us
+            if name in self._members:
+                # Another node keeps for it from now on: what we forget later it would not hear from us.
                 for keys in _portions(list(worker.follower.announced)):
                     tiers.service.tell(worker.source, Lost(keys))
             log.info("no longer following %s", worker.source.process)

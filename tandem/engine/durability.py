@@ -1,7 +1,7 @@
 """How much of each stream lies outside this worker, and which streams wait for that (design §4.6).
 
-Owns the rule: a stream whose blocks the pool has not got runs at most `MAX_LAG_BLOCKS` ahead of it, unless the pool makes no
-progress at all for `PATIENCE_S`; then it goes on unprotected, and that is counted. Without a pool nothing waits. Pure: it
+Owns the rule: a stream of which the pool has not got the generated blocks runs at most `MAX_LAG_BLOCKS` ahead of it, unless the
+pool makes no progress at all for `PATIENCE_S`; then it goes on unprotected, and that is counted. Without a pool nothing waits. Pure: it
 reads marks and sets flags.
 """
 
@@ -42,7 +42,9 @@ class Durability:
                     sequence.num_kept_blocks += kept
                     sequence.unprotected = False
                     self._progress_s = now_s
-                if num_published - sequence.num_kept_blocks > MAX_LAG_BLOCKS:
+                # A prompt's blocks are where they came from for a while: nobody waits for those.
+                num_prompt = sequence.job.dispatch.num_prompt_tokens // self._block_size
+                if num_published - max(sequence.num_kept_blocks, num_prompt) > MAX_LAG_BLOCKS:
                     lagging.append(sequence)
         if not protected:
             lagging = []

@@ -300,7 +300,7 @@ class Engine:
         load = Load(
             num_waiting=len(scheduler.waiting),
             num_running=scheduler.num_running,
-            waiting_tokens=sum(seq.num_missing_tokens for seq in (*scheduler.waiting, *scheduler.holding)),
+            waiting_tokens=sum(seq.num_missing_tokens for seq in self._to_compute()),
             free_blocks=stats.allocatable,
             cached_blocks=stats.cached,
             leased_blocks=stats.leased,
@@ -388,6 +388,9 @@ class Engine:
         chain = sequence.chain
         first = sequence.num_computed_tokens // size
         last = (sequence.num_tokens - sequence.draws) // size
+        dispatch = sequence.job.dispatch
+        if dispatch.held_blocks and not dispatch.wait_source and not sequence.preempted:
+            last = min(last, max(dispatch.held_blocks))  # nobody has more
         wanted = [
             WantedBlock(chain.keys[i], chain.parent_of(i), size, sequence.block_table[i]) for i in range(first, last)
         ]
@@ -468,6 +471,19 @@ class Engine:
             sequence.block_table[sequence.block_table.index(old)] = new
             self._pool.release([old])
         return True
+
+    def _to_compute(self) -> list[Seq]:
+        """The sequences whose missing tokens this worker is going to compute, as far as it knows: not those of a hand-over, which
+        come, nor the last token of one that is held."""
+        scheduler = self.scheduler
+        return [
+            *(sequence for sequence in scheduler.waiting if sequence.draws),
+            *(
+                sequence
+                for sequence in scheduler.holding
+                if sequence.state is State.RUNNING or (sequence.draws and sequence.state is State.FETCHING)
+            ),
+        ]
 
     def _decoding(self) -> list[Seq]:
         return [

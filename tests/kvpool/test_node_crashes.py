@@ -116,13 +116,15 @@ def run_damages(world: World, num_damages: int, seed: int) -> None:
     node.wait_for_counters(stored_blocks=len(numbers))
     node.kill()
     num_refused = num_complete = 0
+    # There is room for all: who reads while blocks are written misses nothing for that.
+    options = {"slots": 64, "host_blocks": 64}
     for _ in range(num_damages):
         shutil.rmtree(broken, ignore_errors=True)
         shutil.copytree(whole, broken)
         _damage(broken, rng)
         node.close()
         world.nodes.clear()
-        node = world.start_node(wait=False, **world.disk_options(broken, slots=64))
+        node = world.start_node(wait=False, **world.disk_options(broken, **options))
         if not may_open(world, node):
             words = node.log.read_text().strip().splitlines()[-1]
             assert words.startswith(f"{node.name}: {broken / 'journal'}: "), words
