@@ -15,7 +15,7 @@ referenced: going down is no use of them. While the disk gets on, and its rate i
 for it rather than push out what is about to be written (`has_room`).
 
 Up: what somebody asks for, and then what follows it in its chain, as far as nothing is evicted for it that isn't on disk too.
-What HOST has no room for doesn't come, and whoever asked is told at once.
+What HOST has no room for waits until it has; when nothing moves for `UP_PATIENCE_S`, whoever asked is told that it won't come.
 
 Each pool is told of the other: of the blocks that HOST would evict next, those that the disk keeps go first, and what is used
 in HOST counts as used on disk.
@@ -41,6 +41,9 @@ MAX_TRIES = 5
 CLEAN_PART = 1 / 8
 """Write-back begins when less than this part of HOST is free, and looks at this part of it, or at `CLEAN_BLOCKS`."""
 CLEAN_BLOCKS = 512
+UP_PATIENCE_S = 1.5
+"""Less than a sink waits for an answer."""
+MAX_PENDING_BLOCKS = 16_384
 MAX_LOADING_PART = 1 / 2
 """Of HOST, at most this part is being read into at once, …"""
 MAX_AHEAD_PART = 1 / 8
@@ -86,6 +89,9 @@ class Tiering:
         self._storing: set[Key] = set()
         self._progress_s = float("-inf")
         self._loading: set[Key] = set()
+        self._pending: dict[Key, None] = {}
+        """Wanted, on disk, and without room in HOST, in the order that they are needed."""
+        self._pending_since_s: float | None = None
         self._ahead_of: dict[Key, None] = {}
         self._uses: dict[Key, int] = {}
         self._touched: dict[Key, None] = {}
@@ -98,14 +104,16 @@ class Tiering:
     # --- up ----------------------------------------------------------------------------------------------------------
 
     def bring_up(self, keys: Sequence[Key]) -> set[Key]:
-        """Starts to read those of `keys` that are on disk, the first ones first, as far as HOST has room; which ones come, those
+        """Starts to read those of `keys` that are on disk, the first ones first, as soon as HOST has room; which ones come, those
         already under way included."""
         coming = {key for key in keys if key in self._loading}
         wanted = [
             key for key in keys if key not in coming and self._disk.contains(key) and not self._host.contains(key)
         ]
-        room = max(1, int(self._host.num_blocks * MAX_LOADING_PART)) - len(self._loading)
-        coming |= self._load(wanted[: max(0, room)])
+        wanted = wanted[: max(0, MAX_PENDING_BLOCKS - len(self._pending))]
+        self._pending |= dict.fromkeys(wanted)
+        coming.update(wanted)
+        self._load_pending()
         if keys and keys[-1] in coming:
             self._ahead_of[keys[-1]] = None  # read after everything that is needed
         return coming
@@ -158,6 +166,7 @@ class Tiering:
         """Starts what is due; when to call again, if at all."""
         if now_s - self._touched_s >= TOUCH_S:
             self._touch(now_s)
+        self._wait_for_room(now_s)
         self._read_ahead()
         if self._policy == "write-back":
             self._clean(now_s)
@@ -225,8 +234,32 @@ class Tiering:
         if absent:
             self._on_absent(absent)
         self._host.release(free)
+        self._load_pending()
 
     # --- inside: up --------------------------------------------------------------------------------------------------
+
+    def _load_pending(self) -> None:
+        """Reads what waits for room, as far as there is some."""
+        room = max(1, int(self._host.num_blocks * MAX_LOADING_PART)) - len(self._loading)
+        if not self._pending or room <= 0:
+            return
+        started = self._load(list(self._pending)[:room])
+        for key in started:
+            del self._pending[key]
+        if started:
+            self._pending_since_s = None
+
+    def _wait_for_room(self, now_s: float) -> None:
+        """Gives up what waited too long."""
+        self._load_pending()
+        if not self._pending:
+            self._pending_since_s = None
+        elif self._pending_since_s is None:
+            self._pending_since_s = now_s
+        elif now_s >= self._pending_since_s + UP_PATIENCE_S:
+            absent = list(self._pending)
+            self._pending.clear()
+            self._on_absent(absent)
 
     def _load(self, keys: Sequence[Key]) -> set[Key]:
         """Those of `keys`, the first ones, for which HOST has room."""
@@ -248,9 +281,9 @@ class Tiering:
                 if not children:
                     break
                 key = children[0]
-                if key not in self._loading and not self._host.contains(key):
+                if key not in self._loading and key not in self._pending and not self._host.contains(key):
                     ahead.append(key)
-            room = int(self._host.num_blocks * MAX_AHEAD_PART) - len(self._loading)
+            room = int(self._host.num_blocks * MAX_AHEAD_PART) - len(self._loading) - len(self._pending)
             self._load(ahead[: self._expendable(min(len(ahead), room))])
         self._ahead_of.clear()
 

