@@ -7,13 +7,19 @@ refuse shrinking, growing and new writable mappings.
 
 from __future__ import annotations
 
+import ctypes
 import fcntl
+import logging
 import mmap
 import os
+import threading
 
 import numpy as np
+import psutil
 import xxhash
 from numpy.typing import NDArray
+
+log = logging.getLogger(__name__)
 
 F_SEAL_SEAL = 0x0001
 F_SEAL_SHRINK = 0x0002
@@ -23,6 +29,10 @@ F_SEAL_FUTURE_WRITE = 0x0010
 
 ARENA_SEALS = F_SEAL_SHRINK | F_SEAL_GROW | F_SEAL_FUTURE_WRITE | F_SEAL_SEAL
 """What a reader may rely on: the size is fixed, and nobody but the owner's existing mapping writes."""
+
+MADV_POPULATE_WRITE = 23
+"""From <linux/mman.h>, Linux 5.14."""
+_POPULATE_BYTES = 64 * 1024 * 1024
 
 MEMFD_NAME = "tandem-arena"
 CHECKSUM_BYTES = 8
@@ -34,7 +44,7 @@ def checksum_of(data: memoryview | bytes) -> bytes:
 
 
 class Arena:
-    """`num_blocks` slabs of `slab_bytes` bytes each; pages appear when they are first written.
+    """`num_blocks` slabs of `slab_bytes` bytes each; pages appear when they are first written, or with `populate`.
 
     `array` is `[num_blocks, slab_bytes]` uint8, writable, shared with every view made of it. Not synchronised: whoever
     owns a block in the `BlockPool` may write its slab. Raises OSError if the memory can't be reserved.
@@ -54,6 +64,8 @@ class Arena:
             os.close(self.fd)
             raise
         self.array: NDArray[np.uint8] = np.frombuffer(self._map, dtype=np.uint8).reshape(num_blocks, slab_bytes)
+        self._populating: threading.Thread | None = None
+        self._closing = threading.Event()
 
     @property
     def num_bytes(self) -> int:
@@ -70,10 +82,32 @@ class Arena:
         """`checksum_of` the whole slab: unused slots must be zero before."""
         return checksum_of(self.slab(block_id))
 
+    def populate(self) -> None:
+        """Has the system provide all pages now, beside whatever else happens: the first write to a page costs microseconds, which
+        the first fetches and prefills would pay. Not done where that would take the last of the machine's memory."""
+        available = int(psutil.virtual_memory().available)
+        if 2 * self.num_bytes > available:
+            log.info("pages of %d bytes come as they are needed: %d bytes are available", self.num_bytes, available)
+            return
+        self._populating = threading.Thread(target=self._populate, name="populate", daemon=True)
+        self._populating.start()
+
+    def _populate(self) -> None:
+        libc = ctypes.CDLL(None, use_errno=True)
+        libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+        begin = self.array.ctypes.data
+        for at in range(0, self.num_bytes, _POPULATE_BYTES):
+            size = min(_POPULATE_BYTES, self.num_bytes - at)
+            if self._closing.is_set() or libc.madvise(begin + at, size, MADV_POPULATE_WRITE):
+                return  # a system that doesn't know this provides pages as they are written
+
     def close(self) -> None:
         """Gives the memory up: at once, or when the last view somebody made of `array` is gone. Idempotent."""
         if self.fd < 0:
             return
+        self._closing.set()
+        if self._populating is not None:
+            self._populating.join()
         os.close(self.fd)
         self.fd = -1
         self.array = np.empty((0, self.slab_bytes), dtype=np.uint8)

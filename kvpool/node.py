@@ -49,6 +49,8 @@ Socket = zmq.Socket[bytes]
 MAX_FETCHES = 8
 MAX_FETCHES_PER_WORKER = 2
 """One that answers no more must not keep the node from the others."""
+NICENESS = 5
+"""Where cores are short, those who compute and those who wait for blocks come first."""
 BACKGROUND_ORDER = 2**62
 """What the pool copies may wait behind what somebody needs."""
 MAX_KEYS_PER_MESSAGE = 4096
@@ -86,6 +88,7 @@ class PoolNode:
         """Serves until `stop`. Raises ConfigError if a router refuses this node, ConfigError or StorageFault if its memory or
         directories can't be had."""
         check_memory("pool.host_bytes", self._config.pool.host_bytes)
+        os.nice(NICENESS)
         self._link = RouterLink(
             self._context,
             [self._config.router.control_endpoint],

@@ -61,6 +61,7 @@ class Memory:
         if num_blocks < 1:
             raise ConfigError(f"pool.host_bytes is {settings.host_bytes}, less than one slab of {slab_bytes} bytes")
         arena = Arena(num_blocks, slab_bytes)
+        arena.populate()
         try:
             pool = BlockPool(
                 num_blocks,

@@ -257,7 +257,9 @@ class Membership:
     def to_tell(self) -> list[Member]:
         """Who is told of its peers: the served group, and pool nodes that have no group yet."""
         served = self._served
-        return [m for m in self._members.values() if m.hello.group == served or (m.role == "pool" and not m.hello.group)]
+        return [
+            m for m in self._members.values() if m.hello.group == served or (m.role == "pool" and not m.hello.group)
+        ]
 
     def peers(self) -> Peers:
         """What they are told: the workers of the served group, and the pool nodes that keep its blocks."""

@@ -91,7 +91,9 @@ class PoolConfig(_Section):
     quota: float = Field(
         1.0, gt=0, le=1, description="part of a tier that one tenant's blocks may take while others need room"
     )
-    ttl_s: float = Field(0.0, ge=0, description="blocks that nobody used for so long go; 0: they stay while there is room")
+    ttl_s: float = Field(
+        0.0, ge=0, description="blocks that nobody used for so long go; 0: they stay while there is room"
+    )
     disk: DiskConfig = DiskConfig()
 
 
@@ -146,7 +148,9 @@ class TransferConfig(_Section):
     )
     tls: TlsConfig = TlsConfig()
     peer_bytes_per_s: int = Field(0, ge=0, description="at most so much from each source; 0: no limit")
-    machine_id: str = Field("", max_length=128, description="processes with the same one share memory; empty: the system's")
+    machine_id: str = Field(
+        "", max_length=128, description="processes with the same one share memory; empty: the system's"
+    )
     lease_s: float = Field(5.0, gt=0, le=60)
     grace_s: float = Field(2.0, gt=0, le=60, description="how long a source parks keys that it has not heard of")
     hold_s: float = Field(

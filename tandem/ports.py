@@ -6,10 +6,17 @@ Owns nothing that lasts: every probe is closed before it returns, so an answer i
 from __future__ import annotations
 
 import contextlib
+import random
 import socket
+from pathlib import Path
 
 from tandem.config import Config
 from tandem.errors import ConfigError
+
+_EPHEMERAL = Path("/proc/sys/net/ipv4/ip_local_port_range")
+_USUAL_FIRST_EPHEMERAL = 32_768
+_FIRST_PORT = 10_000
+_TRIES = 50
 
 KEYS = ("grpc_port", "control_port", "metrics_port")
 """The keys of `router` that are ports; 0 means any free one for the first two, and off for the last."""
@@ -25,10 +32,7 @@ def with_free_ports(config: Config) -> Config:
         updates = {}
         for key in ("grpc_port", "control_port"):
             if getattr(router, key) == 0:
-                try:
-                    probe = held.enter_context(_bound(router.host, 0))
-                except OSError as error:
-                    raise ConfigError(f"router.host: can't listen on {router.host}: {error.strerror}") from error
+                probe = held.enter_context(_free(router.host))
                 updates[key] = probe.getsockname()[1]
     return config.model_copy(update={"router": router.model_copy(update=updates)})
 
@@ -49,6 +53,25 @@ def busy_ports(config: Config) -> list[str]:
         except OSError as error:
             found.append(f"router.{key}: can't listen on {host}:{port}: {error.strerror}")
     return found
+
+
+def _free(host: str) -> socket.socket:
+    """Bound to a free port, if there is one, below those that the system hands to connections: none of those takes it before the
+    router does. Raises ConfigError if `host` is not an address of this machine."""
+    try:
+        for port in random.sample(range(_FIRST_PORT, _first_ephemeral()), _TRIES):
+            with contextlib.suppress(OSError):
+                return _bound(host, port)
+        return _bound(host, 0)
+    except OSError as error:
+        raise ConfigError(f"router.host: can't listen on {host}: {error.strerror}") from error
+
+
+def _first_ephemeral() -> int:
+    try:
+        return max(int(_EPHEMERAL.read_text(encoding="ascii").split()[0]), _FIRST_PORT + _TRIES)
+    except (OSError, ValueError, IndexError):
+        return _USUAL_FIRST_EPHEMERAL
 
 
 def _bound(host: str, port: int) -> socket.socket:

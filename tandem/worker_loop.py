@@ -10,6 +10,7 @@ import logging
 import os
 import queue
 import secrets
+import sys
 import threading
 from collections.abc import Callable
 from typing import Literal
@@ -47,7 +48,7 @@ from tandem.engine.build import EngineParts, build_engine
 from tandem.engine.engine import Output
 from tandem.engine.runner import Runner
 from tandem.errors import ConfigError
-from tandem.machine import machine_id
+from tandem.machine import check_memory, machine_id
 from tandem.model_files import default_model_name, resolve_model
 from tandem.unacknowledged import Unacknowledged
 from tandem.zmq_io import RouterLink, identity
@@ -57,6 +58,10 @@ log = logging.getLogger(__name__)
 _IDLE_WAIT_S = 0.05
 """How long the engine thread sleeps at most: deadlines, stops and room that another thread freed are noticed so late."""
 _GOODBYE_LINGER_MS = 200
+
+SWITCH_INTERVAL_S = 0.0005
+"""A thread that wants to run Python waits at most so long for the other one. The default, 5 ms, is a good part of a step: blocks
+that are ready would wait for it."""
 
 Input = Callable[[], None]
 
@@ -72,6 +77,8 @@ class WorkerLoop:
 
     def run(self, stop: threading.Event) -> None:
         """Serves until `stop`. Raises TandemError if the model can't be loaded or a router refuses this worker."""
+        check_memory(f"{self._role}.arena_bytes", self._worker.arena_bytes)
+        sys.setswitchinterval(SWITCH_INTERVAL_S)
         path = resolve_model(self._config.model.path)
         log.info("loading %s", path.name)
         epoch = secrets.token_bytes(8)
@@ -90,6 +97,7 @@ class WorkerLoop:
             parts.layout.slab_bytes,
             self._config.router.control_endpoint,
         )
+        parts.arena.populate()
         model_name = self._config.model.name or default_model_name(path)
         engine_thread = _EngineThread(parts)
         transfer = _TransferThread(self._config, parts, engine_thread, self._role, self._name, model_name, epoch)
@@ -137,6 +145,7 @@ class _EngineThread:
 
     def connect(self, transfer: _TransferThread) -> None:
         self._publish = transfer.take_output
+        self._engine.on_output = transfer.take_output
         self._engine.on_published = transfer.wake
 
     def post(self, message: Input) -> None:
@@ -202,7 +211,7 @@ class _TransferThread:
     # --- from other threads ------------------------------------------------------------------------------------------
 
     def take_output(self, output: Output) -> None:
-        """The engine's output of one step, to be sent."""
+        """What the engine has to say, to be sent."""
         self._outputs.put(output)
         self.wake()
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
+from pathlib import Path
 from random import Random
 from statistics import median
 
@@ -17,7 +18,7 @@ from tandem.bench.report import Metric, metric
 from tandem.client import Client
 from tandem.clock import now_s
 from tandem.config import Config, DiskConfig
-from tandem.errors import DeadlineExceeded, TandemError
+from tandem.errors import ConfigError, DeadlineExceeded, TandemError
 
 PROMPT_TOKENS = 2000
 NUM_PROMPTS = 6
@@ -31,6 +32,39 @@ _NUM_TOKEN_IDS = 8000
 OwnCluster = Callable[[Config], AbstractContextManager[str]]
 """A cluster of a configuration, for as long as the context lasts; it gives the target."""
 Say = Callable[[str], None]
+
+
+PARTS = ("ttft", "handover", "checkpoints")
+
+
+def parts_named(names: Sequence[str]) -> list[str]:
+    """Raises ConfigError for one that is none."""
+    wrong = [name for name in names if name not in PARTS]
+    if wrong or not names:
+        raise ConfigError(f"--what {','.join(names)!r}: must be some of {', '.join(PARTS)}")
+    return list(dict.fromkeys(names))
+
+
+def slab_bytes_of(model: Path, config: Config) -> int:
+    """The size of a block of that model."""
+    from tandem.engine.runner import layout_for
+    from tandem.models.loader import open_weights
+
+    return layout_for(open_weights(model).config, config.model.dtype, config.decode.block_size).slab_bytes
+
+
+def run(
+    parts: Sequence[str], config: Config, own_cluster: OwnCluster, slab_bytes: int, disk_dir: str, say: Say
+) -> Iterator[Metric]:
+    """The chosen parts, one after the other."""
+    for part in parts:
+        match part:
+            case "ttft":
+                yield from ttft_by_tier(config, own_cluster, slab_bytes, disk_dir, say)
+            case "handover":
+                yield from exposed_transfer(config, own_cluster, say)
+            case "checkpoints":
+                yield from checkpoint_cost(config, own_cluster, say)
 
 
 def ttft_by_tier(config: Config, own_cluster: OwnCluster, slab_bytes: int, disk_dir: str, say: Say) -> Iterator[Metric]:

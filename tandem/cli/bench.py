@@ -24,7 +24,7 @@ from tandem.bench.report import Metric, as_line, header
 from tandem.bench.serve import Load
 from tandem.cli.common import ConfigOption, JsonOption, print_json, stderr, stdout
 from tandem.cli.serve import stop_on_signals
-from tandem.config import Config, load_config
+from tandem.config import Config, cache_dir, load_config
 from tandem.errors import ConfigError
 
 app = typer.Typer(no_args_is_help=True, help="Measure this machine; every number beside a reference of the same run.")
@@ -299,6 +299,39 @@ def pool(
     results = bench.run(load, chosen, peers, directory, rounds=rounds, say=_say)
     with _interruptible(), contextlib.closing(results):
         _print(results, as_json)
+
+
+@app.command()
+def tiers(
+    config_path: ConfigOption = None,
+    what: Annotated[
+        str, typer.Option("--what", help="ttft, handover, checkpoints, separated by commas.")
+    ] = "ttft,handover,checkpoints",
+    directory: Annotated[
+        Path | None,
+        typer.Option("--dir", help="For the DISK tier; a new folder in it is made and removed. Default: the cache's."),
+    ] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """What KV that exists somewhere is worth to a whole cluster: the time to first token of a prompt of 2,000 tokens whose KV
+    nobody has, HOST has, or DISK alone has; how long after prefill's first token a hand-over is complete; and what a token costs
+    more with a pool node that keeps a copy of each block.
+
+    Starts small clusters of its own, one after the other, on free ports. Takes some four minutes. The exit code is 1 if a goal
+    isn't reached.
+    """
+    from tandem.bench import tiers as bench
+    from tandem.model_files import resolve_model
+
+    chosen = bench.parts_named(_names(what))
+    config = load_config(config_path)
+    slab_bytes = bench.slab_bytes_of(resolve_model(config.model.path), config)
+    if as_json:
+        print_json(
+            header() | {"tiers": {"what": chosen, "prompt_tokens": bench.PROMPT_TOKENS, "slab_bytes": slab_bytes}}
+        )
+    with _interruptible(), tempfile.TemporaryDirectory(prefix="tandem-bench-", dir=directory or cache_dir()) as folder:
+        _print(bench.run(chosen, config, _own_cluster, slab_bytes, folder, _say), as_json)
 
 
 def _names(text: str) -> list[str]:

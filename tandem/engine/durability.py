@@ -1,8 +1,8 @@
 """How much of each stream lies outside this worker, and which streams wait for that (design §4.6).
 
 Owns the rule: a stream of which the pool has not got the generated blocks runs at most `MAX_LAG_BLOCKS` ahead of it, unless the
-pool makes no progress at all for `PATIENCE_S`; then it goes on unprotected, and that is counted. Without a pool nothing waits. Pure: it
-reads marks and sets flags.
+pool makes no progress at all for `PATIENCE_S`; then it goes on unprotected, and that is counted. Without a pool nothing
+waits. Pure: it reads marks and sets flags.
 """
 
 from __future__ import annotations

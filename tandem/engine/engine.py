@@ -73,7 +73,7 @@ Reply = Tokens | RoleReport | Failed | Aborted
 
 @dataclass(slots=True)
 class Output:
-    """What one call of `step` asks of the transfer thread, in this order: cancels, promises, fetches, withdrawals, replies."""
+    """What the transfer thread is to do, in this order: cancels, promises, fetches, withdrawals, replies."""
 
     computed: bool = False
     """Whether the step ran the model: then blocks may have been published."""
@@ -134,6 +134,8 @@ class Engine:
         self._fetches = Fetches()
         self._durability = Durability(pool, limits.block_size)
         self._pools: tuple[Source, ...] = ()
+        self.on_output: Callable[[Output], None] | None = None
+        """Takes what has to be said before a step computes, so that nobody waits for the step to hear it."""
         self.on_published: Callable[[], None] = lambda: None
         """Called when a step has published blocks, before it draws: whoever waits for them need not wait for that."""
         self._num_arrivals = 0
@@ -283,6 +285,8 @@ class Engine:
         self._durability.update(self._decoding(), now_s)
         plan = self.scheduler.plan()
         if plan is not None:
+            if self.on_output is not None and not self._out.is_empty:
+                self.on_output(self.take_output())
             logits = self._run(plan, clock)
             self._postprocess(plan, logits, clock())
             self._out.computed = True

@@ -563,3 +563,16 @@ def test_a_probe_for_an_unknown_dispatch_is_answered_with_its_failure() -> None:
     world.step()
     assert world.ends(Fence("lost", 0, "decode", 0)) == ["worker_lost"]
     assert world.ends(Fence("a", 0, "decode", 0)) == []
+
+
+def test_what_has_to_be_said_does_not_wait_for_the_step() -> None:
+    world = World()
+    said: list[tuple[Output, int]] = []
+    world.engine.on_output = lambda output: said.append((output, world.engine.counters().steps))
+    world.engine.on_dispatch(0, dispatch("a", list(range(8)), role="prefill", here=False), world.now_s)
+    out = world.step()
+    ((early, steps),) = said
+    assert early.promises
+    assert steps == 0, "before anything was computed"
+    assert not out.promises
+    assert out.replies

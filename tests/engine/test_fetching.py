@@ -8,8 +8,8 @@ from hypothesis import strategies as st
 
 from kvpool.keys import KeyChain
 from kvpool.sink import FetchedBatch, FetchEnded, FetchPlan
-from protos.control import Fence, ReadyBlock, Source
 from protos.control import Endpoints as ControlEndpoints
+from protos.control import Fence, ReadyBlock, Source
 from tests.engine import fake_model
 from tests.engine.test_engine import BLOCK, ROOT, World, all_free, dispatch
 

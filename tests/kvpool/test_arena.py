@@ -5,12 +5,15 @@ from __future__ import annotations
 import fcntl
 import mmap
 import os
+from types import SimpleNamespace
 
 import numpy as np
+import psutil
 import pytest
 import xxhash
 
 from kvpool.arena import ARENA_SEALS, Arena
+from tests.kvpool.processes import wait_for
 
 
 def test_pages_are_not_touched_before_they_are_written() -> None:
@@ -84,3 +87,35 @@ def test_close_with_a_view_still_out_is_safe_and_repeatable() -> None:
 def test_an_empty_arena_is_refused(num_blocks: int, slab_bytes: int) -> None:
     with pytest.raises(ValueError, match="at least 1"):
         Arena(num_blocks, slab_bytes)
+
+
+def test_populated_pages_are_there_and_still_zero() -> None:
+    arena = Arena(64, 1 << 20)
+    try:
+        before = os.fstat(arena.fd).st_blocks
+        arena.array[3] = 7
+        arena.populate()
+        wait_for(lambda: os.fstat(arena.fd).st_blocks * 512 == arena.num_bytes)
+        assert before == 0
+        assert arena.array[3].all()
+        assert not arena.array[4:].any()
+    finally:
+        arena.close()
+
+
+def test_an_arena_can_be_closed_while_it_is_populated() -> None:
+    for _ in range(5):
+        arena = Arena(512, 1 << 20)
+        arena.populate()
+        arena.close()
+        assert arena.fd == -1
+
+
+def test_pages_that_would_take_the_last_memory_wait(monkeypatch: pytest.MonkeyPatch) -> None:
+    arena = Arena(64, 1 << 20)
+    try:
+        monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=arena.num_bytes))
+        arena.populate()
+        assert arena._populating is None
+    finally:
+        arena.close()

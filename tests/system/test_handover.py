@@ -124,7 +124,9 @@ def fetch(source: Source, root: bytes, keys: Sequence[bytes], slab_bytes: int, b
         process="test-sink",
         epoch=epoch,
         bind_host="127.0.0.1",
-        transports=make_transports(TransferConfig(transports=["shm"]), arena, epoch, machine_id=machine_id(), native=native()),
+        transports=make_transports(
+            TransferConfig(transports=["shm"]), arena, epoch, machine_id=machine_id(), native=native()
+        ),
         machine_id=machine_id(),
         lease_s=5.0,
         grace_s=1.0,
