@@ -7,12 +7,14 @@ refuse shrinking, growing and new writable mappings.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import fcntl
 import logging
 import mmap
 import os
 import threading
+from pathlib import Path
 
 import numpy as np
 import psutil
@@ -32,6 +34,7 @@ ARENA_SEALS = F_SEAL_SHRINK | F_SEAL_GROW | F_SEAL_FUTURE_WRITE | F_SEAL_SEAL
 
 MADV_POPULATE_WRITE = 23
 """From <linux/mman.h>, Linux 5.14."""
+_MEMINFO = Path("/proc/meminfo")
 _POPULATE_BYTES = 64 * 1024 * 1024
 
 MEMFD_NAME = "tandem-arena"
@@ -43,8 +46,45 @@ def checksum_of(data: memoryview | bytes) -> bytes:
     return xxhash.xxh3_64_digest(data)
 
 
+def _mapped(num_bytes: int) -> tuple[int, mmap.mmap, int]:
+    """A sealed memfd of at least so many bytes, our writable mapping of it, and the size of its pages."""
+    for page_bytes in [*_reserved_pages(num_bytes), mmap.PAGESIZE]:
+        huge = page_bytes > mmap.PAGESIZE
+        size = -(-num_bytes // page_bytes) * page_bytes if huge else num_bytes
+        flags = os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING | (os.MFD_HUGETLB if huge else 0)
+        fd = -1
+        try:
+            fd = os.memfd_create(MEMFD_NAME, flags)
+            os.ftruncate(fd, size)
+            mapped = mmap.mmap(fd, size, mmap.MAP_SHARED, mmap.PROT_READ | mmap.PROT_WRITE)
+            fcntl.fcntl(fd, fcntl.F_ADD_SEALS, ARENA_SEALS)
+            if not huge:
+                with contextlib.suppress(OSError):  # a kernel without huge pages
+                    mapped.madvise(mmap.MADV_HUGEPAGE)
+            return fd, mapped, page_bytes
+        except BaseException as error:
+            if fd >= 0:
+                os.close(fd)
+            if not (huge and isinstance(error, OSError)):
+                raise
+            log.info("huge pages are reserved and could not be had (%s)", error)
+    raise AssertionError("plain pages were neither had nor refused")
+
+
+def _reserved_pages(num_bytes: int) -> list[int]:
+    """The size of the system's huge pages, if enough of them are reserved and free."""
+    try:
+        fields = dict(line.split(":", 1) for line in _MEMINFO.read_text(encoding="ascii").splitlines())
+        page_bytes = int(fields["Hugepagesize"].split()[0]) * 1024
+        free = int(fields["HugePages_Free"]) - int(fields["HugePages_Rsvd"])
+    except (OSError, ValueError, KeyError):
+        return []
+    return [page_bytes] if free * page_bytes >= num_bytes else []
+
+
 class Arena:
-    """`num_blocks` slabs of `slab_bytes` bytes each; pages appear when they are first written, or with `populate`.
+    """`num_blocks` slabs of `slab_bytes` bytes each; pages appear when they are first written, or with `populate`. They are huge
+    ones (`page_bytes`) if the system has enough of them reserved.
 
     `array` is `[num_blocks, slab_bytes]` uint8, writable, shared with every view made of it. Not synchronised: whoever
     owns a block in the `BlockPool` may write its slab. Raises OSError if the memory can't be reserved.
@@ -55,15 +95,10 @@ class Arena:
             raise ValueError(f"an arena of {num_blocks} blocks of {slab_bytes} bytes; both must be at least 1")
         self.num_blocks = num_blocks
         self.slab_bytes = slab_bytes
-        self.fd = os.memfd_create(MEMFD_NAME, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
-        try:
-            os.ftruncate(self.fd, self.num_bytes)
-            self._map = mmap.mmap(self.fd, self.num_bytes, mmap.MAP_SHARED, mmap.PROT_READ | mmap.PROT_WRITE)
-            fcntl.fcntl(self.fd, fcntl.F_ADD_SEALS, ARENA_SEALS)
-        except BaseException:
-            os.close(self.fd)
-            raise
-        self.array: NDArray[np.uint8] = np.frombuffer(self._map, dtype=np.uint8).reshape(num_blocks, slab_bytes)
+        self.fd, self._map, self.page_bytes = _mapped(self.num_bytes)
+        self.array: NDArray[np.uint8] = np.frombuffer(self._map, dtype=np.uint8, count=self.num_bytes).reshape(
+            num_blocks, slab_bytes
+        )
         self._populating: threading.Thread | None = None
         self._closing = threading.Event()
 

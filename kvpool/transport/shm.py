@@ -46,6 +46,7 @@ _HEADER = struct.Struct(">4sH8sQQ")
 _MAGIC = b"TKVA"
 _NEEDED_SEALS = F_SEAL_SHRINK | F_SEAL_GROW | F_SEAL_FUTURE_WRITE
 _BACKLOG = 256
+_MAX_PAGE_BYTES = 1 << 30
 _MAX_READERS = 4096
 
 
@@ -284,10 +285,11 @@ class ShmChannel:
         if seals & _NEEDED_SEALS != _NEEDED_SEALS:
             raise TransportError(f"seals {seals:#x} lack some of {_NEEDED_SEALS:#x}")
         size = os.fstat(fds[0]).st_size
-        if size < num_bytes:
+        if not num_bytes <= size <= num_bytes + _MAX_PAGE_BYTES:
             raise TransportError(f"a memfd of {size} bytes for an arena of {num_bytes}")
-        self._map = mmap.mmap(fds[0], num_bytes, mmap.MAP_SHARED, mmap.PROT_READ)
-        self._theirs = np.frombuffer(self._map, dtype=np.uint8).reshape(num_blocks, slab_bytes)
+        # Whole: of huge pages nothing less can be unmapped.
+        self._map = mmap.mmap(fds[0], size, mmap.MAP_SHARED, mmap.PROT_READ)
+        self._theirs = np.frombuffer(self._map, dtype=np.uint8, count=num_bytes).reshape(num_blocks, slab_bytes)
 
     def _close(self, because: str) -> None:
         if self.closed_because:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import mmap
 import os
+from collections.abc import Iterator
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -12,7 +15,11 @@ import psutil
 import pytest
 import xxhash
 
+from kernels.cpu import native
 from kvpool.arena import ARENA_SEALS, Arena
+from kvpool.transport.base import ReadResult
+from kvpool.transport.shm import ShmTransport
+from protos.control import Endpoints, Source
 from tests.kvpool.processes import wait_for
 
 
@@ -119,3 +126,56 @@ def test_pages_that_would_take_the_last_memory_wait(monkeypatch: pytest.MonkeyPa
         assert arena._populating is None
     finally:
         arena.close()
+
+
+RESERVED = Path("/proc/sys/vm/nr_hugepages")
+
+
+@pytest.fixture
+def huge_pages() -> Iterator[int]:
+    """Reserves 8 huge pages more; their size."""
+    before = int(RESERVED.read_text())
+    try:
+        RESERVED.write_text(str(before + 8))
+        if int(RESERVED.read_text()) < before + 8:
+            pytest.skip("the system gives no huge pages now")
+        yield 2 << 20
+    except PermissionError:
+        pytest.skip("reserving huge pages needs root")
+    finally:
+        with contextlib.suppress(PermissionError):
+            RESERVED.write_text(str(before))
+
+
+def test_reserved_huge_pages_are_used_sealed_and_read_by_others(huge_pages: int) -> None:
+    ours, theirs = Arena(5, 700_000), Arena(9, 700_000)
+    assert (ours.page_bytes, theirs.page_bytes) == (huge_pages, huge_pages)
+    assert os.fstat(theirs.fd).st_size == 8 << 20
+    assert fcntl.fcntl(theirs.fd, fcntl.F_GET_SEALS) == ARENA_SEALS
+    theirs.array[:] = np.arange(9, dtype=np.uint8)[:, None]
+    source = ShmTransport(theirs, b"epoch-01", "here", native())
+    sink = ShmTransport(ours, b"epoch-02", "here", native())
+    channel = sink.connect(Source("p", b"epoch-01", "HOST", Endpoints("", "", "", source.endpoint, "here")))
+    channel.start_read(1, [8, 3], [0, 1])
+    results: list[ReadResult] = []
+
+    def step() -> None:
+        source.poll()
+        results.extend(sink.poll())
+
+    wait_for(lambda: results, step=step)
+    assert results[0].checksums is not None
+    assert (ours.array[0] == 8).all()
+    assert (ours.array[1] == 3).all()
+    for transport in (source, sink):
+        transport.close()
+    for arena in (ours, theirs):
+        arena.close()
+    with pytest.raises(ValueError, match="closed"):
+        theirs._map[0]
+
+
+def test_an_arena_larger_than_what_is_reserved_has_plain_pages(huge_pages: int) -> None:
+    arena = Arena(64, 1 << 20)
+    assert arena.page_bytes == mmap.PAGESIZE
+    arena.close()
