@@ -35,7 +35,9 @@ ARENA_SEALS = F_SEAL_SHRINK | F_SEAL_GROW | F_SEAL_FUTURE_WRITE | F_SEAL_SEAL
 MADV_POPULATE_WRITE = 23
 """From <linux/mman.h>, Linux 5.14."""
 _MEMINFO = Path("/proc/meminfo")
-_POPULATE_BYTES = 64 * 1024 * 1024
+_POPULATE_BYTES = 32 * 1024 * 1024
+_POPULATE_PAUSE_S = 0.2
+"""So much at a time, some seconds for a GiB: the first requests need the memory's speed too."""
 
 MEMFD_NAME = "tandem-arena"
 CHECKSUM_BYTES = 8
@@ -128,13 +130,17 @@ class Arena:
         self._populating.start()
 
     def _populate(self) -> None:
+        with contextlib.suppress(OSError):  # of this thread alone: whoever has something to do comes first
+            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 19)
         libc = ctypes.CDLL(None, use_errno=True)
         libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
         begin = self.array.ctypes.data
         for at in range(0, self.num_bytes, _POPULATE_BYTES):
             size = min(_POPULATE_BYTES, self.num_bytes - at)
-            if self._closing.is_set() or libc.madvise(begin + at, size, MADV_POPULATE_WRITE):
+            if libc.madvise(begin + at, size, MADV_POPULATE_WRITE):
                 return  # a system that doesn't know this provides pages as they are written
+            if self._closing.wait(_POPULATE_PAUSE_S):
+                return
 
     def close(self) -> None:
         """Gives the memory up: at once, or when the last view somebody made of `array` is gone. Idempotent."""
