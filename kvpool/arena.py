@@ -40,7 +40,6 @@ _POPULATE_PAUSE_S = 0.2
 """So much at a time, some seconds for a GiB: the first requests need the memory's speed too."""
 
 MEMFD_NAME = "tandem-arena"
-CHECKSUM_BYTES = 8
 
 
 def checksum_of(data: memoryview | bytes) -> bytes:

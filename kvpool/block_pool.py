@@ -104,6 +104,7 @@ class BlockPool:
         self._evicted_total = 0
         self._dropped_total = 0
         self._expired_total = 0
+        self._num_kept_losses = 0
 
     # --- references -------------------------------------------------------------------------------------------------
 
@@ -311,11 +312,18 @@ class BlockPool:
         """The pool node `by` holds no copies of `keys` any more."""
         with self.lock:
             self._queue.keepers.unmark(self._names.holders(keys), by)
+            self._num_kept_losses += 1
 
     def forget_keeper(self, by: int) -> None:
         """The pool node `by` is gone, with all its copies. O(num_blocks)."""
         with self.lock:
             self._queue.keepers.forget(by)
+            self._num_kept_losses += 1
+
+    @property
+    def num_kept_losses(self) -> int:
+        """How many times pool nodes lost copies: what `num_kept` said before such a time may be too much now."""
+        return self._num_kept_losses
 
     @property
     def has_keepers(self) -> bool:

@@ -275,10 +275,12 @@ class Fetcher:
             self._lose(reading.peer, "no transport reaches it any more", now_s)
             return
         reading.transport, channel = opened
+        pair = (reading.peer.source.process, reading.transport)
         if not reading.peer.num_reading:
             reading.peer.progress_s = now_s
+            self._busy_since_s.pop(pair, None)  # of a stretch that ended without a result
         reading.peer.num_reading += 1
-        self._busy_since_s.setdefault((reading.peer.source.process, reading.transport), clock())
+        self._busy_since_s.setdefault(pair, clock())
         channel.start_read(reading_id, read.locations, read.block_ids)
 
     def _on_result(self, result: ReadResult, now_s: float) -> None:

@@ -88,7 +88,7 @@ class PoolNode:
         """Serves until `stop`. Raises ConfigError if a router refuses this node, ConfigError or StorageFault if its memory or
         directories can't be had."""
         check_memory("pool.host_bytes", self._config.pool.host_bytes)
-        os.nice(NICENESS)
+        os.setpriority(os.PRIO_PROCESS, 0, max(NICENESS, os.getpriority(os.PRIO_PROCESS, 0)))
         self._link = RouterLink(
             self._context,
             [self._config.router.control_endpoint],

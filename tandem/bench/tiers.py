@@ -7,6 +7,7 @@ nothing: a prompt that was not found where it should be is an error.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -26,6 +27,7 @@ NUM_ROUNDS = 3
 _HANDOVERS = 8
 _STREAM_TOKENS = 256
 _KEPT_WITHIN_S = 60.0
+_LOOK_S = 0.05
 _FIRST_TOKEN_ID = 1000
 _NUM_TOKEN_IDS = 8000
 
@@ -205,4 +207,5 @@ def _wait_until_kept(client: Client, tier: str, num_blocks: int) -> None:
         kept = pool.counters["stored_blocks"] if tier == "DISK" else pool.fetched_blocks
         if kept >= num_blocks:
             return
+        time.sleep(_LOOK_S)
     raise DeadlineExceeded(f"the pool node kept {kept} of {num_blocks} blocks in {tier} within {_KEPT_WITHIN_S:.0f} s")

@@ -32,9 +32,15 @@ class Durability:
     def update(self, sequences: Iterable[Sequence], now_s: float) -> None:
         """Sets `num_kept_blocks` and `held_back` of each."""
         protected = self._pool.has_keepers
+        num_losses = self._pool.num_kept_losses
         lagging: list[Sequence] = []
         for sequence in sequences:
             sequence.held_back = False
+            if not protected or sequence.kept_at_loss != num_losses:  # copies may be gone: counted anew
+                sequence.num_kept_blocks = 0
+                sequence.kept_at_loss = num_losses
+            if not protected:
+                continue
             num_published = sequence.num_published_blocks
             if sequence.num_kept_blocks < num_published:
                 kept = self._pool.num_kept(sequence.block_table[:num_published], sequence.num_kept_blocks)
@@ -46,8 +52,6 @@ class Durability:
                 num_prompt = sequence.job.dispatch.num_prompt_tokens // self._block_size
                 if num_published - max(sequence.num_kept_blocks, num_prompt) > MAX_LAG_BLOCKS:
                     lagging.append(sequence)
-        if not protected:
-            lagging = []
         if lagging and not self._lagging:
             self._progress_s = now_s  # its patience begins with the first one that lags
         self._lagging = bool(lagging)

@@ -92,6 +92,8 @@ class Sequence:
     num_published_blocks: int = 0
     num_kept_blocks: int = 0
     """Leading blocks of which a pool node has a copy, as far as it said so."""
+    kept_at_loss: int = 0
+    """How many times copies had gone when those blocks were counted."""
     fetch_id: bytes | None = None
     """Its own fetch, if one is running."""
     shared_fetch_ids: set[bytes] = field(default_factory=set)

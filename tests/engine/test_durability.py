@@ -126,3 +126,33 @@ def test_when_its_pool_node_leaves_a_stream_goes_on_at_once() -> None:
     assert world.engine.has_work
     world.run()
     assert world.engine.counters().unprotected_streams == 0
+
+
+def test_a_prompt_that_the_pool_has_not_got_holds_nothing_back() -> None:
+    world = World()
+    world.engine.on_dispatch(0, dispatch("a", list(range(8 * BLOCK)), max_tokens=BLOCK), world.now_s)
+    world.step()
+    (sequence,) = world.engine.scheduler.holding
+    world.pool.mark_kept(sequence.chain.keys[:1], KEEPER)
+    world.run()
+    assert world.engine.counters().held_back_steps == 0
+
+
+def test_copies_that_are_gone_are_reported_no_more() -> None:
+    world = started("a")
+    for _ in range(20):
+        world.step()
+        keep(world)
+    world.step()
+    (sequence,) = world.engine.scheduler.holding
+    assert durable(world, A)[-1] > 0
+    world.pool.unmark_kept(sequence.chain.keys[1:2], KEEPER)
+    world.step()
+    assert sequence.num_kept_blocks == 1
+    assert sequence.held_back, "it is too far ahead again"
+    keep(world)
+    world.step()
+    assert durable(world, A)[-1] > 0
+    world.pool.forget_keeper(KEEPER)
+    world.step()
+    assert durable(world, A)[-1] == 0

@@ -245,3 +245,25 @@ def test_streams_are_the_models_truth_whatever_fetches_do(data: st.DataObject) -
         if fence not in aborted and world.ends(fence) != ["invalid_request"]:
             assert stream == truth
     assert all_free(world)
+
+
+def test_what_nobody_holds_is_not_asked_for() -> None:
+    world = World()
+    keeper = Keeper(world, LONG)
+    world.engine.on_dispatch(0, dispatch("a", LONG, sources=[POOL], held_blocks=[2]), world.now_s)
+    keeper.step()
+    (plan,) = keeper.plans.values()
+    assert len(plan.wanted) == 2
+    assert plan.held == (2,)
+    keeper.run()
+    assert world.stream(Fence("a", 0, "decode", 0)) == fake_model.continuation(LONG, 5)
+
+
+def test_tokens_that_a_hand_over_brings_are_no_load() -> None:
+    world = World()
+    handed = dispatch("a", LONG, here=False, sources=[POOL], wait_source=POOL.process)
+    world.engine.on_dispatch(7, handed, world.now_s)
+    world.step()
+    assert world.engine.loads()[7].waiting_tokens == 0
+    world.engine.on_dispatch(7, dispatch("b", LONG[: 2 * BLOCK]), world.now_s)
+    assert world.engine.loads()[7].waiting_tokens == 2 * BLOCK
