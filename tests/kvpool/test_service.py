@@ -17,7 +17,7 @@ from kvpool.service import KVService
 from kvpool.sink import FetchedBatch, FetchEnded, FetchPlan, WantedBlock
 from kvpool.transport.shm import ShmTransport
 from protos import control, kv_events
-from protos.control import Counters, Source
+from protos.control import Counters, Ready, ReadyBlock, Source
 from protos.kv_events import AllBlocksCleared, BlockRemoved, BlockStored
 from tandem.clock import now_s
 from tests.kvpool.faulty_transport import FaultyTransport
@@ -557,3 +557,25 @@ def test_a_source_whose_bytes_do_not_come_is_given_up_and_left_alone_for_a_while
     again = sink.fetch("ab", [first.source], root=ROOT)
     assert sink.ended[again.fetch_id].missing == (key_of("a"), key_of("b")), "it is in quarantine"
     assert first.counters.served_blocks == served
+
+
+def test_reads_that_were_given_up_before_they_began_never_write(make: Make, faulty: Faulty) -> None:
+    source = make("source")
+    sink = faulty(source)
+    blocks = source.put("ab")
+    fetcher = sink.service._fetcher
+    fetcher._max_read_blocks = 1
+    plan = sink.fetch("ab", [source.source])
+    machine = fetcher._machines[plan.fetch_id]
+    (ask,) = machine._asks
+    records = [source.pool.lookup(key_of(name)) for name in "ab"]
+    ready = [ReadyBlock(r.key, r.block_id, SIZE, r.checksum, r.parent) for r in records if r is not None]
+    actions = machine.on_message(Ready(ask, 0, source.epoch, 5.0, ready), now_s())
+    fetcher._lose(fetcher._peers[source.process, source.epoch], "it left in between", now_s())
+    fetcher._line(source.source)
+    fetcher._do(machine, actions, now_s())
+    assert sink.ended[plan.fetch_id].missing == (key_of("a"), key_of("b"))
+    assert not fetcher._readings
+    sink.step()
+    assert not sink.transport.channels[0].queue
+    source.pool.release(blocks)
