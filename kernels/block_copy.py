@@ -1,9 +1,10 @@
 """Copies and checksums of many blocks in one call, with the GIL released: from arena to arena, into one contiguous buffer
 and back.
 
-Owns the check of every bound: the native copy (cpu/block_copy.cpp) trusts its arguments. Memory is `[num_blocks, slab_bytes]`
-uint8, each block contiguous; blocks may lie further apart than they are long. A checksum is xxh3-64; a copy that makes them
-reads its source once, and what it hashes is what it wrote.
+Owns the check of every bound. The native copy (cpu/block_copy.cpp) checks ids itself and only says no: why is found out here.
+The native checksum trusts its arguments. Memory is `[num_blocks, slab_bytes]` uint8, each block contiguous; blocks may lie
+further apart than they are long. A checksum is xxh3-64; a copy that makes them reads its source once, and what it hashes is
+what it wrote.
 """
 
 from __future__ import annotations
@@ -53,43 +54,40 @@ def copy_blocks(
     Raises, before anything is written, IndexError for an id out of range and ValueError for memory of other shapes, lists of
     different lengths, a target that comes twice, or one that overlaps a source.
     """
-    sources = _checked("source", source, source_ids)
-    targets = _checked("target", target, target_ids)
-    if source.shape[1] != target.shape[1]:
-        raise ValueError(f"source blocks of {source.shape[1]} bytes, target blocks of {target.shape[1]}")
-    if len(sources) != len(targets):
-        raise ValueError(f"{len(sources)} source blocks for {len(targets)} target blocks")
-    if not target.flags.writeable:
-        raise ValueError("the target is read-only")
-    ordered = np.sort(targets)
-    twice = ordered[1:][ordered[1:] == ordered[:-1]]
-    if len(twice):
-        raise ValueError(f"target block {twice[0]} comes twice")
-    if np.may_share_memory(source, target):
-        _check_apart(source, sources, target, targets)
+    _check_memory("source", source)
+    _check_memory("target", target)
+    sources, targets = np.asarray(source_ids, dtype=np.int64), np.asarray(target_ids, dtype=np.int64)
+    num, slab_bytes = len(sources), source.shape[1]
+    same = sources.shape == targets.shape == (num,) and slab_bytes == target.shape[1] and target.flags.writeable
     if checksums is not None and not (
-        checksums.shape == (len(targets),) and checksums.dtype == np.uint64 and checksums.flags.c_contiguous
+        checksums.shape == (num,) and checksums.dtype == np.uint64 and checksums.flags.c_contiguous
     ):
-        raise ValueError(f"{checksums.dtype} checksums of shape {checksums.shape} for {len(targets)} blocks")
-    if native is None or (checksums is not None and source.shape[1] < _SHORTEST):
-        copy_blocks_ref(source, sources, target, targets, checksums)
-        return
-    native.library.tandem_copy_blocks(
-        source.ctypes.data,
-        source.strides[0],
-        sources.ctypes.data,
-        target.ctypes.data,
-        target.strides[0],
-        targets.ctypes.data,
-        len(sources),
-        source.shape[1],
-        checksums.ctypes.data if checksums is not None else None,
-    )
+        raise ValueError(f"{checksums.dtype} checksums of shape {checksums.shape} for {num} blocks")
+    if native is not None and same and (checksums is None or slab_bytes >= _SHORTEST):
+        copied = native.library.tandem_copy_blocks(
+            source.ctypes.data,
+            source.strides[0],
+            len(source),
+            np.ascontiguousarray(sources).ctypes.data,
+            target.ctypes.data,
+            target.strides[0],
+            len(target),
+            np.ascontiguousarray(targets).ctypes.data,
+            num,
+            slab_bytes,
+            checksums.ctypes.data if checksums is not None else None,
+        )
+        if copied:
+            return
+    _check_copy(source, sources, target, targets)
+    copy_blocks_ref(source, sources, target, targets, checksums)
 
 
 def checksum_blocks(native: Native | None, memory: Blocks, ids: BlockIds) -> Checksums:
     """The checksums of the blocks `ids` of `memory`. Raises as `copy_blocks`."""
-    found = _checked("the", memory, ids)
+    _check_memory("the", memory)
+    found = np.ascontiguousarray(ids, dtype=np.int64)
+    _check_ids("the", memory, found)
     if native is None or memory.shape[1] < _SHORTEST:
         return checksum_blocks_ref(memory, found)
     checksums = np.empty(len(found), dtype=np.uint64)
@@ -104,22 +102,36 @@ def gather_blocks(native: Native | None, source: Blocks, ids: BlockIds, out: Blo
     copy_blocks(native, source, ids, out, np.arange(len(out), dtype=np.int64))
 
 
-def scatter_blocks(native: Native | None, blocks: Blocks, target: Blocks, ids: BlockIds) -> None:
-    """Copies `blocks` ([len(ids), slab_bytes]) to the blocks `ids` of `target`; as `copy_blocks`."""
-    copy_blocks(native, blocks, np.arange(len(blocks), dtype=np.int64), target, ids)
-
-
-def _checked(what: str, memory: Blocks, ids: BlockIds) -> NDArray[np.int64]:
+def _check_memory(what: str, memory: Blocks) -> None:
     if memory.ndim != 2 or memory.dtype != np.uint8:
         raise ValueError(f"{what} is {memory.dtype} of shape {memory.shape}, must be uint8 [num_blocks, slab_bytes]")
     if memory.shape[1] and (memory.strides[1] != 1 or memory.strides[0] < memory.shape[1]):
         raise ValueError(f"{what} blocks of {memory.shape[1]} bytes with strides {memory.strides} are not contiguous")
-    found = np.ascontiguousarray(ids, dtype=np.int64)
-    if found.ndim != 1:
-        raise ValueError(f"{what} ids of shape {found.shape}, must be a list")
-    if len(found) and (found.min() < 0 or found.max() >= len(memory)):
-        raise IndexError(f"{what} blocks {found.min()} to {found.max()}, must be within 0 to {len(memory) - 1}")
-    return found
+
+
+def _check_ids(what: str, memory: Blocks, ids: NDArray[np.int64]) -> None:
+    if ids.ndim != 1:
+        raise ValueError(f"{what} ids of shape {ids.shape}, must be a list")
+    if len(ids) and (ids.min() < 0 or ids.max() >= len(memory)):
+        raise IndexError(f"{what} blocks {ids.min()} to {ids.max()}, must be within 0 to {len(memory) - 1}")
+
+
+def _check_copy(source: Blocks, sources: NDArray[np.int64], target: Blocks, targets: NDArray[np.int64]) -> None:
+    """Raises what `copy_blocks` promises, but for the memory of each side and the checksums."""
+    _check_ids("source", source, sources)
+    _check_ids("target", target, targets)
+    if source.shape[1] != target.shape[1]:
+        raise ValueError(f"source blocks of {source.shape[1]} bytes, target blocks of {target.shape[1]}")
+    if len(sources) != len(targets):
+        raise ValueError(f"{len(sources)} source blocks for {len(targets)} target blocks")
+    if not target.flags.writeable:
+        raise ValueError("the target is read-only")
+    ordered = np.sort(targets)
+    again = ordered[1:][ordered[1:] == ordered[:-1]]
+    if len(again):
+        raise ValueError(f"target block {again[0]} comes twice")
+    if np.may_share_memory(source, target):
+        _check_apart(source, sources, target, targets)
 
 
 def _check_apart(source: Blocks, sources: NDArray[np.int64], target: Blocks, targets: NDArray[np.int64]) -> None:

@@ -236,6 +236,11 @@ class BlockPool:
             block_id = self._names.by_key.get(key)
             return None if block_id is None else self._names.records[block_id]
 
+    def lookup_all(self, keys: Iterable[Key]) -> list[BlockRecord]:
+        """What is known of the blocks that hold those of `keys` that are held, in that order; takes no references."""
+        with self.lock:
+            return [self._names.record(block_id) for block_id in self._names.holders(keys)]
+
     def contains(self, key: Key) -> bool:
         with self.lock:
             return key in self._names.by_key

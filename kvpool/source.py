@@ -215,16 +215,19 @@ class FetchServer:
         for start in range(0, len(keys), MAX_BATCH_BLOCKS):
             part = keys[start : start + MAX_BATCH_BLOCKS]
             with self._pool.lock:  # what is looked up is leased before anybody can evict it
-                records = {key: record for key in part if (record := self._pool.lookup(key)) is not None}
-                lease = self._pool.grant(list(records), self._lease_s, now_s) if records else None
-            missing += [key for key in part if key not in records]
+                records = self._pool.lookup_all(part)
+                found = [record.key for record in records]
+                lease = self._pool.grant(found, self._lease_s, now_s) if found else None
+            if len(found) < len(part):
+                held = set(found)
+                missing += [key for key in part if key not in held]
             if lease is None:
                 continue
             if self._below is not None:
-                self._below.used(records)
+                self._below.used(found)
             blocks = [
-                ReadyBlock(r.key, r.block_id, r.num_tokens, r.checksum, r.parent, r.writer, r.owner)
-                for r in records.values()
+                ReadyBlock(key, block_id, num_tokens, checksum, parent, writer, owner)
+                for block_id, key, parent, num_tokens, checksum, _, writer, owner in records
             ]
             served.batches[served.num_batches] = lease.lease_id
             served.leased_until_s = lease.expires_at_s

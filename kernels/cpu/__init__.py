@@ -72,8 +72,10 @@ def load(variant: Variant) -> Native | None:
     library.tandem_run.argtypes = [pointer, pointer, int64, pointer, pointer]
     library.tandem_sample.restype = int32
     library.tandem_sample.argtypes = [pointer, int64, int64, pointer, pointer, pointer, pointer, int64]
-    library.tandem_copy_blocks.restype = None
-    library.tandem_copy_blocks.argtypes = [pointer, int64, pointer, pointer, int64, pointer, int64, int64, pointer]
+    library.tandem_copy_blocks.restype = int32
+    library.tandem_copy_blocks.argtypes = [
+        pointer, int64, int64, pointer, pointer, int64, int64, pointer, int64, int64, pointer
+    ]  # fmt: skip
     library.tandem_checksum_blocks.restype = None
     library.tandem_checksum_blocks.argtypes = [pointer, int64, pointer, int64, int64, pointer]
     library.tandem_send_blocks.restype = int64

@@ -30,6 +30,8 @@ RESTART_LIMIT_S = 2.0
 DISK_TO_RAW = 0.75
 
 _MEMCPY = "memcpy"
+_GETS = {"host_get": 2, "host_get_alone": 1}
+"""How many batches are under way at a time: the next is asked for while one comes, or only after it."""
 _TO_PEERS = {
     ("host_put", "lmcache_host_put"): 1.0,
     ("host_get", "lmcache_host_get"): 1.1,
@@ -99,7 +101,7 @@ def host_metrics(
     """From the rates round by round, and those of the round that warmed up. `labels` says which version each peer is."""
     memcpy = rates[_MEMCPY]
     yield metric(_MEMCPY, memcpy, "GB/s", reference="the same blocks copied in one process, numpy")
-    for name in ("host_put", "host_get"):
+    for name in ("host_put", *_GETS):
         yield beside(name, rates[name], "GB/s", reference="memcpy", reference_values=memcpy)
     # The first blocks of a node's life also bring its memory's pages.
     peer = [first[name] for name in ("lmcache_host_put",) if name in first]
@@ -150,7 +152,8 @@ def _host(load: Load, arena: Arena, against: Sequence[str], rounds: int, say: Sa
             return _rate(load, sum(copy_blocks(sources, rows, half, rows) for rows in batches))
 
         def host() -> dict[str, float]:
-            return {"host_put": _rate(load, tier.put()), "host_get": _rate(load, tier.get())}
+            rates = {"host_put": _rate(load, tier.put())}
+            return rates | {name: _rate(load, tier.get(in_flight)) for name, in_flight in _GETS.items()}
 
         turns: list[Turn] = [lambda: {_MEMCPY: memcpy()}, host, *(partial(_peer_turn, peer, load) for peer in peers)]
         rates, first = in_rounds(turns, rounds, say)

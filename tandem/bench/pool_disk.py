@@ -181,7 +181,7 @@ class Restart:
             try:
                 last = self._blocks[-min(_RESTART_FETCH, self._arena.num_blocks) :]
                 fetches.fetch(
-                    tuple(WantedBlock(key, parent, BLOCK_SIZE, number) for number, (key, parent) in enumerate(last))
+                    [tuple(WantedBlock(key, parent, BLOCK_SIZE, number) for number, (key, parent) in enumerate(last))]
                 )
                 return time.perf_counter() - began
             finally:

@@ -1,7 +1,7 @@
 """The HOST tier of a pool node, used from another process: how fast it takes in what a worker announces, and gives it out.
 
 Owns the worker's part. Put: blocks are published and announced, the node fetches them and says that it keeps them, as it does
-for every worker. Get: fetches of a batch each, one after the other. Every round has blocks of new names.
+for every worker. Get: fetches of a batch each. Every round has blocks of new names.
 """
 
 from __future__ import annotations
@@ -97,8 +97,8 @@ class HostTier:
                 raise TandemError(f"the pool node kept {num_kept} of {self._values} blocks in {_LIMIT_S:g} s")
         return time.perf_counter() - began
 
-    def get(self) -> float:
-        """Seconds of fetching back what was put last, a batch a fetch. Raises TandemError."""
+    def get(self, in_flight: int) -> float:
+        """Seconds of fetching back what was put last, a batch a fetch and so many at a time. Raises TandemError."""
         targets = range(self._values, 2 * self._values)
         self._arena.array[self._values :] = 0
         wanted = [
@@ -106,7 +106,7 @@ class HostTier:
             for (key, parent), block_id in zip(self._blocks, targets, strict=True)
         ]
         batches = [tuple(wanted[first : first + self._batch]) for first in range(0, self._values, self._batch)]
-        seconds = sum(self._fetches.fetch(batch).seconds for batch in batches)
+        seconds = self._fetches.fetch(batches, in_flight).seconds
         if not np.array_equal(self._arena.array[self._held], self._arena.array[self._values :]):
             raise TandemError("what came back from the pool node differs from what was put")
         return seconds

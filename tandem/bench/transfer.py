@@ -27,7 +27,7 @@ from kvpool.arena import Arena
 from kvpool.transport.tcp_stream import TlsFiles
 from tandem.bench import transfer_limits as limits
 from tandem.bench.block_peers import MOONCAKE, MOVERS, NIXL, RunningPeer
-from tandem.bench.kv_source import Mapped, SourceProcess, Spent, TransportName, fill, wanted
+from tandem.bench.kv_source import Mapped, SourceProcess, TransportName, fill, wanted
 from tandem.bench.report import Metric
 from tandem.bench.rounds import Say, Turn, in_rounds
 from tandem.bench.transfer_report import (
@@ -35,11 +35,12 @@ from tandem.bench.transfer_report import (
     NO_CHECKSUM,
     NUMPY,
     PERFTEST,
-    SMALL_BATCHES,
+    SMALL_LOADS,
     SMALL_SLAB,
     SOCKETS,
     Cost,
     Shape,
+    SmallLoad,
     cost_metrics,
     metrics,
 )
@@ -137,7 +138,7 @@ class _Bench:
             found.append(self._turn(f"fetch_{name}", partial(_seconds_of, fetches), theirs))
         return found + [partial(self._peer_turn, peer) for peer in self._peers]
 
-    def costs(self, rounds: int) -> dict[tuple[TransportName, int], list[Cost]]:
+    def costs(self, rounds: int) -> dict[tuple[TransportName, SmallLoad], list[Cost]]:
         """Processor time of fetches of small blocks, the transports in turns."""
         with ExitStack() as running:
             self._running = running
@@ -148,24 +149,28 @@ class _Bench:
             for name in self._transports:
                 fetches[name] = Fetches(name, arena, self._source_of(name).source, self._tls)
                 running.callback(fetches[name].close)
-            costs: dict[tuple[TransportName, int], list[Cost]] = {
-                (name, batch): [] for name in self._transports for batch in SMALL_BATCHES
+            costs: dict[tuple[TransportName, SmallLoad], list[Cost]] = {
+                (name, load): [] for name in self._transports for load in SMALL_LOADS
             }
             for number in range(rounds + 1):
-                for (name, batch), found in costs.items():
-                    cost = self._cost(fetches[name], self._source_of(name), batch)
+                for (name, load), found in costs.items():
+                    cost = self._cost(fetches[name], self._source_of(name), load.batch, load.in_flight)
                     if number:
                         found.append(cost)
             return costs
 
-    def _cost(self, fetches: Fetches, source: SourceProcess, batch: int) -> Cost:
-        every, ours = range(_SMALL_BLOCKS), Spent(0.0, 0.0)
+    def _cost(self, fetches: Fetches, source: SourceProcess, batch: int, in_flight: int) -> Cost:
+        every, batches = range(_SMALL_BLOCKS), []
+        while len(batches) < _SMALL_FETCHES:
+            ids = self._random.sample(every, batch * in_flight)  # what is under way has places of its own
+            batches += [
+                wanted(self._random.sample(every, batch), ids[first : first + batch])
+                for first in range(0, len(ids), batch)
+            ]
         before = source.cpu()
-        for _ in range(_SMALL_FETCHES):
-            blocks = wanted(self._random.sample(every, batch), self._random.sample(every, batch))
-            ours += fetches.fetch(blocks).spent
+        ours = fetches.fetch(batches, in_flight).spent
         theirs = source.cpu() - before
-        per_block = 1e6 / (batch * _SMALL_FETCHES)
+        per_block = 1e6 / (batch * len(batches))
         return Cost(per_block * ours.python_s, per_block * theirs.python_s, per_block * (ours + theirs).process_s)
 
     def _start_sources(self, num_blocks: int, slab_bytes: int) -> dict[str, SourceProcess]:
@@ -223,7 +228,7 @@ def _copy(source: Mapped, target: Arena, locations: Sequence[int], block_ids: Se
 
 
 def _seconds_of(fetches: Fetches, numbers: Sequence[int], block_ids: Sequence[int]) -> float:
-    return fetches.fetch(wanted(numbers, block_ids)).seconds
+    return fetches.fetch([wanted(numbers, block_ids)]).seconds
 
 
 def make_certificate(running: ExitStack) -> TlsFiles:

@@ -70,7 +70,7 @@ class Reader:
 
 @dataclass(frozen=True, slots=True)
 class Took:
-    """What a fetch took on our side."""
+    """What some fetches took on our side."""
 
     seconds: float
     spent: Spent
@@ -102,24 +102,28 @@ class Fetches:
         self._poller = zmq.Poller()
         self._service.register(self._poller)
 
-    def fetch(self, blocks: tuple[WantedBlock, ...]) -> Took:
-        """One fetch, until every block is there and verified. Raises TandemError if one isn't."""
-        plan = FetchPlan(os.urandom(16), "bench", blocks, (self._source,), "", now_s() + _LIMIT_S)
+    def fetch(self, batches: Sequence[tuple[WantedBlock, ...]], in_flight: int = 1) -> Took:
+        """A fetch for each batch, at most `in_flight` at a time, until every block is there and verified. Raises TandemError if
+        one isn't."""
+        plans = [
+            FetchPlan(os.urandom(16), "bench", blocks, (self._source,), "", now_s() + _LIMIT_S) for blocks in batches
+        ]
         before, began = Spent.here(), time.perf_counter()
-        ended = self._run(plan)
-        took = Took(time.perf_counter() - began, Spent.here() - before)
-        if ended.missing:
-            raise TandemError(f"{self._name}: a fetch missed {len(ended.missing)} of {len(blocks)} blocks")
-        return took
-
-    def _run(self, plan: FetchPlan) -> FetchEnded:
-        self._service.start_fetch(plan, now_s())
-        due_s = self._service.tick(now_s())
-        while not self._ended:
-            ready = dict(self._poller.poll(max(0, int((due_s - now_s()) * 1000))))
-            self._service.handle(ready, now_s())
+        num_started = num_ended = 0
+        while num_ended < len(plans):
+            while num_started < min(len(plans), num_ended + in_flight):
+                self._service.start_fetch(plans[num_started], now_s())
+                num_started += 1
             due_s = self._service.tick(now_s())
-        return self._ended.pop()
+            if not self._ended:
+                ready = dict(self._poller.poll(max(0, int((due_s - now_s()) * 1000))))
+                self._service.handle(ready, now_s())
+            for ended in self._ended:
+                if ended.missing:
+                    raise TandemError(f"{self._name}: a fetch missed {len(ended.missing)} blocks")
+            num_ended += len(self._ended)
+            self._ended.clear()
+        return Took(time.perf_counter() - began, Spent.here() - before)
 
     def close(self) -> None:
         self._service.close()

@@ -20,7 +20,7 @@ from tandem.bench.report import Metric
 from tandem.bench.rounds import beside, in_rounds, times_a_peer
 from tandem.bench.transfer import shape_of
 from tandem.bench.transfer_limits import perftest_rate
-from tandem.bench.transfer_report import Cost, Shape, cost_metrics, metrics
+from tandem.bench.transfer_report import SMALL_LOADS, Cost, Shape, SmallLoad, cost_metrics, metrics
 from tandem.cli.main import main
 from tandem.errors import ConfigError, TandemError
 from tests.bench.test_runs import REPOSITORY, bench
@@ -127,11 +127,15 @@ def test_a_transport_that_is_not_asked_for_is_not_compared() -> None:
 
 
 def test_a_block_costs_what_both_sides_spend() -> None:
-    costs: dict[tuple[TransportName, int], list[Cost]] = {
-        ("shm", 16): [Cost(6, 4.1, 12)],
-        ("shm", 64): [Cost(6, 4, 12)],
+    some, many, alone = SMALL_LOADS
+    assert (some.batch, many.batch, alone.batch, alone.in_flight) == (16, 64, 16, 1)
+    costs: dict[tuple[TransportName, SmallLoad], list[Cost]] = {
+        ("shm", some): [Cost(6, 4.1, 12)],
+        ("shm", many): [Cost(6, 4, 12)],
+        ("shm", alone): [Cost(60, 40, 120)],
     }
     found = by_name(cost_metrics(("shm",), costs))
+    assert found["cpu_shm_batch_16_alone"].goal is None
     assert found["cpu_shm_batch_16"].value == 10.1
     assert not found["cpu_shm_batch_16"].ok
     assert found["cpu_shm_batch_64"].ok
