@@ -24,6 +24,7 @@ import numpy as np
 from kernels.block_copy import copy_blocks
 from kernels.cpu import native
 from kvpool.arena import Arena
+from kvpool.sink import WantedBlock
 from kvpool.transport.tcp_stream import TlsFiles
 from tandem.bench import transfer_limits as limits
 from tandem.bench.block_peers import MOONCAKE, MOVERS, NIXL, RunningPeer
@@ -160,7 +161,7 @@ class _Bench:
             return costs
 
     def _cost(self, fetches: Fetches, source: SourceProcess, batch: int, in_flight: int) -> Cost:
-        every, batches = range(_SMALL_BLOCKS), []
+        every, batches = range(_SMALL_BLOCKS), list[tuple[WantedBlock, ...]]()
         while len(batches) < _SMALL_FETCHES:
             ids = self._random.sample(every, batch * in_flight)  # what is under way has places of its own
             batches += [
