@@ -22,7 +22,7 @@ MAX_HELD_BATCHES = 1024
 REPLAY_RETRY_S = 10.0
 """A replay that has brought nothing for so long is asked for again. Longer than the shell waits for a batch: it is the shell
 that says when a replay breaks off, this is for one whose end is never said."""
-_MEDIA = {"DEVICE": 0, "HOST": 1, "DISK": 2, "GPU": 0, "CPU": 1}
+_MEDIA = {"DEVICE": 0, "HOST": 1, "DISK": 2, "GPU": 0, "CPU": 1, "STORAGE": 2}
 """Tiers by their name in events, ours and vLLM's."""
 
 
