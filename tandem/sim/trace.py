@@ -1,8 +1,9 @@
 """Recorded requests in Mooncake's format: when each came, how long it was, and which of its blocks others had too.
 
-Owns the reading. A line is one JSON object: `timestamp` (milliseconds from the begin), `input_length` and `output_length` (tokens),
-and `hash_ids`, one number for each 512 tokens of the prompt: equal numbers are equal blocks after equal blocks. The format is
-that of Mooncake's repository (`FAST25-release/traces`; Qin et al., *Mooncake: Trading More Storage for Less Computation*, FAST 2025).
+Owns the reading. A line is one JSON object: `timestamp` (milliseconds from the begin), `input_length` and `output_length` in
+tokens, and `hash_ids`, one number for each 512 tokens of the prompt: equal numbers are equal blocks after equal blocks. The
+format is that of Mooncake's repository (`FAST25-release/traces`; Qin et al., *Mooncake: Trading More Storage for Less
+Computation*, FAST 2025).
 """
 
 from __future__ import annotations
