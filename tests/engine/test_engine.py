@@ -14,7 +14,9 @@ from kvpool.keys import KeyChain, tokens_as_bytes
 from kvpool.sink import FetchedBatch, FetchEnded
 from protos.control import Aborted, Dispatch, Failed, Fence, ReadyBlock, RoleReport, Sampling, Source, Tokens
 from protos.control import Endpoints as ControlEndpoints
-from tandem.engine.engine import Engine, EngineLimits, Output
+from tandem.engine.engine import Engine
+from tandem.engine.limits import EngineLimits
+from tandem.engine.output import Output
 from tests.engine import fake_model
 
 BLOCK = 4

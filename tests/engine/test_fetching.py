@@ -183,15 +183,15 @@ def test_a_sequence_is_fetched_for_before_it_may_run() -> None:
 def test_what_computing_gets_sooner_is_not_fetched() -> None:
     world = World()
     keeper = Keeper(world, LONG)
-    world.engine._prefill_tokens_per_s = 1e6
-    world.engine._fetch_bytes_per_s = 1.0
+    world.engine.meter.prefill_tokens_per_s = 1e6
+    world.engine.meter.fetch_bytes_per_s = 1.0
     a = ask(world, "a", LONG)
     keeper.run()
     assert keeper.num_plans == 0
     assert world.stream(a) == fake_model.continuation(LONG, 5)
     world.pool.clear_cached()
-    world.engine._prefill_tokens_per_s = 10.0
-    world.engine._fetch_bytes_per_s = 1e9
+    world.engine.meter.prefill_tokens_per_s = 10.0
+    world.engine.meter.fetch_bytes_per_s = 1e9
     ask(world, "b", LONG)
     keeper.run()
     assert keeper.num_plans == 1
