@@ -214,10 +214,11 @@ class Onboarding:
             self._go_on(sequence, now_s)
 
     def _start_over(self, sequence: Sequence) -> None:
-        """Gives its blocks back and waits in line again; as soon as nothing is written into them any more."""
-        self._fetches.leave(sequence)
+        """Gives its blocks back and waits in line again; as soon as nothing is written into them any more. Till then it shares
+        what it shared: who fetches that must hear from it should that be tainted too."""
         sequence.arrived = {}
         if sequence.fetch_id is None:
+            self._fetches.leave(sequence)
             self._scheduler.requeue(sequence)
         elif sequence.state is State.FETCHING:
             self._fetches.preempt(sequence)

@@ -163,6 +163,28 @@ def test_taint_under_a_shared_fetch_sends_both_back_in_line() -> None:
     assert world.pool.stats().retired == 2
 
 
+def test_taint_under_two_shared_fetches_while_an_own_one_is_running() -> None:
+    world = World()
+    longer = [*LONG, *range(2 * BLOCK), 5]
+    keeper = Keeper(world, longer)
+    prompts = [[*LONG[: 3 * BLOCK], 5], [*LONG[: 5 * BLOCK], 5], longer]
+    fences = [ask(world, name, prompt) for name, prompt in zip("abc", prompts, strict=True)]
+    keeper.step()
+    first, second, third = keeper.plans.values()
+    assert [len(plan.wanted) for plan in (first, second, third)] == [3, 2, 3], "the last one shares both others'"
+    for plan in (second, first, third):  # one source froze under all of them
+        del keeper.plans[plan.fetch_id]
+        missing = tuple(block.key for block in plan.wanted)
+        ended = FetchEnded(plan.fetch_id, (), missing, (plan.wanted[0].block_id,))
+        world.engine.on_fetch_ended(ended, world.now_s)
+        world.pool.check()
+    assert world.pool.stats().retired == 3
+    keeper.run()
+    for fence, prompt in zip(fences, prompts, strict=True):
+        assert world.stream(fence) == fake_model.continuation(prompt, 5)
+    assert world.pool.stats().retired == 3
+
+
 def test_a_sequence_is_fetched_for_before_it_may_run() -> None:
     world = World(max_running=1)
     keeper = Keeper(world, LONG)
