@@ -97,12 +97,10 @@ class Jobs:
 
     def finish_sample(self, sequence: Sequence) -> None:
         """The sample, which has no fetch of its own, is over and gives back all it holds; with the last one its job is."""
-        job = sequence.job
-        self._release(sequence)
-        del job.samples[sequence.index]
-        if not job.samples:
+        self._remove(sequence)
+        if not sequence.job.samples:
             self.num_ended["finished"] += 1
-            self._forget(job)
+            self._forget(sequence.job)
 
     def stop_sample(self, router: int, fence: Fence, index: int) -> None:
         """Ends one sample of a decode role without a further message: at the fork if that is still to come, after its own
@@ -121,7 +119,10 @@ class Jobs:
 
     def fail(self, job: Job, error: TandemError) -> None:
         """Ends a job of which nothing is in a fetch with `Failed`."""
-        self._drop(job)
+        assert not job.fetch_ids
+        for sequence in list(job.samples.values()):
+            self._remove(sequence)
+        self._forget(job)
         self._outbox.reply(job.router, Failed(job.dispatch.fence, error.code, str(error)[:4096]))
 
     def abort(self, router: int, fence: Fence, reason: str) -> None:
@@ -141,12 +142,14 @@ class Jobs:
         self.finish_abort(job)
 
     def finish_abort(self, job: Job) -> None:
-        """Ends an aborted job if nothing of it is in a fetch any more."""
-        if job.fetch_ids:
-            return
-        self.num_ended[job.aborted_in] += 1
-        self._drop(job)
-        self._outbox.reply(job.router, Aborted(job.dispatch.fence))
+        """Gives back what no fetch may write into any more of an aborted job, which ends with the last of it."""
+        for sequence in list(job.samples.values()):
+            if sequence.fetch_id is None:
+                self._remove(sequence)
+        if not job.samples:
+            self.num_ended[job.aborted_in] += 1
+            self._forget(job)
+            self._outbox.reply(job.router, Aborted(job.dispatch.fence))
 
     def drop_router(self, router: int) -> None:
         """Aborts everything that this router dispatched, and forgets it."""
@@ -167,17 +170,11 @@ class Jobs:
                 else:
                     self.fail(job, DeadlineExceeded("the request's deadline passed on the worker"))
 
-    def _drop(self, job: Job) -> None:
-        """Gives back all that a job holds; nothing of it may be in a fetch any more."""
-        assert not job.fetch_ids
-        for sequence in list(job.samples.values()):
-            self._release(sequence)
-        job.samples.clear()
-        self._forget(job)
-
-    def _release(self, sequence: Sequence) -> None:
+    def _remove(self, sequence: Sequence) -> None:
+        """Gives back all that a sample holds; its job goes on without it."""
         self._fetches.leave(sequence)
         self._scheduler.finish(sequence)
+        del sequence.job.samples[sequence.index]
 
     def _forget(self, job: Job) -> None:
         del self._jobs[job.router, job.dispatch.fence]

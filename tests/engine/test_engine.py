@@ -539,6 +539,31 @@ def test_a_forked_sample_can_be_stopped_while_it_fetches_again() -> None:
     assert all_free(world)
 
 
+def test_while_an_abort_waits_for_one_samples_fetch_the_others_are_over() -> None:
+    hand = Handover(list(range(9)), n=2)
+    world = hand.decode
+    hand.first = [5, 6]  # their streams differ, and so do their blocks
+    hand.first_tokens()
+    hand.end(len(hand.plan.wanted))
+    for _ in range(3):
+        world.step()
+    preempted = world.engine.scheduler.holding[1]
+    world.engine.scheduler.requeue(preempted)
+    world.pool.clear_cached()
+    (plan,) = world.step().fetches
+    assert preempted.fetch_id == plan.fetch_id
+    world.engine.on_abort(0, hand.fence, "client gone")
+    assert not world.engine.has_work
+    assert world.step().cancels == [plan.fetch_id]
+    assert world.engine.scheduler.holding == [preempted], "only what is still written into is held"
+    assert not world.ends(hand.fence)
+    world.engine.on_fetch_ended(FetchEnded(plan.fetch_id, (), (), ()), world.now_s)
+    world.step()
+    assert world.ends(hand.fence) == ["aborted"]
+    assert world.engine.counters().aborted_fetching == 1
+    assert all_free(world)
+
+
 def test_of_two_equal_prompts_the_second_hand_over_survives_the_end_of_the_first() -> None:
     world = World()
     prompt = list(range(10))
