@@ -151,6 +151,7 @@ class Onboarding:
         waits = bool(job.dispatch.wait_source) and not job.reported
         wait_source = job.dispatch.wait_source if waits else ""
         sequence.state = State.FETCHING
+        sequence.fetching_since_s = now_s
         own: list[WantedBlock] = []
         for block in wanted:
             found = self._fetches.under_way(block.key, wait_source) if share else None
@@ -200,8 +201,8 @@ class Onboarding:
             job.fetched_tokens = num_fetched_tokens
             job.fetched = fetched
         num_bytes = sum(item.num_bytes for item in fetched)
-        if num_bytes and not job.dispatch.wait_source and job.admitted_s is not None and now_s > job.admitted_s:
-            self._meter.on_fetch(num_bytes, now_s - job.admitted_s)
+        if num_bytes and not job.dispatch.wait_source and now_s > sequence.fetching_since_s:
+            self._meter.on_fetch(num_bytes, now_s - sequence.fetching_since_s)
 
     def _after_sharing(self, sequence: Sequence, now_s: float) -> None:
         """What others fetched is here, or did not come: then this one fetches the rest for itself, once."""

@@ -238,6 +238,27 @@ def test_a_preempted_sequence_asks_the_pool_for_what_it_lost() -> None:
     assert world.stream(Fence("a", 0, "decode", 0)) == fake_model.continuation(LONG, 5)
 
 
+def test_the_life_before_a_preemption_does_not_count_as_fetching() -> None:
+    world = World()
+    keeper = Keeper(world, LONG)
+    ask(world, "a", LONG)
+
+    def fetch() -> float:
+        keeper.step()
+        (plan,) = keeper.plans.values()
+        world.now_s += 0.01
+        keeper.end(plan.fetch_id)
+        return world.engine.loads()[0].fetch_bytes_per_s
+
+    speed = fetch()
+    keeper.step()
+    world.now_s += 100.0
+    (sequence,) = world.engine.scheduler.holding
+    world.engine.scheduler.requeue(sequence)
+    world.pool.clear_cached()
+    assert fetch() >= 0.99 * speed
+
+
 @settings(max_examples=150, deadline=None)
 @given(st.data())
 def test_streams_are_the_models_truth_whatever_fetches_do(data: st.DataObject) -> None:
