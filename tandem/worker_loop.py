@@ -45,7 +45,7 @@ from tandem.clock import now_s
 from tandem.config import Config, WorkerConfig
 from tandem.cores import Cores, claim_cores
 from tandem.engine.build import EngineParts, build_engine
-from tandem.engine.engine import Output
+from tandem.engine.output import Output
 from tandem.engine.runner import Runner
 from tandem.errors import ConfigError
 from tandem.machine import check_memory, machine_id

@@ -17,7 +17,8 @@ from kvpool.block_pool import BlockPool
 from kvpool.layout import KVLayout
 from protos.control import NOBODY, RoutingGroup
 from tandem.config import WorkerConfig, packed_dir
-from tandem.engine.engine import Engine, EngineLimits
+from tandem.engine.engine import Engine
+from tandem.engine.limits import EngineLimits
 from tandem.engine.memory import SlabMemory
 from tandem.engine.numerics import NumericsReport, numerics_class
 from tandem.engine.runner import Runner, layout_for

@@ -1,20 +1,23 @@
 """Blocks on their way to this worker: which fetch brings which, and which sequences wait for it.
 
-Owns what is known of running fetches and of blocks that arrived and are not used yet. It starts nothing and frees nothing: the
-engine does. A block that is on its way for one sequence is not fetched again for another: that one takes a reference on the
-same block and waits for the same fetch. When that fetch ends without the block, the other one fetches for itself.
+Owns fetches from start to end, and what is known of blocks that arrived and are not used yet. It decides nothing and
+touches no block: `Onboarding` says what is fetched and uses what came. A block that is on its way for one sequence is not
+fetched again for another: that one takes a reference on the same block and waits for the same fetch. When that fetch ends
+without the block, the other one fetches for itself.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from collections.abc import Sequence as Many
 from dataclasses import dataclass, field
 
 from kvpool.block_pool import BlockId
 from kvpool.keys import Key
-from kvpool.sink import FetchedBatch, WantedBlock
-from protos.control import ReadyBlock
-from tandem.engine.sequence import Sequence
+from kvpool.sink import FetchedBatch, FetchPlan, WantedBlock
+from protos.control import ReadyBlock, Source
+from tandem.engine.output import Outbox
+from tandem.engine.sequence import Sequence, State
 
 Arrived = tuple[ReadyBlock, FetchedBatch]
 """A fetched block, and the batch that it came with."""
@@ -30,21 +33,58 @@ class _Fetch:
 
 
 class Fetches:
-    """Every fetch that has not ended, by its id."""
+    """Every fetch that has not ended, by its id. `new_fetch_id` gives 16 bytes that are unique in this process."""
 
-    def __init__(self) -> None:
+    def __init__(self, block_size: int, outbox: Outbox, new_fetch_id: Callable[[], bytes]) -> None:
+        self._block_size = block_size
+        self._outbox = outbox
+        self._new_fetch_id = new_fetch_id
         self._fetches: dict[bytes, _Fetch] = {}
         self._under_way: dict[Key, tuple[BlockId, bytes]] = {}
 
     def start(
-        self, fetch_id: bytes, sequence: Sequence, wanted: Many[WantedBlock], wait_source: str, block_size: int
+        self,
+        sequence: Sequence,
+        wanted: Many[WantedBlock],
+        sources: tuple[Source, ...],
+        *,
+        wait_source: str,
+        deadline_s: float,
+        held: tuple[int, ...],
     ) -> None:
-        """`sequence` fetches `wanted`, under that id. Others may share its full blocks."""
-        shared = [block for block in wanted if block.num_tokens == block_size and block.key not in self._under_way]
+        """`sequence`, which has no fetch of its own, fetches `wanted`; the rest is as in `FetchPlan`. Others may share its
+        full blocks."""
+        assert sequence.fetch_id is None
+        fetch_id = sequence.fetch_id = self._new_fetch_id()
+        shared = [
+            block for block in wanted if block.num_tokens == self._block_size and block.key not in self._under_way
+        ]
         self._fetches[fetch_id] = _Fetch(sequence, wait_source, tuple(block.key for block in shared))
         for block in shared:
             self._under_way[block.key] = (block.block_id, fetch_id)
-        sequence.fetch_id = fetch_id
+        self._outbox.fetch(
+            FetchPlan(
+                fetch_id=fetch_id,
+                request_id=sequence.job.dispatch.fence.request_id,
+                wanted=tuple(wanted),
+                sources=sources,
+                wait_source=wait_source,
+                deadline_s=deadline_s,
+                order=sequence.job.arrival,
+                first_block=sequence.num_computed_tokens // self._block_size,
+                held=held,
+            )
+        )
+
+    def cancel(self, sequence: Sequence) -> None:
+        """Asks for the end of its own fetch. That comes when nothing is written any more; till then it keeps its blocks."""
+        assert sequence.fetch_id is not None
+        self._outbox.cancel(sequence.fetch_id)
+
+    def preempt(self, sequence: Sequence) -> None:
+        """Cancels its own fetch and has it wait in line again: it gives its blocks back when that fetch has ended."""
+        sequence.state = State.WAITING
+        self.cancel(sequence)
 
     def under_way(self, key: Key, wait_source: str) -> tuple[BlockId, bytes] | None:
         """The block that a running fetch is filling with `key`, and that fetch, if whoever waits for nobody but

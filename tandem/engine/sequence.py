@@ -96,6 +96,8 @@ class Sequence:
     """How many times copies had gone when those blocks were counted."""
     fetch_id: bytes | None = None
     """Its own fetch, if one is running."""
+    fetching_since_s: float = 0.0
+    """When it last began to fetch, or to wait for others' fetches."""
     shared_fetch_ids: set[bytes] = field(default_factory=set)
     """Other sequences' fetches that it waits for."""
     arrived: dict[BlockId, tuple[ReadyBlock, FetchedBatch]] = field(default_factory=dict)

@@ -14,7 +14,9 @@ from kvpool.keys import KeyChain, tokens_as_bytes
 from kvpool.sink import FetchedBatch, FetchEnded
 from protos.control import Aborted, Dispatch, Failed, Fence, ReadyBlock, RoleReport, Sampling, Source, Tokens
 from protos.control import Endpoints as ControlEndpoints
-from tandem.engine.engine import Engine, EngineLimits, Output
+from tandem.engine.engine import Engine
+from tandem.engine.limits import EngineLimits
+from tandem.engine.output import Output
 from tests.engine import fake_model
 
 BLOCK = 4
@@ -534,6 +536,31 @@ def test_a_forked_sample_can_be_stopped_while_it_fetches_again() -> None:
     assert not [m for m in world.said if isinstance(m, Tokens) and m.index == fetching.index and m.finish_reason]
     other = [t for m in world.said if isinstance(m, Tokens) and m.index != fetching.index for t in m.token_ids]
     assert other == fake_model.continuation(list(range(9)), 6)[1:]
+    assert all_free(world)
+
+
+def test_while_an_abort_waits_for_one_samples_fetch_the_others_are_over() -> None:
+    hand = Handover(list(range(9)), n=2)
+    world = hand.decode
+    hand.first = [5, 6]  # their streams differ, and so do their blocks
+    hand.first_tokens()
+    hand.end(len(hand.plan.wanted))
+    for _ in range(3):
+        world.step()
+    preempted = world.engine.scheduler.holding[1]
+    world.engine.scheduler.requeue(preempted)
+    world.pool.clear_cached()
+    (plan,) = world.step().fetches
+    assert preempted.fetch_id == plan.fetch_id
+    world.engine.on_abort(0, hand.fence, "client gone")
+    assert not world.engine.has_work
+    assert world.step().cancels == [plan.fetch_id]
+    assert world.engine.scheduler.holding == [preempted], "only what is still written into is held"
+    assert not world.ends(hand.fence)
+    world.engine.on_fetch_ended(FetchEnded(plan.fetch_id, (), (), ()), world.now_s)
+    world.step()
+    assert world.ends(hand.fence) == ["aborted"]
+    assert world.engine.counters().aborted_fetching == 1
     assert all_free(world)
 
 

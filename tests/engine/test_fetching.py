@@ -163,6 +163,28 @@ def test_taint_under_a_shared_fetch_sends_both_back_in_line() -> None:
     assert world.pool.stats().retired == 2
 
 
+def test_taint_under_two_shared_fetches_while_an_own_one_is_running() -> None:
+    world = World()
+    longer = [*LONG, *range(2 * BLOCK), 5]
+    keeper = Keeper(world, longer)
+    prompts = [[*LONG[: 3 * BLOCK], 5], [*LONG[: 5 * BLOCK], 5], longer]
+    fences = [ask(world, name, prompt) for name, prompt in zip("abc", prompts, strict=True)]
+    keeper.step()
+    first, second, third = keeper.plans.values()
+    assert [len(plan.wanted) for plan in (first, second, third)] == [3, 2, 3], "the last one shares both others'"
+    for plan in (second, first, third):  # one source froze under all of them
+        del keeper.plans[plan.fetch_id]
+        missing = tuple(block.key for block in plan.wanted)
+        ended = FetchEnded(plan.fetch_id, (), missing, (plan.wanted[0].block_id,))
+        world.engine.on_fetch_ended(ended, world.now_s)
+        world.pool.check()
+    assert world.pool.stats().retired == 3
+    keeper.run()
+    for fence, prompt in zip(fences, prompts, strict=True):
+        assert world.stream(fence) == fake_model.continuation(prompt, 5)
+    assert world.pool.stats().retired == 3
+
+
 def test_a_sequence_is_fetched_for_before_it_may_run() -> None:
     world = World(max_running=1)
     keeper = Keeper(world, LONG)
@@ -183,15 +205,15 @@ def test_a_sequence_is_fetched_for_before_it_may_run() -> None:
 def test_what_computing_gets_sooner_is_not_fetched() -> None:
     world = World()
     keeper = Keeper(world, LONG)
-    world.engine._prefill_tokens_per_s = 1e6
-    world.engine._fetch_bytes_per_s = 1.0
+    world.engine.meter.prefill_tokens_per_s = 1e6
+    world.engine.meter.fetch_bytes_per_s = 1.0
     a = ask(world, "a", LONG)
     keeper.run()
     assert keeper.num_plans == 0
     assert world.stream(a) == fake_model.continuation(LONG, 5)
     world.pool.clear_cached()
-    world.engine._prefill_tokens_per_s = 10.0
-    world.engine._fetch_bytes_per_s = 1e9
+    world.engine.meter.prefill_tokens_per_s = 10.0
+    world.engine.meter.fetch_bytes_per_s = 1e9
     ask(world, "b", LONG)
     keeper.run()
     assert keeper.num_plans == 1
@@ -214,6 +236,27 @@ def test_a_preempted_sequence_asks_the_pool_for_what_it_lost() -> None:
     assert [block.key for block in plan.wanted] == chain.keys[: len(plan.wanted)]
     keeper.run()
     assert world.stream(Fence("a", 0, "decode", 0)) == fake_model.continuation(LONG, 5)
+
+
+def test_the_life_before_a_preemption_does_not_count_as_fetching() -> None:
+    world = World()
+    keeper = Keeper(world, LONG)
+    ask(world, "a", LONG)
+
+    def fetch() -> float:
+        keeper.step()
+        (plan,) = keeper.plans.values()
+        world.now_s += 0.01
+        keeper.end(plan.fetch_id)
+        return world.engine.loads()[0].fetch_bytes_per_s
+
+    speed = fetch()
+    keeper.step()
+    world.now_s += 100.0
+    (sequence,) = world.engine.scheduler.holding
+    world.engine.scheduler.requeue(sequence)
+    world.pool.clear_cached()
+    assert fetch() >= 0.99 * speed
 
 
 @settings(max_examples=150, deadline=None)
