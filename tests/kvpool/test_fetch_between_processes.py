@@ -23,7 +23,8 @@ from kvpool.transport.shm import ShmTransport
 from protos.control import Counters, Source
 from tandem.clock import now_s
 from tandem.machine import machine_id
-from tests.kvpool.processes import REPOSITORY, ROOT, SIZE, SourceProcess, bytes_of, key_of, shm, wait_for
+from tests.kvpool.child import REPOSITORY
+from tests.kvpool.processes import ROOT, SIZE, SourceProcess, bytes_of, key_of, shm, wait_for
 
 SLAB = 1 << 20
 NUM_BLOCKS = 64

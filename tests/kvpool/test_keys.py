@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kvpool.keys import KEY_BYTES, KeyChain, block_key, prompt_keys, root_key, tokens_as_bytes, tokens_from_bytes
-from tests.kvpool.processes import REPOSITORY
+from tests.kvpool.child import REPOSITORY
 
 tokens_lists = st.lists(st.integers(0, 2**32 - 1), max_size=80)
 

@@ -36,7 +36,8 @@ from tandem.clock import now_s
 from tandem.config import load_config
 from tandem.errors import ConfigError
 from tandem.machine import machine_id
-from tests.kvpool.processes import REPOSITORY, ROOT, SIZE, SourceProcess, bytes_of, key_of, shm, wait_for
+from tests.kvpool.child import REPOSITORY
+from tests.kvpool.processes import ROOT, SIZE, SourceProcess, bytes_of, key_of, shm, wait_for
 
 SLAB = 64 * 1024
 HOST_BLOCKS = 32

@@ -7,6 +7,7 @@ import os
 import sys
 from typing import Any
 
+import msgspec
 import zmq
 
 from kernels.cpu import native
@@ -15,10 +16,11 @@ from kvpool.block_pool import BlockPool
 from kvpool.service import KVService
 from kvpool.sink import FetchedBatch, FetchEnded, FetchPlan, WantedBlock
 from kvpool.transport.build import make_transports
-from protos.control import Endpoints, Source
+from protos.control import Source
 from tandem.clock import now_s
 from tandem.config import TransferConfig
 from tandem.machine import machine_id
+from tests.kvpool.child import say
 from tests.kvpool.processes import ROOT, SIZE, bytes_of, key_of
 
 
@@ -85,23 +87,15 @@ def main(arguments: dict[str, Any]) -> None:
     side = Side(arguments)
     if arguments["role"] == "source":
         side.put()
-        fields = {name: getattr(side.service.endpoints, name) for name in side.service.endpoints.__struct_fields__}
-        print(
-            json.dumps({"process": f"side-{os.getpid()}", "epoch": side.epoch.hex(), "endpoints": fields}), flush=True
-        )
+        say(Source(f"side-{os.getpid()}", side.epoch, "DEVICE", side.service.endpoints))
         while True:
             side.step()
-    side.fetch(
-        [
-            Source(source["process"], bytes.fromhex(source["epoch"]), "DEVICE", Endpoints(**source["endpoints"]))
-            for source in arguments["sources"]
-        ]
-    )
+    side.fetch(msgspec.convert(arguments["sources"], list[Source]))
     while side.ended is None:
         side.step()
         pause_after = arguments.pop("pause_after", 0) if len(side.came) >= arguments.get("pause_after", 1 << 30) else 0
         if pause_after:
-            print(json.dumps({"came": len(side.came)}), flush=True)
+            say({"came": len(side.came)})
             sys.stdin.readline()
     wrong = [
         name
@@ -109,7 +103,7 @@ def main(arguments: dict[str, Any]) -> None:
         if side.arena.slab(block_id).tobytes() != bytes_of(name, side.slab_bytes)
     ]
     missing = [key.decode().strip() for key in side.ended.missing]
-    print(json.dumps({"wrong": wrong, "missing": missing, "transports": sorted(side.used)}), flush=True)
+    say({"wrong": wrong, "missing": missing, "transports": sorted(side.used)})
     os._exit(0)
 
 
