@@ -33,7 +33,8 @@ from tandem.config import TransferConfig
 from tandem.machine import machine_id
 from tests.kvpool.child import Child
 from tests.kvpool.disk_blocks import bytes_of, key_of, parent_of
-from tests.kvpool.processes import SIZE, wait_for
+from tests.kvpool.named_blocks import SIZE
+from tests.kvpool.processes import wait_for
 
 SLAB = 32 * 1024
 """The least memory that may be configured for a tier is 32 of these."""

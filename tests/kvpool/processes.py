@@ -21,18 +21,7 @@ from tandem.clock import now_s
 from tandem.config import TransferConfig
 from tandem.machine import machine_id
 from tests.kvpool.child import Child, say
-
-SIZE = 16
-ROOT = b"r" * 16
-
-
-def key_of(name: object) -> bytes:
-    return f"{name!s:>16}".encode()[-16:]
-
-
-def bytes_of(name: str, slab_bytes: int) -> bytes:
-    """The bytes of the block of that name: different at every offset."""
-    return (name.encode() * (slab_bytes // len(name) + 1))[:slab_bytes]
+from tests.kvpool.named_blocks import ROOT, SIZE, put
 
 
 def shm(arena: Arena, epoch: bytes) -> list[Transport]:
@@ -78,19 +67,10 @@ def _serve(arguments: dict[str, Any]) -> None:
         grace_s=arguments.get("grace_s", 1.0), on_blocks=lambda *_: None, on_ended=lambda _: None,
     )  # fmt: skip
 
-    def put(names: list[str], parent: bytes) -> None:
-        blocks = pool.allocate(len(names))
-        assert blocks is not None
-        for block_id, name in zip(blocks, names, strict=True):
-            arena.slab(block_id)[:] = bytes_of(name, slab_bytes)
-            checksum = arena.checksum(block_id)
-            if name in arguments.get("corrupt", []):
-                arena.slab(block_id)[slab_bytes // 2] ^= 0x40
-            pool.publish(block_id, key_of(name), parent, SIZE, checksum)
-            parent = key_of(name)
-        pool.release(blocks)
+    def publish(names: list[str], parent: bytes) -> None:
+        pool.release(put(pool, arena, names, parent, arguments.get("corrupt", [])))
 
-    put(arguments["names"], ROOT)
+    publish(arguments["names"], ROOT)
     service.publish_pool_events(now_s())
     say(Source(arguments["process"], epoch, "DEVICE", service.endpoints))
     poller = zmq.Poller()
@@ -105,7 +85,7 @@ def _serve(arguments: dict[str, Any]) -> None:
                 return
             command = json.loads(line)
             if "put" in command:
-                put(command["put"], bytes.fromhex(command["parent"]))
+                publish(command["put"], bytes.fromhex(command["parent"]))
             if command.get("evict"):
                 pool.clear_cached()
             stats = pool.stats()

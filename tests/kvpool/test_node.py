@@ -37,7 +37,8 @@ from tandem.config import load_config
 from tandem.errors import ConfigError
 from tandem.machine import machine_id
 from tests.kvpool.child import REPOSITORY
-from tests.kvpool.processes import ROOT, SIZE, SourceProcess, bytes_of, key_of, shm, wait_for
+from tests.kvpool.named_blocks import ROOT, SIZE, bytes_of, key_of
+from tests.kvpool.processes import SourceProcess, shm, wait_for
 
 SLAB = 64 * 1024
 HOST_BLOCKS = 32

@@ -24,8 +24,8 @@ from tandem.clock import now_s
 from tandem.zmq_io import identity
 from tests.kvpool.child import REPOSITORY
 from tests.kvpool.disk_blocks import CHAIN, key_of, parent_of
+from tests.kvpool.named_blocks import SIZE
 from tests.kvpool.node_world import GROUP, SLAB, Node, Watcher, Worker, World
-from tests.kvpool.processes import SIZE
 
 FIRST = list(range(24))
 MORE = list(range(CHAIN, CHAIN + 24))
