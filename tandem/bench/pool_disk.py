@@ -29,7 +29,7 @@ from kvpool.tiers.disk.tier import DiskTier
 from tandem.bench.kv_source import BLOCK_SIZE
 from tandem.bench.pool_host import chain
 from tandem.bench.pool_node import GROUP, PoolNodeProcess
-from tandem.bench.rounds import Say
+from tandem.bench.report import Say
 from tandem.bench.transfer_sink import Fetches
 from tandem.errors import TandemError
 
