@@ -217,7 +217,7 @@ def test_a_worker_that_left_the_cluster_is_let_go(router: Router, node: NodeProc
         assert worker.command()["readers"] == 1
         node.send_peers([])
         wait_for(lambda: worker.command()["readers"] == 0, step=router.step)
-        assert node.mapped_arenas() == 1
+        wait_for(lambda: node.mapped_arenas() == 1, step=router.step)  # its connection goes a moment before its mapping
         worker.command(put=["later"], parent=ROOT.hex())
         assert router.next_heartbeat().load.cached_blocks == 1
 
