@@ -18,7 +18,7 @@ PROMPT ?= Write one sentence about the sea.
 override PROMPT := $(value PROMPT)
 export PROMPT
 
-.PHONY: help setup platform model demo test test-full check proto peers peers-engine peers-transfer clean
+.PHONY: help setup platform model demo test test-full check proto peers peers-engine peers-transfer peers-router clean
 
 help:
 	@sed -n 's/^# \{0,1\}//; 1,7p' Makefile
@@ -30,7 +30,7 @@ platform:
 # Pinned by constraints.txt; a change of either file installs anew.
 setup: platform $(STAMP)
 
-$(STAMP): pyproject.toml constraints.txt setup.py $(wildcard kernels/cpu/*.cpp kernels/cpu/*.h) | platform
+$(STAMP): pyproject.toml constraints.txt setup.py $(wildcard kernels/cpu/*.cpp kernels/cpu/*.h kvpool/native/*.cpp router/native/*.cpp) | platform
 	@python=""; \
 	for candidate in python3.11 python3; do \
 	    command -v $$candidate >/dev/null || continue; \
@@ -73,6 +73,7 @@ PEERS_CHECK_llama-cpp = for tool in cc c++; do command -v $$tool >/dev/null || \
 PEERS_CHECK_vllm = :
 PEERS_CHECK_nixl = :
 PEERS_CHECK_lmcache = :
+PEERS_CHECK_dynamo = :
 # Its wheel is linked against these, whatever it moves bytes by.
 PEERS_CHECK_mooncake = for library in libibverbs.so.1 libnuma.so.1 libcurl.so.4; do \
 	    $(BIN)/python -c 'import ctypes, sys; ctypes.CDLL(sys.argv[1])' $$library 2>/dev/null || \
@@ -82,11 +83,13 @@ PEERS_AFTER_llama-cpp = :
 PEERS_AFTER_nixl = :
 PEERS_AFTER_mooncake = :
 PEERS_AFTER_lmcache = $(PEERS)/lmcache/bin/python -m pip install --quiet --disable-pip-version-check --no-deps lmcache==0.5.6
+PEERS_AFTER_dynamo = $(PEERS)/dynamo/bin/python -m pip install --quiet --disable-pip-version-check --no-deps ai-dynamo-runtime==1.6.1
 # They don't match the torch that vLLM comes with, and importing vLLM fails while they are there.
 PEERS_AFTER_vllm = $(PEERS)/vllm/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
 
-peers: peers-engine peers-transfer
+peers: peers-engine peers-transfer peers-router
 peers-engine: $(PEERS)/llama-cpp/.installed $(PEERS)/vllm/.installed
+peers-router: $(PEERS)/dynamo/.installed
 peers-transfer: $(PEERS)/nixl/.installed $(PEERS)/mooncake/.installed $(PEERS)/lmcache/.installed
 
 $(PEERS)/%/.installed: benchmarks/peers/%.txt | setup

@@ -1,7 +1,8 @@
-"""The native CPU kernels; everything else about the package is in pyproject.toml.
+"""The native parts; everything else about the package is in pyproject.toml.
 
-They need a C++ compiler. Without one the installation goes on with a warning, and torch computes instead. The same sources are
-compiled once for each instruction set; the best that the processor has is chosen at run time.
+They need a C++ compiler. Without one the installation goes on with a warning: torch computes instead of the kernels, and Python
+does what the others do. The kernels' sources are compiled once for each instruction set; the best that the processor has is
+chosen at run time.
 """
 
 import hashlib
@@ -20,6 +21,10 @@ FLAGS = ["-O3", "-std=c++17", "-pthread", "-fwrapv", "-fno-fast-math", "-fno-mat
 SILENT = ["-Wno-psabi", "-Wno-uninitialized", "-Wno-maybe-uninitialized"]
 CODE = [path.read_bytes() for path in [*SOURCES, *HEADERS]]
 DIGEST = hashlib.sha256(b"".join([*CODE, " ".join(FLAGS).encode()])).hexdigest()
+EXTENSIONS = {
+    "kvpool._chain_keys": "kvpool/native/chain_keys.cpp",
+    "router._block_map": "router/native/block_map.cpp",
+}
 VARIANTS = {"portable": []}
 if platform.machine() in ("x86_64", "AMD64"):
     VARIANTS |= {"avx2": AVX2, "avx512": AVX512}
@@ -37,5 +42,15 @@ setup(
             optional=True,
         )
         for variant, flags in VARIANTS.items()
+    ]
+    + [
+        Extension(
+            name,
+            sources=[source],
+            language="c++",
+            extra_compile_args=["-O3", "-std=c++17", "-fvisibility=hidden"],
+            optional=True,
+        )
+        for name, source in EXTENSIONS.items()
     ]
 )

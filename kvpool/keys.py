@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import struct
 from array import array
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 KEY_BYTES = 16
@@ -72,18 +72,34 @@ def block_key(parent: Key, tokens: Sequence[int] | bytes, extra: bytes = b"") ->
     return hashlib.sha256(parent + struct.pack("<H", len(data) // 4) + data + extra).digest()[:KEY_BYTES]
 
 
+def chain_keys_ref(parent: Key, tokens: bytes, block_size: int) -> list[Key]:
+    """The keys of all blocks of `tokens` (`tokens_as_bytes`) after the block named `parent`; the last one is partial if they are
+    no whole number of blocks."""
+    step = 4 * block_size
+    keys: list[Key] = []
+    for first in range(0, len(tokens), step):
+        parent = block_key(parent, tokens[first : first + step])
+        keys.append(parent)
+    return keys
+
+
+def _native_chain_keys() -> Callable[[Key, bytes, int], list[Key]] | None:
+    try:
+        from kvpool._chain_keys import chain_keys
+    except ImportError:  # not built: no compiler was there
+        return None
+    return chain_keys
+
+
+chain_keys = _native_chain_keys() or chain_keys_ref
+"""`chain_keys_ref`, natively where that was built."""
+
+
 def prompt_keys(root: Key, tokens: Sequence[int], block_size: int) -> PromptKeys:
     """Keys of every block of `tokens`, in order; parents are full blocks only."""
-    data = tokens_as_bytes(tokens)
-    step = 4 * block_size
-    num_full = len(data) // step
-    full: list[Key] = []
-    parent = root
-    for i in range(num_full):
-        parent = block_key(parent, data[i * step : (i + 1) * step])
-        full.append(parent)
-    tail = data[num_full * step :]
-    return PromptKeys(tuple(full), block_key(parent, tail) if tail else None)
+    keys = chain_keys(root, tokens_as_bytes(tokens), block_size)
+    partial = keys.pop() if len(tokens) % block_size else None
+    return PromptKeys(tuple(keys), partial)
 
 
 class KeyChain:
@@ -113,9 +129,9 @@ class KeyChain:
         pending = self._pending
         pending.extend(tokens)
         size = self._block_size
-        while len(pending) >= size:
-            self.keys.append(block_key(self.parent_of(len(self.keys)), pending[:size]))
-            del pending[:size]
+        if full := len(pending) - len(pending) % size:
+            self.keys += chain_keys(self.parent_of(len(self.keys)), tokens_as_bytes(pending[:full]), size)
+            del pending[:full]
 
     def partial_key(self) -> Key | None:
         return block_key(self.parent_of(len(self.keys)), self._pending) if self._pending else None

@@ -118,6 +118,17 @@ class Refused(Struct, tag="refused", tag_field="t"):
     reason: Annotated[str, Meta(max_length=1024)]
 
 
+class StepPrices(Struct, frozen=True, array_like=True):
+    """What a worker's step costs, as it has learned: seconds for each step, each prefilled token, each pair of a prefilled token
+    and one that it attends to, each sequence that decodes, and each token that such a sequence attends to."""
+
+    base_s: Seconds = 0.0
+    token_s: Seconds = 0.0
+    pair_s: Seconds = 0.0
+    sequence_s: Seconds = 0.0
+    context_s: Seconds = 0.0
+
+
 class Load(Struct, frozen=True):
     """A worker's view of its own load. `num_dispatches` counts the dispatches it had taken in from this router's epoch, so
     that the router can add those the report doesn't include yet."""

@@ -14,7 +14,8 @@ import asyncio
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from typing import Any, TypeVar
 
 import msgspec
 import zmq
@@ -24,6 +25,7 @@ from protos import control, kv_events
 from protos.control import FromRouter, ToRouter
 from protos.kv_events import EventBatch
 from router.actions import Replay, Subscribe
+from router.socket_reader import SocketReader
 from tandem.errors import ConfigError
 from tandem.zmq_io import identity
 
@@ -33,6 +35,7 @@ REPLAY_TIMEOUT_S = 5.0
 MAX_REPLAY_BATCHES = 1_000_000
 SEND_HIGH_WATER_MARK = 100_000
 RECEIVE_BURST = 256
+AnySocket = TypeVar("AnySocket", bound=zmq.Socket[Any])
 LAST_WORDS_MS = 200
 """What was sent last, aborts mostly, has so long to leave."""
 
@@ -72,12 +75,16 @@ class ControlPlane:
         self._socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
         # An identity names one incarnation of a process: its newer connection is the one that works.
         self._socket.setsockopt(zmq.ROUTER_HANDOVER, 1)
-        self._subscriptions: dict[tuple[str, bytes], tuple[asyncio.Task[None], zmq.asyncio.Socket]] = {}
+        self._plain: zmq.Context[zmq.Socket[bytes]] = zmq.Context.shadow(self._context.underlying)
+        self._subscriptions: dict[tuple[str, bytes], tuple[SocketReader, zmq.Socket[bytes]]] = {}
         self._replays: dict[tuple[str, bytes], asyncio.Task[None]] = {}
         self.num_undecodable = 0
 
     def _bounded(self, kind: int) -> zmq.asyncio.Socket:
-        socket = self._context.socket(kind)
+        return self._bounds(self._context.socket(kind))
+
+    @staticmethod
+    def _bounds(socket: AnySocket) -> AnySocket:
         socket.setsockopt(zmq.LINGER, 0)
         socket.setsockopt(zmq.MAXMSGSIZE, control.MAX_MESSAGE_BYTES)
         socket.setsockopt(zmq.SNDHWM, SEND_HIGH_WATER_MARK)
@@ -137,7 +144,7 @@ class ControlPlane:
     def subscribe(self, action: Subscribe) -> None:
         """Follows a process' KV events until `unsubscribe`."""
         self.unsubscribe(action.process, action.epoch)
-        socket = self._bounded(zmq.SUB)
+        socket = self._bounds(self._plain.socket(zmq.SUB))
         try:
             socket.setsockopt(zmq.SUBSCRIBE, b"")
             socket.connect(action.endpoints.events)
@@ -145,27 +152,26 @@ class ControlPlane:
             log.warning("can't follow the events of %s at %r: %s", action.process, action.endpoints.events, error)
             socket.close()
             return
-        task = asyncio.create_task(self._follow(action.process, action.epoch, socket))
-        self._subscriptions[(action.process, action.epoch)] = (task, socket)
+        reader = SocketReader(socket, partial(self._on_event_frames, action.process, action.epoch))
+        self._subscriptions[(action.process, action.epoch)] = (reader, socket)
 
     def unsubscribe(self, process: str, epoch: bytes) -> None:
         """Stops following; unknown ones are ignored."""
         if (found := self._subscriptions.pop((process, epoch), None)) is not None:
-            found[0].cancel()
+            found[0].close()
             found[1].close()
         if (replay := self._replays.pop((process, epoch), None)) is not None:
             replay.cancel()
 
-    async def _follow(self, process: str, epoch: bytes, socket: zmq.asyncio.Socket) -> None:
-        while True:
-            frames = await socket.recv_multipart()
-            try:
-                _, seq, payload = frames
-                batch = kv_events.decode_batch(payload)
-                self._handlers.on_events(process, epoch, kv_events.decode_seq(seq), batch)
-            except (ValueError, msgspec.DecodeError) as error:
-                self.num_undecodable += 1
-                log.warning("dropped an event batch of %s: %s", process, error)
+    def _on_event_frames(self, process: str, epoch: bytes, frames: list[bytes]) -> None:
+        try:
+            _, seq_frame, payload = frames
+            seq, batch = kv_events.decode_seq(seq_frame), kv_events.decode_batch(payload)
+        except (ValueError, msgspec.DecodeError) as error:
+            self.num_undecodable += 1
+            log.warning("dropped an event batch of %s: %s", process, error)
+            return
+        self._handlers.on_events(process, epoch, seq, batch)
 
     def replay(self, action: Replay) -> None:
         """Asks for the events from a sequence number on; a running replay of that process is given up."""
@@ -199,7 +205,7 @@ class ControlPlane:
 
     async def close(self) -> None:
         """Ends every task and socket."""
-        tasks = [*(task for task, _ in self._subscriptions.values()), *self._replays.values()]
+        tasks = list(self._replays.values())
         for process, epoch in list(self._subscriptions):
             self.unsubscribe(process, epoch)
         for task in tasks:

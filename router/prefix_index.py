@@ -1,25 +1,29 @@
 """The prefix index: which places hold which blocks, by key.
 
-Owns key → places, fed by each process' KV events in the order of their sequence numbers. Pure: it tells its caller when
-batches are missing, and never asks for them itself. It may be behind the truth: a hit that is gone is a fetch's miss.
+Owns the order of each process' KV events, by their sequence numbers, and the names of processes; what they hold is the
+`BlockMap`'s. Pure: it tells its caller when batches are missing, and never asks for them itself. It may be behind the truth: a
+hit that is gone is a fetch's miss.
 """
 
 from __future__ import annotations
 
-from collections import OrderedDict
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from kvpool.keys import KEY_BYTES, Key
+import numpy as np
+
+from kvpool.keys import Key
 from protos.control import Tier
 from protos.kv_events import AllBlocksCleared, BlockRemoved, BlockStored, Event, EventBatch
+from router.block_map import NUM_TIERS, new_block_map
 
 MAX_HELD_BATCHES = 1024
 REPLAY_RETRY_S = 10.0
 """A replay that has brought nothing for so long is asked for again. Longer than the shell waits for a batch: it is the shell
 that says when a replay breaks off, this is for one whose end is never said."""
-_TIERS: dict[str, Tier] = {"DEVICE": "DEVICE", "HOST": "HOST", "DISK": "DISK", "GPU": "DEVICE", "CPU": "HOST"}
+_MEDIA = {"DEVICE": 0, "HOST": 1, "DISK": 2, "GPU": 0, "CPU": 1, "STORAGE": 2}
+"""Tiers by their name in events, ours and vLLM's."""
 
 
 class Place(NamedTuple):
@@ -30,19 +34,14 @@ class Place(NamedTuple):
 
 
 @dataclass(slots=True)
-class _Holders:
-    """The places that hold some keys, sorted: one object for all keys that exactly these hold."""
-
-    places: tuple[Place, ...]
-    num_keys: int = 0
-
-
-@dataclass(slots=True)
 class _Feed:
     """One process' stream of batches. While a replay runs, live batches are held back and applied after it."""
 
     epoch: bytes
-    tier: Tier
+    number: int
+    """Of the process, in the map."""
+    tier: int
+    """Where its blocks are when an event doesn't say."""
     next_seq: int = 0
     replay_since_s: float | None = None
     """When the running replay was asked for or brought its last batch; None: none runs."""
@@ -53,50 +52,74 @@ class _Feed:
 
 
 class PrefixIndex:
-    """Key → places, at most `max_entries` keys; past that the keys stored longest ago are dropped."""
+    """Key → places, at most `max_keys` keys; past that those that came first are dropped."""
 
-    def __init__(self, max_entries: int = 4_000_000) -> None:
-        self._max_entries = max_entries
-        self._holders: OrderedDict[Key, _Holders] = OrderedDict()
-        self._shared: dict[tuple[Place, ...], _Holders] = {}
-        self._keys_of: dict[Place, set[Key]] = {}
+    def __init__(self, max_keys: int = 4_000_000) -> None:
+        self._map = new_block_map(max_keys)
         self._feeds: dict[str, _Feed] = {}
+        self._numbers: dict[str, int] = {}
+        self._names: list[str] = []
+        """By number; "" is free."""
+        self._counts = np.zeros((0, NUM_TIERS), dtype=np.int32)
+        self.num_rejected = 0
+        """Events that came but say nothing here: out of order, of another epoch, of keys that are none."""
 
     def __len__(self) -> int:
-        return len(self._holders)
+        """Keys that somebody holds."""
+        return len(self._map)
 
     @property
-    def num_place_sets(self) -> int:
-        """Different sets of places that hold keys."""
-        return len(self._shared)
+    def num_entries(self) -> int:
+        """Keys, counted once for each place that holds them."""
+        return self._map.num_entries
+
+    @property
+    def num_bytes(self) -> int:
+        """Of memory, about."""
+        return self._map.num_bytes
+
+    def sound(self) -> bool:
+        """Whether what is counted is so. Looks at every key."""
+        return self._map.sound()
 
     def processes(self) -> set[str]:
         """Names that the index holds anything of."""
-        return {place.process for place, keys in self._keys_of.items() if keys} | set(self._feeds)
+        return set(self._numbers)
 
     def num_blocks_of(self, process: str) -> int:
-        return sum(len(keys) for place, keys in self._keys_of.items() if place.process == process)
+        """Blocks of a process, counted once for each tier."""
+        return self._map.num_held(self._numbers[process]) if process in self._numbers else 0
 
     def join(self, process: str, epoch: bytes, tier: Tier, now_s: float) -> int:
         """A process joined: forgets what an older epoch of it held. Returns the sequence number to replay from."""
         self.forget(process)
-        self._feeds[process] = _Feed(epoch, tier, replay_since_s=now_s)
+        number = self._names.index("") if "" in self._names else len(self._names)
+        if number == len(self._names):
+            self._names.append("")
+            self._counts = np.zeros((len(self._names), NUM_TIERS), dtype=np.int32)
+        self._names[number] = process
+        self._numbers[process] = number
+        self._feeds[process] = _Feed(epoch, number, _MEDIA[tier], replay_since_s=now_s)
         return 0
 
     def forget(self, process: str) -> None:
         """A process is gone: so are its places, at once."""
-        self._feeds.pop(process, None)
-        self._clear(process)
+        if self._feeds.pop(process, None) is not None:
+            number = self._numbers.pop(process)
+            self._map.clear(number)
+            self._names[number] = ""
 
     def on_batch(self, process: str, epoch: bytes, seq: int, batch: EventBatch, now_s: float) -> int | None:
         """Takes a live batch. Returns the sequence number to replay from when batches before this one are missing."""
         feed = self._feeds.get(process)
         if feed is None or feed.epoch != epoch or (batch.epoch is not None and batch.epoch != epoch):
+            self.num_rejected += 1
             return None
         if seq < feed.next_seq:
+            self.num_rejected += 1
             return None
         if seq == feed.next_seq:
-            self._apply(process, feed, batch)
+            self._apply(feed, batch)
             feed.next_seq += 1
             return None
         if len(feed.held) < MAX_HELD_BATCHES:
@@ -107,14 +130,16 @@ class PrefixIndex:
         """Takes a replayed batch. One past the next means that the process has forgotten those between: what we knew of it
         is stale then, and starts again from here (a snapshot, as `protos/kv_events.py` says)."""
         feed = self._feeds.get(process)
-        if feed is None or feed.epoch != epoch:
+        if feed is None or feed.epoch != epoch or (batch.epoch is not None and batch.epoch != epoch):
+            self.num_rejected += 1
             return
         feed.replay_since_s = now_s
         if seq < feed.next_seq and seq != feed.replayed_seq:
+            self.num_rejected += 1
             return
         if seq > feed.next_seq:
-            self._clear(process)
-        self._apply(process, feed, batch)
+            self._map.clear(feed.number)
+        self._apply(feed, batch)
         feed.next_seq = seq + 1
         feed.replayed_seq = seq
 
@@ -127,7 +152,7 @@ class PrefixIndex:
         if not complete:
             self._break_off(feed)
         feed.replay_since_s = feed.replayed_seq = None
-        self._apply_held(process, feed)
+        self._apply_held(feed)
 
     def on_announced(self, process: str, epoch: bytes, events_seq: int, now_s: float) -> int | None:
         """Takes the last sequence number of a heartbeat. What the heartbeat before it announced must be here by now, else
@@ -140,20 +165,13 @@ class PrefixIndex:
         return self._ask(feed, now_s) if overdue else None
 
     def longest_hits(self, keys: Sequence[Key]) -> dict[Place, int]:
-        """For each place that holds `keys[0]`: how many leading keys it holds."""
+        """For each process that holds `keys[0]`: how many leading keys it holds, in whatever tiers. The place is the slowest
+        of those that are needed for it."""
         hits: dict[Place, int] = {}
-        alive = self._places_of_key(keys[0]) if keys else ()
-        num = 1
-        while alive and num < len(keys):
-            here = self._places_of_key(keys[num])
-            if here is not alive:
-                for place in alive:
-                    if place not in here:
-                        hits[place] = num
-                alive = tuple(place for place in alive if place in here)
-            num += 1
-        for place in alive:
-            hits[place] = num
+        for number in self._map.longest(keys, self._counts):
+            device, host, disk = self._counts[number].tolist()
+            tier: Tier = "DISK" if disk else "HOST" if host else "DEVICE"
+            hits[Place(self._names[number], tier)] = device + host + disk
         return hits
 
     @staticmethod
@@ -171,87 +189,26 @@ class PrefixIndex:
             feed.next_seq = feed.replayed_seq
             feed.replayed_seq = None
 
-    def _apply_held(self, process: str, feed: _Feed) -> None:
+    def _apply_held(self, feed: _Feed) -> None:
         while (batch := feed.held.pop(feed.next_seq, None)) is not None:
-            self._apply(process, feed, batch)
+            self._apply(feed, batch)
             feed.next_seq += 1
         for seq in [seq for seq in feed.held if seq < feed.next_seq]:
             del feed.held[seq]
 
-    def _apply(self, process: str, feed: _Feed, batch: EventBatch) -> None:
+    def _apply(self, feed: _Feed, batch: EventBatch) -> None:
         for event in batch.events:
-            self._apply_event(process, feed.tier, event)
+            self._apply_event(feed, event)
 
-    def _apply_event(self, process: str, tier: Tier, event: Event) -> None:
+    def _apply_event(self, feed: _Feed, event: Event) -> None:
+        before = self._map.num_ignored
         match event:
             case BlockStored(block_hashes=hashes, medium=medium):
-                place = Place(process, _TIERS.get(medium or tier, tier))
-                for key in _own_keys(hashes):
-                    self._add(key, place)
-                self._trim()
+                self._map.add(feed.number, _MEDIA.get(medium or "", feed.tier), hashes)
             case BlockRemoved(block_hashes=hashes, medium=medium):
-                for place in self._places_in(process, medium):
-                    for key in _own_keys(hashes):
-                        self._remove(key, place)
+                tiers = [_MEDIA[medium]] if medium in _MEDIA else range(NUM_TIERS)
+                for tier in tiers:
+                    self._map.remove(feed.number, tier, hashes)
             case AllBlocksCleared():
-                self._clear(process)
-
-    def _places_in(self, process: str, medium: str | None) -> list[Place]:
-        if medium is not None and medium in _TIERS:
-            return [Place(process, _TIERS[medium])]
-        return [place for place in self._keys_of if place.process == process]
-
-    def _places_of_key(self, key: Key) -> tuple[Place, ...]:
-        holders = self._holders.get(key)
-        return holders.places if holders is not None else ()
-
-    def _add(self, key: Key, place: Place) -> None:
-        held = self._keys_of.setdefault(place, set())
-        if key in held:
-            return
-        held.add(key)
-        self._hold(key, tuple(sorted((*self._places_of_key(key), place))))
-
-    def _remove(self, key: Key, place: Place) -> None:
-        held = self._keys_of.get(place)
-        if held is None or key not in held:
-            return
-        held.remove(key)
-        self._hold(key, tuple(other for other in self._places_of_key(key) if other != place))
-
-    def _hold(self, key: Key, places: tuple[Place, ...]) -> None:
-        """`places`, sorted, hold `key` from now on; none: the key is forgotten."""
-        old = self._holders.get(key)
-        if old is not None:
-            self._release(old)
-        if not places:
-            del self._holders[key]
-            return
-        holders = self._shared.get(places)
-        if holders is None:
-            holders = self._shared[places] = _Holders(places)
-        holders.num_keys += 1
-        self._holders[key] = holders
-
-    def _release(self, holders: _Holders) -> None:
-        holders.num_keys -= 1
-        if holders.num_keys == 0:
-            del self._shared[holders.places]
-
-    def _clear(self, process: str) -> None:
-        for place in [place for place in self._keys_of if place.process == process]:
-            for key in list(self._keys_of[place]):
-                self._remove(key, place)
-            del self._keys_of[place]
-
-    def _trim(self) -> None:
-        while len(self._holders) > self._max_entries:
-            key, holders = self._holders.popitem(last=False)
-            self._release(holders)
-            for place in holders.places:
-                self._keys_of[place].discard(key)
-
-
-def _own_keys(hashes: Iterable[bytes | int]) -> list[Key]:
-    """Those that are our keys; a foreign worker's hashes name nothing here."""
-    return [item for item in hashes if isinstance(item, bytes) and len(item) == KEY_BYTES]
+                self._map.clear(feed.number)
+        self.num_rejected += self._map.num_ignored != before

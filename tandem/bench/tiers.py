@@ -136,7 +136,7 @@ def exposed_transfer(config: Config, own_cluster: OwnCluster, say: Say) -> Itera
     )
 
 
-def checkpoint_cost(config: Config, own_cluster: OwnCluster, say: Say) -> Iterator[Metric]:
+def checkpoint_cost(config: Config, own_cluster: OwnCluster, say: Say, num_turns: int = NUM_TURNS) -> Iterator[Metric]:
     """Seconds a token of one stream, with a pool node that keeps each block and without: one worker throughout (two differ by
     more than the cost, by where their memory lies), and the node is stopped and goes on in turns."""
     parts = {
@@ -144,16 +144,16 @@ def checkpoint_cost(config: Config, own_cluster: OwnCluster, say: Say) -> Iterat
         "decode": config.decode.model_copy(update={"replicas": 1}),
         "pool": config.pool.model_copy(update={"replicas": 1}),
     }
-    prompts = iter(_prompts(1 + 2 * NUM_TURNS * _STREAMS_PER_TURN, seed=2))
+    prompts = iter(_prompts(1 + 2 * num_turns * _STREAMS_PER_TURN, seed=2))
     steps: dict[bool, list[float]] = {False: [], True: []}
     with own_cluster(config.model_copy(update=parts)) as target, Client(target) as client:
         _step_s(client, next(prompts))  # processes that have just begun have other things to do
         node = _node(client)
         assert node is not None, "a cluster without its pool node"
         try:
-            for number in range(NUM_TURNS):
+            for number in range(num_turns):
                 for kept in (False, True):
-                    say(f"turn {number + 1} of {NUM_TURNS}, {'with' if kept else 'without'} the pool node")
+                    say(f"turn {number + 1} of {num_turns}, {'with' if kept else 'without'} the pool node")
                     os.kill(node.pid, signal.SIGCONT if kept else signal.SIGSTOP)
                     _wait_for_node(client, kept)
                     before = _num_kept(client)

@@ -334,6 +334,30 @@ def tiers(
         _print(bench.run(chosen, config, _own_cluster, slab_bytes, folder, _say), as_json)
 
 
+@app.command()
+def router(
+    workers: Annotated[int, typer.Option(min=1, max=65_000, help="That hold blocks.")] = 64,
+    entries: Annotated[
+        int, typer.Option(min=100_000, max=100_000_000, help="Blocks, counted once for each worker that holds them.")
+    ] = 1_000_000,
+    holders: Annotated[int, typer.Option(min=1, help="Workers that hold each prompt of 64 blocks.")] = 8,
+    rounds: Annotated[int, typer.Option(min=1, max=1000, help="Each with other blocks.")] = 3,
+    against: Annotated[str, typer.Option(help="dynamo: in turns with Tandem. `make peers` installs it.")] = "",
+    as_json: JsonOption = False,
+) -> None:
+    """The router's prefix index on one core: how soon it says which worker holds how much of a prompt, how many events a second
+    it takes in, and its memory.
+
+    Takes some ten seconds a round. The exit code is 1 if a goal isn't reached.
+    """
+    from tandem.bench.router import run as bench
+
+    compared = bench.named(_names(against)) if against else False
+    if as_json:
+        print_json(header() | {"router": {"workers": workers, "entries": entries, "holders": holders}})
+    _print(bench.run(workers, entries, holders, compared, rounds=rounds, say=_say), as_json)
+
+
 def _names(text: str) -> list[str]:
     return [name.strip() for name in text.split(",") if name.strip()]
 

@@ -12,7 +12,18 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvpool.keys import KEY_BYTES, KeyChain, block_key, prompt_keys, root_key, tokens_as_bytes, tokens_from_bytes
+from kvpool import _chain_keys
+from kvpool.keys import (
+    KEY_BYTES,
+    KeyChain,
+    block_key,
+    chain_keys,
+    chain_keys_ref,
+    prompt_keys,
+    root_key,
+    tokens_as_bytes,
+    tokens_from_bytes,
+)
 from tests.kvpool.child import REPOSITORY
 
 tokens_lists = st.lists(st.integers(0, 2**32 - 1), max_size=80)
@@ -128,3 +139,30 @@ def test_keys_are_the_same_in_a_process_with_another_hash_seed() -> None:
         for seed in ("1", "2")
     }
     assert len(seen) == 1
+
+
+@given(
+    st.binary(min_size=16, max_size=16),
+    st.lists(st.integers(0, 2**32 - 1), max_size=200),
+    st.sampled_from([1, 2, 13, 14, 16, 27, 64]),
+    st.booleans(),
+)
+def test_native_keys_are_the_plain_ones(parent: bytes, tokens: list[int], size: int, instructions: bool) -> None:
+    data = tokens_as_bytes(tokens)
+    try:
+        _chain_keys.use_instructions(instructions)
+        assert _chain_keys.chain_keys(parent, data, size) == chain_keys_ref(parent, data, size)
+    finally:
+        _chain_keys.use_instructions(True)
+
+
+def test_native_keys_are_used_and_refuse_what_is_no_chain() -> None:
+    assert chain_keys is _chain_keys.chain_keys, "the native part is built wherever the tests run"
+    for parent, data, size in (
+        (b"short", b"", 16),
+        (bytes(16), b"abc", 16),
+        (bytes(16), b"", 0),
+        (bytes(16), b"", 65536),
+    ):
+        with pytest.raises(ValueError, match="a parent of"):
+            chain_keys(parent, data, size)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from itertools import permutations
-
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -27,8 +25,8 @@ def removed(*numbers: int, medium: str = "DEVICE") -> EventBatch:
     return EventBatch(0.0, [BlockRemoved(hashes, medium=medium)], epoch=E1)
 
 
-def joined(*names: str, max_entries: int = 1000) -> PrefixIndex:
-    index = PrefixIndex(max_entries)
+def joined(*names: str, max_keys: int = 1000) -> PrefixIndex:
+    index = PrefixIndex(max_keys)
     for name in names:
         index.join(name, E1, "DEVICE", 0.0)
         index.on_replay_end(name, E1)
@@ -45,12 +43,48 @@ def test_longest_hits_count_leading_blocks_only() -> None:
     assert index.longest_hits([]) == {}
 
 
-def test_tiers_of_one_process_are_places_of_their_own() -> None:
+def test_a_process_is_one_place_whatever_tiers_its_blocks_are_in() -> None:
     index = joined("pool")
-    index.on_batch("pool", E1, 0, stored(0, 1, medium="HOST"), 0.0)
-    index.on_batch("pool", E1, 1, stored(0, medium="DISK"), 0.0)
-    index.on_batch("pool", E1, 2, removed(1, medium="HOST"), 0.0)
-    assert index.longest_hits([key(0), key(1)]) == {Place("pool", "HOST"): 1, Place("pool", "DISK"): 1}
+    index.on_batch("pool", E1, 0, stored(0, 1, 2, medium="HOST"), 0.0)
+    index.on_batch("pool", E1, 1, stored(0, 2, 3, medium="DISK"), 0.0)
+    index.on_batch("pool", E1, 2, removed(2, medium="HOST"), 0.0)
+    assert index.longest_hits([key(n) for n in range(5)]) == {Place("pool", "DISK"): 4}
+    assert index.longest_hits([key(n) for n in range(2)]) == {Place("pool", "HOST"): 2}
+    assert index.num_blocks_of("pool") == 5
+    index.on_batch("pool", E1, 3, removed(0, 3, medium="DISK"), 0.0)
+    assert index.longest_hits([key(n) for n in range(5)]) == {Place("pool", "DISK"): 3}
+    index.on_batch("pool", E1, 4, EventBatch(0.0, [BlockRemoved([key(0), key(2)], medium=None)], epoch=E1), 0.0)
+    assert index.longest_hits([key(1)]) == {Place("pool", "HOST"): 1}
+    assert len(index) == 1
+
+
+def test_what_says_nothing_is_counted_and_changes_nothing() -> None:
+    index = joined("a")
+    index.on_batch("a", E1, 0, stored(0), 0.0)
+    foreign = EventBatch(0.0, [BlockStored([7, b"short", key(1)], None, [], 16)], epoch=E1)
+    index.on_batch("a", E1, 1, foreign, 0.0)
+    assert index.num_rejected == 1
+    assert index.longest_hits([key(0), key(1)]) == {Place("a", "DEVICE"): 2}
+    index.on_batch("a", E1, 1, removed(0), 0.0)  # again
+    index.on_batch("a", E2, 2, removed(0), 0.0)  # of another epoch
+    index.on_batch("a", E1, 2, EventBatch(0.0, removed(0).events, epoch=E2), 0.0)
+    index.on_replay("a", E2, 2, removed(0), 0.0)
+    index.on_replay("a", E1, 0, removed(0), 0.0)
+    assert index.num_rejected == 6
+    assert index.longest_hits([key(0), key(1)]) == {Place("a", "DEVICE"): 2}
+    assert index.sound()
+
+
+def test_numbers_of_processes_that_left_are_given_again() -> None:
+    index = joined("a", "b")
+    index.on_batch("a", E1, 0, stored(0), 0.0)
+    index.on_batch("b", E1, 0, stored(0, 1), 0.0)
+    index.forget("a")
+    index.join("c", E1, "HOST", 1.0)
+    index.on_replay_end("c", E1)
+    index.on_batch("c", E1, 0, stored(1, medium=""), 1.0)
+    assert index.longest_hits([key(0), key(1)]) == {Place("b", "DEVICE"): 2}
+    assert index.longest_hits([key(1)]) == {Place("b", "DEVICE"): 1, Place("c", "HOST"): 1}
 
 
 def test_a_gap_asks_for_a_replay_and_nothing_is_applied_out_of_order() -> None:
@@ -152,35 +186,12 @@ def test_a_dead_process_leaves_nothing() -> None:
 
 
 def test_memory_is_bounded_and_the_oldest_go_first() -> None:
-    index = joined("a", max_entries=3)
+    index = joined("a", max_keys=3)
     index.on_batch("a", E1, 0, stored(0, 1, 2, 3, 4), 0.0)
     assert len(index) == 3
     assert index.num_blocks_of("a") == 3
     assert index.longest_hits([key(2), key(3), key(4)]) == {Place("a", "DEVICE"): 3}
     assert index.longest_hits([key(0)]) == {}
-
-
-def test_sets_of_places_are_kept_once_and_only_while_a_key_has_them() -> None:
-    names = "abcde"
-    index = joined(*names)
-    orders = list(permutations(names))
-    seqs = dict.fromkeys(names, 0)
-    for number, order in enumerate(orders):
-        for name in order:
-            index.on_batch(name, E1, seqs[name], stored(number), 0.0)
-            seqs[name] += 1
-    assert index.num_place_sets == 1
-    assert index.longest_hits([key(n) for n in range(len(orders))]) == {Place(n, "DEVICE"): len(orders) for n in names}
-    for name in names:
-        index.forget(name)
-    assert index.num_place_sets == 0
-
-
-def test_keys_that_memory_had_no_room_for_keep_no_set_of_places() -> None:
-    index = joined("a", "b", max_entries=1)
-    index.on_batch("a", E1, 0, stored(0), 0.0)
-    index.on_batch("b", E1, 0, stored(1), 0.0)
-    assert index.num_place_sets == 1
 
 
 operations = st.lists(

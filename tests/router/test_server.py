@@ -496,7 +496,7 @@ def test_a_clients_deadline_frees_the_worker(router: Router) -> None:
         list(router.ask(max_tokens=1000, timeout_s=0.3))
     assert caught.value.code() == grpc.StatusCode.DEADLINE_EXCEEDED
     wait_for(lambda: len(decode.seen(Abort)) == 1)
-    assert 0 < decode.seen(Dispatch)[0].deadline_s <= 0.3
+    assert 0 < decode.seen(Dispatch)[0].deadline_s <= 0.31  # gRPC rounds up what it tells the server
 
 
 def test_the_servers_deadline_is_said_by_the_server(make_router: Callable[..., Router]) -> None:
