@@ -21,7 +21,7 @@ Blocks = NDArray[np.uint8]
 BlockIds = Sequence[int] | NDArray[np.int64]
 Checksums = NDArray[np.uint64]
 
-_SHORTEST = 241
+SHORTEST = 241
 """XXH3 hashes fewer bytes in another way, which native code leaves to the library."""
 
 
@@ -54,8 +54,8 @@ def copy_blocks(
     Raises, before anything is written, IndexError for an id out of range and ValueError for memory of other shapes, lists of
     different lengths, a target that comes twice, or one that overlaps a source.
     """
-    _check_memory("source", source)
-    _check_memory("target", target)
+    check_memory("source", source)
+    check_memory("target", target)
     sources, targets = np.asarray(source_ids, dtype=np.int64), np.asarray(target_ids, dtype=np.int64)
     num, slab_bytes = len(sources), source.shape[1]
     same = sources.shape == targets.shape == (num,) and slab_bytes == target.shape[1] and target.flags.writeable
@@ -63,7 +63,7 @@ def copy_blocks(
         checksums.shape == (num,) and checksums.dtype == np.uint64 and checksums.flags.c_contiguous
     ):
         raise ValueError(f"{checksums.dtype} checksums of shape {checksums.shape} for {num} blocks")
-    if native is not None and same and (checksums is None or slab_bytes >= _SHORTEST):
+    if native is not None and same and (checksums is None or slab_bytes >= SHORTEST):
         copied = native.library.tandem_copy_blocks(
             source.ctypes.data,
             source.strides[0],
@@ -85,10 +85,10 @@ def copy_blocks(
 
 def checksum_blocks(native: Native | None, memory: Blocks, ids: BlockIds) -> Checksums:
     """The checksums of the blocks `ids` of `memory`. Raises as `copy_blocks`."""
-    _check_memory("the", memory)
+    check_memory("memory", memory)
     found = np.ascontiguousarray(ids, dtype=np.int64)
-    _check_ids("the", memory, found)
-    if native is None or memory.shape[1] < _SHORTEST:
+    check_ids("memory", memory, found)
+    if native is None or memory.shape[1] < SHORTEST:
         return checksum_blocks_ref(memory, found)
     checksums = np.empty(len(found), dtype=np.uint64)
     native.library.tandem_checksum_blocks(
@@ -102,14 +102,16 @@ def gather_blocks(native: Native | None, source: Blocks, ids: BlockIds, out: Blo
     copy_blocks(native, source, ids, out, np.arange(len(out), dtype=np.int64))
 
 
-def _check_memory(what: str, memory: Blocks) -> None:
+def check_memory(what: str, memory: Blocks) -> None:
+    """Raises ValueError, which begins with `what`, unless `memory` is as the module says."""
     if memory.ndim != 2 or memory.dtype != np.uint8:
         raise ValueError(f"{what} is {memory.dtype} of shape {memory.shape}, must be uint8 [num_blocks, slab_bytes]")
     if memory.shape[1] and (memory.strides[1] != 1 or memory.strides[0] < memory.shape[1]):
         raise ValueError(f"{what} blocks of {memory.shape[1]} bytes with strides {memory.strides} are not contiguous")
 
 
-def _check_ids(what: str, memory: Blocks, ids: NDArray[np.int64]) -> None:
+def check_ids(what: str, memory: Blocks, ids: NDArray[np.int64]) -> None:
+    """Raises IndexError for an id out of range, ValueError for what is no list; both begin with `what`."""
     if ids.ndim != 1:
         raise ValueError(f"{what} ids of shape {ids.shape}, must be a list")
     if len(ids) and (ids.min() < 0 or ids.max() >= len(memory)):
@@ -118,8 +120,8 @@ def _check_ids(what: str, memory: Blocks, ids: NDArray[np.int64]) -> None:
 
 def _check_copy(source: Blocks, sources: NDArray[np.int64], target: Blocks, targets: NDArray[np.int64]) -> None:
     """Raises what `copy_blocks` promises, but for the memory of each side and the checksums."""
-    _check_ids("source", source, sources)
-    _check_ids("target", target, targets)
+    check_ids("source", source, sources)
+    check_ids("target", target, targets)
     if source.shape[1] != target.shape[1]:
         raise ValueError(f"source blocks of {source.shape[1]} bytes, target blocks of {target.shape[1]}")
     if len(sources) != len(targets):

@@ -10,17 +10,14 @@ Who has another way through a socket (TLS) takes the next `piece`, moves some of
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 
 import numpy as np
 import xxhash
 
-from kernels.block_copy import BlockIds, Blocks, Checksums
+from kernels.block_copy import SHORTEST, BlockIds, Blocks, Checksums, check_ids, check_memory
 from kernels.cpu import Native
 
-_SHORTEST = 241
-"""XXH3 hashes fewer bytes in another way, which native code leaves to the library."""
-_PIECES = 64
-"""Blocks that one system call of the reference sends."""
 _ENDED = -(2**63)
 
 
@@ -30,29 +27,24 @@ class Transfer:
     Raises, when it is made, IndexError for an id out of range and ValueError for memory of another shape.
     """
 
-    __slots__ = ("_address", "_head_bytes", "_ids", "_ids_address", "_memory", "_native", "num_bytes", "position")
+    __slots__ = ("_arguments", "_head_bytes", "_ids", "_memory", "_native", "num_bytes", "position")
     num_bytes: int
     position: int
 
     def __init__(self, native: Native | None, memory: Blocks, ids: BlockIds, head_bytes: int = 0) -> None:
-        if memory.ndim != 2 or memory.dtype != np.uint8 or not memory.shape[1]:
-            raise ValueError(
-                f"memory is {memory.dtype} of shape {memory.shape}, must be uint8 [num_blocks, slab_bytes]"
-            )
-        if memory.strides[1] != 1 or memory.strides[0] < memory.shape[1]:
-            raise ValueError(f"blocks of {memory.shape[1]} bytes with strides {memory.strides} are not contiguous")
+        check_memory("memory", memory)
+        slab_bytes = memory.shape[1]
+        if not slab_bytes:
+            raise ValueError("blocks of 0 bytes")
         found = np.ascontiguousarray(ids, dtype=np.int64)
-        if found.ndim != 1:
-            raise ValueError(f"block ids of shape {found.shape}, must be a list")
-        if len(found) and (found.min() < 0 or found.max() >= len(memory)):
-            raise IndexError(f"blocks {found.min()} to {found.max()}, must be within 0 to {len(memory) - 1}")
-        self._native = native if memory.shape[1] >= _SHORTEST else None
+        check_ids("memory", memory, found)
+        self._native = native if slab_bytes >= SHORTEST else None
         self._memory = memory
         self._ids = found
         self._head_bytes = head_bytes
-        self._address = memory.ctypes.data
-        self._ids_address = found.ctypes.data
-        self.num_bytes = head_bytes + len(found) * memory.shape[1]
+        # What both native calls are told of the blocks.
+        self._arguments = (memory.ctypes.data, memory.strides[0], found.ctypes.data, len(found), slab_bytes)
+        self.num_bytes = head_bytes + len(found) * slab_bytes
         self.position = 0
 
     @property
@@ -63,10 +55,39 @@ class Transfer:
     def left_bytes(self) -> int:
         return self.num_bytes - self.position
 
-    def _block_piece(self, position: int) -> memoryview:
-        index, offset = divmod(position - self._head_bytes, self._memory.shape[1])
+    def piece(self) -> memoryview:
+        """The next bytes to move that lie side by side; the same until `advance`. Something must be left."""
+        index, offset = divmod(self.position - self._head_bytes, self._memory.shape[1])
         piece: memoryview = self._memory[self._ids[index], offset:].data
         return piece
+
+    def advance(self, num_bytes: int) -> None:
+        """Says that so many bytes of `piece` have been moved."""
+        self.position += num_bytes
+
+    def _moved(self, num_bytes: int) -> int:
+        """Takes in what a native call returned."""
+        if num_bytes == _ENDED:
+            raise EOFError
+        if num_bytes < 0:
+            raise OSError(-num_bytes, os.strerror(-num_bytes))
+        self.position += num_bytes
+        return num_bytes
+
+    def _move_ref(self, move: Callable[[int, list[memoryview]], int], fd: int, limit_bytes: int) -> int:
+        """What the native calls do, a piece at a time, by `move`: os.readv or os.writev."""
+        begin, end = self.position, min(self.num_bytes, self.position + limit_bytes)
+        while self.position < end:
+            try:
+                num_bytes = move(fd, [self.piece()[: end - self.position]])
+            except BlockingIOError:
+                break
+            if not num_bytes:
+                if self.position == begin:
+                    raise EOFError
+                break  # the end comes again
+            self.advance(num_bytes)
+        return self.position - begin
 
 
 class Sending(Transfer):
@@ -79,50 +100,16 @@ class Sending(Transfer):
         self._head = head
 
     def piece(self) -> memoryview:
-        """The next bytes to send that lie side by side; the same until `advance`. Something must be left."""
         if self.position < self._head_bytes:
             return memoryview(self._head)[self.position :]
-        return self._block_piece(self.position)
-
-    def advance(self, num_bytes: int) -> None:
-        self.position += num_bytes
+        return super().piece()
 
     def send(self, fd: int, limit_bytes: int) -> int:
         """Sends up to `limit_bytes` (at least 1). Returns how many went, 0 if the socket takes none now. Raises OSError."""
         if self._native is None:
-            return self._send_ref(fd, limit_bytes)
-        sent: int = self._native.library.tandem_send_blocks(
-            fd,
-            self._head,
-            self._head_bytes,
-            self._address,
-            self._memory.strides[0],
-            self._ids_address,
-            len(self._ids),
-            self._memory.shape[1],
-            self.position,
-            limit_bytes,
-        )
-        if sent < 0:
-            raise OSError(-sent, os.strerror(-sent))
-        self.position += sent
-        return sent
-
-    def _send_ref(self, fd: int, limit_bytes: int) -> int:
-        begin, end = self.position, min(self.num_bytes, self.position + limit_bytes)
-        while self.position < end:
-            pieces: list[memoryview] = []
-            next_position = self.position
-            while next_position < end and len(pieces) < _PIECES:
-                head_left = self._head_bytes - next_position
-                piece = self.piece() if head_left > 0 else self._block_piece(next_position)
-                pieces.append(piece[: end - next_position])
-                next_position += len(pieces[-1])
-            try:
-                self.advance(os.writev(fd, pieces))
-            except BlockingIOError:
-                break
-        return self.position - begin
+            return self._move_ref(os.writev, fd, limit_bytes)
+        send = self._native.library.tandem_send_blocks
+        return self._moved(send(fd, self._head, self._head_bytes, *self._arguments, self.position, limit_bytes))
 
 
 class Receiving(Transfer):
@@ -141,13 +128,8 @@ class Receiving(Transfer):
         self.checksums: Checksums = np.zeros(len(self._ids), dtype=np.uint64)
         self._checksums_address = self.checksums.ctypes.data
 
-    def piece(self) -> memoryview:
-        """Where the next bytes go, up to the end of their block. Something must be left."""
-        return self._block_piece(self.position)
-
     def advance(self, num_bytes: int) -> None:
-        """Says that so many bytes of `piece` are there."""
-        self.position += num_bytes
+        super().advance(num_bytes)
         index, offset = divmod(self.position, self._memory.shape[1])
         if not offset:
             self.checksums[index - 1] = xxhash.xxh3_64_intdigest(self._memory[self._ids[index - 1]].data)
@@ -156,35 +138,6 @@ class Receiving(Transfer):
         """Receives up to `limit_bytes` (at least 1). Returns how many came, 0 if none is there now. Raises EOFError at the
         stream's end, and OSError."""
         if self._native is None:
-            return self._receive_ref(fd, limit_bytes)
-        got: int = self._native.library.tandem_receive_blocks(
-            fd,
-            self._address,
-            self._memory.strides[0],
-            self._ids_address,
-            len(self._ids),
-            self._memory.shape[1],
-            self.position,
-            limit_bytes,
-            self._checksums_address,
-        )
-        if got == _ENDED:
-            raise EOFError
-        if got < 0:
-            raise OSError(-got, os.strerror(-got))
-        self.position += got
-        return got
-
-    def _receive_ref(self, fd: int, limit_bytes: int) -> int:
-        begin, end = self.position, min(self.num_bytes, self.position + limit_bytes)
-        while self.position < end:
-            try:
-                got = os.readv(fd, [self.piece()[: end - self.position]])
-            except BlockingIOError:
-                break
-            if not got:
-                if self.position == begin:
-                    raise EOFError
-                break
-            self.advance(got)
-        return self.position - begin
+            return self._move_ref(os.readv, fd, limit_bytes)
+        receive = self._native.library.tandem_receive_blocks
+        return self._moved(receive(fd, *self._arguments, self.position, limit_bytes, self._checksums_address))

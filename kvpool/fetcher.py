@@ -112,7 +112,6 @@ class Fetcher:
         on_ended: Callable[[FetchEnded], None],
         on_bad_frame: Callable[[str, Exception], None],
         switch_off: Callable[[Transport], None],
-        silence_s: float = SILENCE_S,
     ) -> None:
         self._context = context
         self._arena = arena
@@ -124,7 +123,6 @@ class Fetcher:
         self._on_ended = on_ended
         self._on_bad_frame = on_bad_frame
         self._switch_off = switch_off
-        self._silence_s = silence_s
         self._max_read_blocks = max(1, min(MAX_READ_BLOCKS, READ_BYTES // arena.slab_bytes))
         self._machines: dict[bytes, FetchMachine] = {}
         self._machine_of_ask: dict[bytes, FetchMachine] = {}
@@ -149,7 +147,7 @@ class Fetcher:
             plan,
             max_read_blocks=self._max_read_blocks,
             parallel=[i for i, source in enumerate(plan.sources) if not self._reaches_directly(source)],
-            silence_s=self._silence_s,
+            silence_s=SILENCE_S,
         )
         self._machines[plan.fetch_id] = machine
         self._do(machine, machine.start(now_s), now_s)
@@ -183,8 +181,8 @@ class Fetcher:
     def tick(self, now_s: float) -> None:
         """Starts what may start, and ends what is over."""
         for peer in list(self._peers.values()):
-            if peer.num_reading and now_s >= peer.progress_s + self._silence_s:
-                self._lose(peer, f"no bytes came for {self._silence_s:g} s", now_s)
+            if peer.num_reading and now_s >= peer.progress_s + SILENCE_S:
+                self._lose(peer, f"no bytes came for {SILENCE_S:g} s", now_s)
         for machine in list(self._machines.values()):
             if machine.next_deadline() <= now_s:
                 self._do(machine, machine.tick(now_s), now_s)
@@ -193,7 +191,7 @@ class Fetcher:
     def next_deadline(self) -> float | None:
         """When `tick` has something to do."""
         due = [machine.next_deadline() for machine in self._machines.values()]
-        due += [peer.progress_s + self._silence_s for peer in self._peers.values() if peer.num_reading]
+        due += [peer.progress_s + SILENCE_S for peer in self._peers.values() if peer.num_reading]
         if (start_s := self._queue.next_start_s()) is not None:
             due.append(start_s)
         return min(due, default=None)

@@ -38,7 +38,6 @@ class EventFollower:
         self._replaying = False
         self._asked_s = float("-inf")
         self._heard_s = float("-inf")
-        self.num_replays = 0
         self.num_bad_batches = 0
 
     def on_live(self, seq: int, batch: EventBatch | None, now_s: float) -> None:
@@ -75,7 +74,6 @@ class EventFollower:
         self._heard_s = now_s
         self._replaying = True
         self._replayed_seq = 0
-        self.num_replays += 1
         return self._next_seq
 
     def next_ask_s(self) -> float:

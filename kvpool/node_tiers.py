@@ -44,6 +44,11 @@ FLUSH_S = 5.0
 """A clean stop writes for so long what the disk should have, no longer."""
 
 
+def group_digest(group: RoutingGroup) -> bytes:
+    """What a DISK tier calls the group by whose blocks it holds."""
+    return hashlib.sha256(msgspec.msgpack.encode(group)).digest()
+
+
 @dataclass(frozen=True, slots=True)
 class Memory:
     """What is opened before anybody can be served. Close it, unless a `NodeTiers` has taken it over."""
@@ -78,7 +83,7 @@ class Memory:
                     bytes_per_directory=settings.disk.bytes,
                     arena=arena,
                     block_size=group.block_size,
-                    group=hashlib.sha256(msgspec.msgpack.encode(group)).digest(),
+                    group=group_digest(group),
                     native=native(),
                     write_bytes_per_s=settings.disk.write_bytes_per_s,
                     policy=settings.eviction,

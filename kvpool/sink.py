@@ -201,8 +201,8 @@ class FetchMachine:
         plan: FetchPlan,
         *,
         max_read_blocks: int,
+        silence_s: float,
         parallel: Collection[int] = (),
-        silence_s: float = 3.0,
     ) -> None:
         self._plan = plan
         self._max_read_blocks = max_read_blocks

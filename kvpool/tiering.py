@@ -26,10 +26,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from typing import Literal
 
-from kvpool.block_pool import BlockPool
+from kvpool.block_pool import BlockPool, BlockRecord
 from kvpool.eviction import MAX_KEEPERS
 from kvpool.keys import Key
-from kvpool.tiers.disk.requests import Loaded, LoadFailed, LoadRequest, NotStored, Stored, StoreRequest
+from kvpool.tiers.disk.requests import Loaded, LoadFailed, LoadRequest, NotStored, Stored
 from kvpool.tiers.disk.tier import DiskTier
 
 WritePolicy = Literal["write-through", "after-hits", "write-back"]
@@ -331,7 +331,7 @@ class Tiering:
     def _store_waiting(self) -> None:
         """As many as the disk takes now, those that have waited longest first."""
         self._gathered_since_s = None
-        requests: list[StoreRequest] = []
+        records: list[BlockRecord] = []
         for key in list(self._waiting)[: self._disk.store_room()]:
             del self._waiting[key]
             with self._host.lock:
@@ -341,19 +341,9 @@ class Tiering:
                 self.num_not_stored += 1
                 continue
             self._storing.add(key)
-            requests.append(
-                StoreRequest(
-                    record.block_id,
-                    key,
-                    record.parent,
-                    record.num_tokens,
-                    record.checksum,
-                    record.writer,
-                    record.owner,
-                )
-            )
-        if requests:
-            self._disk.store(requests)
+            records.append(record)
+        if records:
+            self._disk.store(records)
 
     def _refused(self, key: Key, now_s: float) -> None:
         self._storing.discard(key)

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import struct
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -58,9 +59,7 @@ class Hello:
     @classmethod
     def unpack(cls, data: bytes | bytearray | memoryview) -> Hello:
         """Raises TransportError for another magic or version."""
-        magic, version, secret, epoch, slab_bytes = _HELLO.unpack(data)
-        _check_version(magic, version)
-        return cls(secret, epoch, slab_bytes)
+        return cls(*_unpack(_HELLO, data))
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,9 +76,7 @@ class Welcome:
     @classmethod
     def unpack(cls, data: bytes | bytearray | memoryview) -> Welcome:
         """Raises TransportError for another magic or version."""
-        magic, version, epoch, num_blocks, slab_bytes = _WELCOME.unpack(data)
-        _check_version(magic, version)
-        return cls(epoch, num_blocks, slab_bytes)
+        return cls(*_unpack(_WELCOME, data))
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,6 +130,9 @@ class RequestReader:
         return requests
 
 
-def _check_version(magic: bytes, version: int) -> None:
+def _unpack(form: struct.Struct, data: bytes | bytearray | memoryview) -> list[Any]:
+    """What follows magic and version in a frame that begins with them."""
+    magic, version, *fields = form.unpack(data)
     if magic != _MAGIC or version != TCP_VERSION:
         raise TransportError(f"magic {magic!r} version {version}, ours is {_MAGIC!r} version {TCP_VERSION}")
+    return fields

@@ -10,10 +10,11 @@ import errno
 import os
 import socket
 import ssl
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
-from kernels.socket_io import Receiving, Sending
+from kernels.socket_io import Receiving, Sending, Transfer
 
 KEEPALIVE_IDLE_S, KEEPALIVE_INTERVAL_S, KEEPALIVE_PROBES = 10, 5, 4
 UNACKNOWLEDGED_S = 30
@@ -197,24 +198,21 @@ class TlsStream:
         return num_bytes
 
     def send_blocks(self, sending: Sending, limit_bytes: int) -> int:
-        begin = sending.position
-        while sending.left_bytes and sending.position - begin < limit_bytes:
-            # Whole pieces whatever the limit: after a refusal TLS wants the same bytes again. A record at most goes at once.
-            if not (sent := self.send(sending.piece())):
-                break
-            sending.advance(sent)
-        return sending.position - begin
+        return _by_pieces(sending, self.send, limit_bytes)
 
     def receive_blocks(self, receiving: Receiving, limit_bytes: int) -> int:
-        begin = receiving.position
-        while receiving.left_bytes and receiving.position - begin < limit_bytes:
-            if not (got := self.receive(receiving.piece())):
-                break
-            receiving.advance(got)
-        return receiving.position - begin
+        return _by_pieces(receiving, self.receive, limit_bytes)
 
     def close(self) -> None:
         self._socket.close()
+
+
+def _by_pieces(transfer: Transfer, move: Callable[[memoryview], int], limit_bytes: int) -> int:
+    """Whole pieces whatever the limit: after a refusal TLS wants the same bytes again. A record at most goes at once."""
+    begin = transfer.position
+    while transfer.left_bytes and transfer.position - begin < limit_bytes and (moved := move(transfer.piece())):
+        transfer.advance(moved)
+    return transfer.position - begin
 
 
 def is_connecting(connection: socket.socket) -> bool:

@@ -11,14 +11,15 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from statistics import median
 from typing import Literal
 
 from tandem.bench.cases import DECODE_TOKENS, Case, kv_tokens
-from tandem.bench.engine import Roofline, Say, fitted_engine
+from tandem.bench.engine import Roofline, fitted_engine
+from tandem.bench.names import named
 from tandem.bench.peer_models import GGUFKind, llama_cpp_model, vllm_model
 from tandem.bench.peers import LLAMA_CPP, PROGRAMS, Peer, Program
-from tandem.bench.report import Metric, metric
+from tandem.bench.report import Metric, Say, metric
+from tandem.bench.rounds import times_a_peer
 from tandem.bench.workload import EngineLoad
 from tandem.config import WorkerConfig
 from tandem.errors import ConfigError
@@ -90,12 +91,11 @@ def run(
     yield from roofline.metrics()
 
 
-def named(names: Sequence[str]) -> list[Program]:
-    """The peers of these names, each once. Raises ConfigError for a name that is none."""
-    for name in names:
-        if name not in PROGRAMS:
-            raise ConfigError(f"{name!r} is no peer that Tandem can be measured against ({', '.join(PROGRAMS)} are)")
-    return [PROGRAMS[name] for name in dict.fromkeys(names)]
+def programs_named(names: Sequence[str]) -> list[Program]:
+    """Raises ConfigError for a name that is none."""
+    return [
+        PROGRAMS[name] for name in named(names, PROGRAMS, "peer that Tandem can be measured against", optional=True)
+    ]
 
 
 def _model_of(program: Program, path: Path, weights: Weights, say: Say) -> tuple[Path, str]:
@@ -131,12 +131,4 @@ def compared(
 ) -> Iterator[Metric]:
     """The peer's speed, and Tandem's divided by it, round by round; the median of the ratios is held against `goal`."""
     yield metric(f"{case.name}_{name}", peer, "tokens/s", reference=label)
-    ratios = [mine / other for mine, other in zip(own, peer, strict=True)]
-    yield metric(
-        f"{case.name}_tandem_to_{name}",
-        ratios,
-        "x",
-        reference=f"{label}, round by round",
-        goal=None if goal is None else f">= {goal:g}",
-        ok=goal is None or median(ratios) >= goal,
-    )
+    yield times_a_peer(f"{case.name}_tandem_to_{name}", own, label, peer, goal)

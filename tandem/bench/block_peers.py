@@ -6,7 +6,8 @@ Owns the list. A peer that moves blocks answers the seconds of each batch, a sto
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Iterable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
@@ -14,8 +15,9 @@ from typing import Annotated
 
 from msgspec import Meta, Struct
 
+from tandem.bench.names import named
 from tandem.bench.peers import Peer, installed
-from tandem.errors import ConfigError
+from tandem.bench.report import Say
 
 _START_S = 120.0
 
@@ -107,9 +109,19 @@ DISK_STORES = {LMCACHE: (BlockPeer("lmcache_disk", "lmcache", "lmcache_peer.py",
 """And with the DISK tier."""
 
 
-def named(names: Sequence[str], known: Sequence[str]) -> list[str]:
-    """Each once. Raises ConfigError for a name that isn't known."""
-    for name in names:
-        if name not in known:
-            raise ConfigError(f"{name!r} is no peer that this can be measured against ({', '.join(known)} are)")
-    return list(dict.fromkeys(names))
+def started(
+    kinds: Iterable[BlockPeer], slab_bytes: int, batch_blocks: int, num_blocks: int, folder: Path | None = None,
+    *, running: ExitStack, say: Say,
+) -> list[RunningPeer]:  # fmt: skip
+    """All of them, until `running` ends. Raises as `BlockPeer.start`."""
+    peers = []
+    for kind in kinds:
+        say(f"{kind.name} is starting")
+        peers.append(kind.start(slab_bytes, batch_blocks, num_blocks, folder))
+        running.callback(peers[-1].process.close)
+    return peers
+
+
+def peers_named(names: Sequence[str], known: Collection[str]) -> list[str]:
+    """Raises ConfigError for a name that is none of `known`."""
+    return named(names, known, "peer that this can be measured against", optional=True)

@@ -7,49 +7,42 @@ matrix product.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from pathlib import Path
-from typing import Literal
 
 import psutil
 
 from kernels.linear import WeightFormat
-from kvpool.layout import DTYPE_BYTES, KVLayout
+from kvpool.layout import DTYPE_BYTES
 from tandem.bench import memory
 from tandem.bench.breakdown import breakdown
 from tandem.bench.cases import DECODE_TOKENS, Case, kv_tokens, plan
 from tandem.bench.limits import MemoryReader, matmul_flops_per_s
-from tandem.bench.report import Metric, metric
+from tandem.bench.report import Metric, Say, metric
 from tandem.bench.roofline import kv_read_bytes, prefill_flops, weight_read_bytes
 from tandem.bench.workload import EngineLoad
 from tandem.clock import now_s
 from tandem.config import WorkerConfig
 from tandem.engine.local import LocalEngine
+from tandem.engine.runner import layout_for
 from tandem.models.config import ModelConfig
-from tandem.models.loader import TORCH_DTYPES, open_weights
+from tandem.models.loader import TORCH_DTYPES, Dtype, open_weights
 
 BATCHES = (1, 4, 8, 16)
 CONTEXTS = (128, 512, 2048, 6000)
 _ARENA_SHARE = 0.5
 """Of the memory that is available, what the KV of a run may take."""
 
-Dtype = Literal["bf16", "fp32"]
-Say = Callable[[str], None]
-
 
 def fitted_engine(
     path: Path, dtype: Dtype, weights: WeightFormat, worker: WorkerConfig, num_tokens: int, max_batch: int, max_len: int
 ) -> LocalEngine:
     """The engine of `worker`, with an arena for `num_tokens` of KV, and a block to spare for each sequence at each end."""
-    layout = _layout(open_weights(path).config, dtype, worker)
+    layout = layout_for(open_weights(path).config, dtype, worker.block_size)
     num_blocks = layout.num_blocks_for(num_tokens) + 4 * max_batch + 2
     arena_bytes = max(2**20, num_blocks * layout.slab_bytes)
     fitted = worker.model_copy(update={"arena_bytes": arena_bytes, "max_running": max(worker.max_running, max_batch)})
     return LocalEngine(path, dtype=dtype, weights=weights, worker=fitted, max_len=max_len)
-
-
-def _layout(model: ModelConfig, dtype: Dtype, worker: WorkerConfig) -> KVLayout:
-    return KVLayout(model.num_layers, model.num_kv_heads, model.head_dim, worker.block_size, dtype)
 
 
 class Roofline:
@@ -117,7 +110,7 @@ def run(
     a breakdown of their steps; before all of them comes the memory of two workers."""
     began_s = now_s()
     model = open_weights(path).config
-    slab_bytes = _layout(model, dtype, worker).slab_bytes
+    slab_bytes = layout_for(model, dtype, worker.block_size).slab_bytes
     limit_tokens = int(psutil.virtual_memory().available * _ARENA_SHARE) // slab_bytes * worker.block_size
     planned = plan(
         batches,

@@ -29,14 +29,13 @@ from kvpool.keys import Key
 from kvpool.service import KVService
 from kvpool.sink import WantedBlock
 from kvpool.transport.base import Transport
-from kvpool.transport.shm import ShmTransport
-from kvpool.transport.tcp import TcpTransport
+from kvpool.transport.build import make_transports
 from kvpool.transport.tcp_stream import TlsFiles
-from kvpool.transport.ucx import UcxTransport
 from protos.control import Source
-from tandem.bench.peers import Peer, Ready
+from tandem.bench.names import named
+from tandem.bench.peers import Peer, Ready, answer
 from tandem.clock import now_s
-from tandem.errors import ConfigError
+from tandem.config import TlsConfig, TransferConfig
 from tandem.machine import machine_id
 
 BLOCK_SIZE = 16
@@ -54,13 +53,8 @@ _LINE_BYTES = 1 << 20
 
 def transports_named(names: Sequence[str]) -> list[TransportName]:
     """Each once. Raises ConfigError for a name that is none, or for none at all."""
-    found: list[TransportName] = [known for known in TRANSPORTS if known in names]
-    for name in names:
-        if name not in TRANSPORTS:
-            raise ConfigError(f"{name!r} is no transport ({', '.join(TRANSPORTS)} are)")
-    if not found:
-        raise ConfigError(f"no transport is named ({', '.join(TRANSPORTS)} are)")
-    return found
+    found = named(names, TRANSPORTS, "transport")
+    return [known for known in TRANSPORTS if known in found]
 
 
 def key_of(number: int) -> Key:
@@ -88,16 +82,11 @@ def fill(memory: NDArray[np.uint8], seed: int) -> None:
 
 def make_transport(name: TransportName, arena: Arena, epoch: bytes, tls: TlsFiles | None) -> Transport:
     """Raises TransportError or ConfigError for what can't be opened."""
-    match name:
-        case "shm":
-            return ShmTransport(arena, epoch, machine_id(), native())
-        case "ucx":
-            return UcxTransport(arena, epoch, HOST, native())
-        case "tcp":
-            return TcpTransport(arena, epoch, HOST, native())
-        case "tls":
-            assert tls is not None, "TLS without files"
-            return TcpTransport(arena, epoch, HOST, native(), tls=tls)
+    assert name != "tls" or tls is not None, "TLS without files"
+    files = TlsConfig(cert=tls.certificate, key=tls.key, ca=tls.authority) if name == "tls" and tls else TlsConfig()
+    transfer = TransferConfig(host=HOST, transports=["tcp" if name == "tls" else name], tls=files)
+    (made,) = make_transports(transfer, arena, epoch, machine_id=machine_id(), native=native())
+    return made
 
 
 class Setup(Struct):
@@ -225,7 +214,7 @@ class _Child:
         poller = zmq.Poller()
         poller.register(sys.stdin.fileno(), zmq.POLLIN)
         self._service.register(poller)
-        _answer(Ready("tandem"))
+        answer(Ready("tandem"))
         lines, due_s = b"", 0.0
         while True:
             ready = dict(poller.poll(max(0, int((due_s - now_s()) * 1000))))
@@ -242,20 +231,15 @@ class _Child:
     def _do(self, request: _Request) -> None:
         match request:
             case WhoAreYou():
-                _answer(Iam(self._source, self._arena.fd))
+                answer(Iam(self._source, self._arena.fd))
             case Spend():
-                _answer(Spent.here())
+                answer(Spent.here())
             case SendRaw(port=port, block_ids=block_ids):
                 if port not in self._sockets:
                     self._sockets[port] = socket.create_connection((HOST, port))
                     self._sockets[port].setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
                 for block_id in block_ids:
                     self._sockets[port].sendall(self._arena.slab(block_id))
-
-
-def _answer(message: Struct) -> None:
-    sys.stdout.buffer.write(msgspec.json.encode(message) + b"\n")
-    sys.stdout.flush()
 
 
 if __name__ == "__main__":

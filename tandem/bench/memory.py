@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 import sys
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -17,8 +17,8 @@ import msgspec
 
 from kernels.linear import WeightFormat
 from protos.control import Sampling
-from tandem.bench.peers import Peer, Ready
-from tandem.bench.report import Metric, metric
+from tandem.bench.peers import Peer, Ready, answer
+from tandem.bench.report import Metric, Say, metric
 from tandem.config import WorkerConfig, packed_dir
 from tandem.engine.local import LocalEngine
 from tandem.models.loader import Dtype
@@ -71,9 +71,7 @@ def together(one: Usage, two: Usage) -> int:
     return one.private + two.private + sum(max(one.shared[place], two.shared[place]) for place in places)
 
 
-def run(
-    path: Path, dtype: Dtype, weights: WeightFormat, worker: WorkerConfig, say: Callable[[str], None]
-) -> Iterator[Metric]:
+def run(path: Path, dtype: Dtype, weights: WeightFormat, worker: WorkerConfig, say: Say) -> Iterator[Metric]:
     """The memory of one worker and of two at once. Raises TandemError if one of them fails."""
     say("memory: two workers load the model, one after the other, and run a step")
     file = (packed_dir() / file_name(path, weights)).resolve()
@@ -124,8 +122,7 @@ def _child(path: Path, dtype: Dtype, weights: WeightFormat, worker: WorkerConfig
     """A worker's model and engine, one step, and then nothing until the parent closes stdin or ends."""
     engine = LocalEngine(path, dtype=dtype, weights=weights, worker=worker)
     engine.generate([[1, 2, 3]], [Sampling(max_tokens=1)])
-    sys.stdout.buffer.write(msgspec.json.encode(Ready("tandem")) + b"\n")
-    sys.stdout.flush()
+    answer(Ready("tandem"))
     sys.stdin.read()
 
 

@@ -22,6 +22,7 @@ import xxhash
 from safetensors.torch import save_file
 from torch import Tensor
 
+from tandem.bench.report import Say
 from tandem.config import cache_dir
 from tandem.errors import ModelError
 from tandem.models.config import ModelConfig
@@ -37,8 +38,6 @@ _ARCHITECTURES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM"}
 _STALE_S = 3600.0
 """A temporary folder that is older was left by a killed process."""
 _READ_BYTES = 1 << 24
-
-Say = Callable[[str], None]
 
 
 def llama_cpp_model(model: Path, kind: GGUFKind, say: Say) -> Path:

@@ -1,9 +1,9 @@
 """What Tandem is measured against, and its own helpers, as long-lived child processes, so that they can take turns.
 
-Owns the child: its start, its lines, its deadlines, its end. Speaks JSON lines: the child says `ready` once, then answers each
-request on stdin (to an engine `prefill` or `decode`) with an answer (of an engine `measured`) or `failed` on stdout. What it
-writes to stderr is kept for the message of its error. The other half is `benchmarks/peers`, which runs in the peer's own
-virtual environment and knows nothing of Tandem.
+Owns the child: its environment, its start, its lines, its deadlines, its last words, its end. Speaks JSON lines: the child says
+`ready` once, then answers each request on stdin (to an engine `prefill` or `decode`) with an answer (of an engine `measured`)
+or `failed` on stdout. What it writes to stderr is kept for the message of its error. The other half is `benchmarks/peers`,
+which runs in the peer's own virtual environment and knows nothing of Tandem.
 """
 
 from __future__ import annotations
@@ -11,14 +11,16 @@ from __future__ import annotations
 import os
 import select
 import signal
+import socket
 import subprocess
+import sys
 import tempfile
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Annotated, TypeVar, Union
+from typing import IO, Annotated, TypeVar, Union
 
 import msgspec
 from msgspec import Meta, Struct
@@ -34,8 +36,8 @@ ANSWER_S = 300.0
 _END_S = 10.0
 _MAX_LINE = 65_536
 _ADVICE = "If its installation is damaged, remove .peers and run `make peers`"
-_LAST_WORDS = 2_000
-_LAST_LINES = 4
+_LAST_WORDS = 4_000
+_LAST_LINES = 6
 _OURS = (
     "PYTHONPATH",
     "PYTHONHOME",
@@ -45,7 +47,6 @@ _OURS = (
     "KMP_AFFINITY",
     "GOMP_CPU_AFFINITY",
 )
-"""What our environment says of our own process alone."""
 
 
 class Ready(Struct, tag="ready", tag_field="t"):
@@ -143,7 +144,7 @@ class Peer:
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=self._stderr,
-                env={key: value for key, value in os.environ.items() if key not in _OURS},
+                env=environment(),
                 start_new_session=True,  # so that whatever it starts ends with it
             )
         except OSError as error:
@@ -263,9 +264,33 @@ class Peer:
 
     def _fail(self, what: str) -> TandemError:
         self.kill()
-        end = self._stderr.seek(0, os.SEEK_END)
-        self._stderr.seek(max(0, end - _LAST_WORDS))
-        lines = [line.strip() for line in self._stderr.read().decode("utf-8", "replace").splitlines()]
-        words = " | ".join([line for line in lines if line][-_LAST_LINES:])
+        words = last_words(self._stderr)
         self.close()
-        return TandemError(f"{self.name} {what}; its last words: {words or 'none'}. {self._advice}".rstrip())
+        return TandemError(f"{self.name} {what}; its last words: {words}. {self._advice}".rstrip())
+
+
+def environment() -> dict[str, str]:
+    """Ours, without what it says of our own process alone."""
+    return {key: value for key, value in os.environ.items() if key not in _OURS}
+
+
+def answer(message: Struct) -> None:
+    """In a child of ours: what the parent hears."""
+    sys.stdout.buffer.write(msgspec.json.encode(message) + b"\n")
+    sys.stdout.flush()
+
+
+def last_words(output: IO[bytes]) -> str:
+    """The last lines of what a process wrote into that file, as one."""
+    end = output.seek(0, os.SEEK_END)
+    output.seek(max(0, end - _LAST_WORDS))
+    lines = [line.strip() for line in output.read().decode("utf-8", "replace").splitlines()]
+    return " | ".join([line for line in lines if line][-_LAST_LINES:]) or "none"
+
+
+def free_port() -> int:
+    """A TCP port of the loopback that is free now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port

@@ -14,12 +14,13 @@ from pathlib import Path
 from statistics import median
 
 from kvpool.arena import Arena
-from tandem.bench.block_peers import DISK_STORES, HOST_STORES, BlockPeer, RunningPeer
+from tandem.bench.block_peers import DISK_STORES, HOST_STORES, RunningPeer, started
 from tandem.bench.kv_source import fill
+from tandem.bench.names import named
 from tandem.bench.pool_disk import DiskWorld, RawFile, Restart
 from tandem.bench.pool_host import HostTier, batches_of
-from tandem.bench.report import Metric, metric
-from tandem.bench.rounds import Say, Turn, beside, in_rounds, times_a_peer
+from tandem.bench.report import Metric, Say, metric
+from tandem.bench.rounds import Turn, beside, in_rounds, times_a_peer
 from tandem.bench.transfer_limits import copy_blocks
 from tandem.config import cache_dir
 from tandem.errors import ConfigError
@@ -57,12 +58,8 @@ class Load:
 
 def tiers_named(names: Sequence[str]) -> list[str]:
     """What of `TIERS` is measured. Raises ConfigError for a name that is none, or for none at all."""
-    for name in names:
-        if name not in TIERS:
-            raise ConfigError(f"--tiers: {name!r} is none ({', '.join(TIERS)} are)")
-    if not names:
-        raise ConfigError(f"--tiers names none ({', '.join(TIERS)} are)")
-    return [tier for tier in TIERS if tier in names]
+    found = named(names, TIERS, "tier")
+    return [tier for tier in TIERS if tier in found]
 
 
 def run(
@@ -141,7 +138,8 @@ def _peers(rates: Mapping[str, Sequence[float]], labels: Mapping[str, str], ours
 
 def _host(load: Load, arena: Arena, against: Sequence[str], rounds: int, say: Say) -> Iterator[Metric]:
     with ExitStack() as running:
-        peers = _started([kind for name in against for kind in HOST_STORES.get(name, ())], load, None, running, say)
+        kinds = [kind for name in against for kind in HOST_STORES.get(name, ())]
+        peers = started(kinds, load.slab_bytes, load.batch_blocks, load.values, running=running, say=say)
         say(f"the HOST tier: {load.values} blocks of {load.slab_bytes} bytes")
         tier = HostTier(arena, load.values, load.batch_blocks)
         running.callback(tier.close)
@@ -164,7 +162,8 @@ def _disk(load: Load, arena: Arena, against: Sequence[str], folder: Path, rounds
     with ExitStack() as running:
         theirs = folder / "lmcache"
         theirs.mkdir()
-        peers = _started([kind for name in against for kind in DISK_STORES.get(name, ())], load, theirs, running, say)
+        kinds = [kind for name in against for kind in DISK_STORES.get(name, ())]
+        peers = started(kinds, load.slab_bytes, load.batch_blocks, load.values, theirs, running=running, say=say)
         say(f"the DISK tier: {load.num_bytes / 1e9:.1f} GB in {folder.parent}")
         world = DiskWorld(arena, load.values, folder / "tier")
         running.callback(world.close)
@@ -183,17 +182,6 @@ def _disk(load: Load, arena: Arena, against: Sequence[str], folder: Path, rounds
         turns: list[Turn] = [plain, disk, *(partial(_peer_turn, peer, load) for peer in peers)]
         rates, _ = in_rounds(turns, rounds, say)
     yield from disk_metrics(rates, {peer.kind.name: peer.label for peer in peers})
-
-
-def _started(
-    kinds: Sequence[BlockPeer], load: Load, folder: Path | None, running: ExitStack, say: Say
-) -> list[RunningPeer]:
-    peers = []
-    for kind in kinds:
-        say(f"{kind.name} is starting")
-        peers.append(kind.start(load.slab_bytes, load.batch_blocks, load.values, folder))
-        running.callback(peers[-1].process.close)
-    return peers
 
 
 def _peer_turn(peer: RunningPeer, load: Load) -> dict[str, float]:

@@ -19,15 +19,17 @@ import numpy as np
 
 from kernels.cpu import native
 from kvpool.arena import Arena
+from kvpool.block_pool import BlockRecord
 from kvpool.keys import Key
+from kvpool.node_tiers import group_digest
 from kvpool.sink import WantedBlock
-from kvpool.tiers.disk.requests import Loaded, LoadRequest, Result, Stored, StoreRequest
+from kvpool.tiers.disk.requests import Loaded, LoadRequest, Result, Stored
 from kvpool.tiers.disk.segments import slot_bytes_for
 from kvpool.tiers.disk.tier import DiskTier
 from tandem.bench.kv_source import BLOCK_SIZE
 from tandem.bench.pool_host import chain
-from tandem.bench.pool_node import PoolNodeProcess, group_digest
-from tandem.bench.rounds import Say
+from tandem.bench.pool_node import GROUP, PoolNodeProcess
+from tandem.bench.report import Say
 from tandem.bench.transfer_sink import Fetches
 from tandem.errors import TandemError
 
@@ -59,7 +61,7 @@ class DiskWorld:
             bytes_per_directory=(values + _SPARE_SLOTS) * slot_bytes_for(arena.slab_bytes),
             arena=arena,
             block_size=BLOCK_SIZE,
-            group=group_digest(),
+            group=group_digest(GROUP),
             native=native(),
         )
 
@@ -72,12 +74,9 @@ class DiskWorld:
         """Seconds until every block of a new round is stored. Raises TandemError."""
         self._round += 1
         self._blocks = chain(f"round {self._round}", self._values)
-        requests = [
-            StoreRequest(block_id, key, parent, BLOCK_SIZE, self._checksums[block_id], _WRITER, _WRITER)
-            for block_id, (key, parent) in enumerate(self._blocks)
-        ]
+        records = records_of(self._blocks, self._checksums)
         began = time.perf_counter()
-        store(self._tier, requests)
+        store(self._tier, records)
         return time.perf_counter() - began
 
     def read(self) -> float:
@@ -156,20 +155,14 @@ class Restart:
             bytes_per_directory=self._disk_bytes,
             arena=self._arena,
             block_size=BLOCK_SIZE,
-            group=group_digest(),
+            group=group_digest(GROUP),
             native=native(),
         )
         try:
             checksum = self._arena.checksum(0)  # all blocks are zero: it is the index that counts here
             for first in range(0, num_blocks, self._arena.num_blocks):
                 part = self._blocks[first : first + self._arena.num_blocks]
-                store(
-                    tier,
-                    [
-                        StoreRequest(block_id, key, parent, BLOCK_SIZE, checksum, _WRITER, _WRITER)
-                        for block_id, (key, parent) in enumerate(part)
-                    ],
-                )
+                store(tier, records_of(part, [checksum] * len(part)))
         finally:
             tier.close()
 
@@ -197,10 +190,18 @@ class Restart:
         self._arena.close()
 
 
-def store(tier: DiskTier, requests: Sequence[StoreRequest]) -> None:
+def records_of(blocks: Sequence[tuple[Key, Key]], checksums: Sequence[bytes]) -> list[BlockRecord]:
+    """Of blocks `(key, parent)` that lie in an arena from its begin on."""
+    return [
+        BlockRecord(block_id, key, parent, BLOCK_SIZE, checksum, True, _WRITER, _WRITER)
+        for block_id, ((key, parent), checksum) in enumerate(zip(blocks, checksums, strict=True))
+    ]
+
+
+def store(tier: DiskTier, records: Sequence[BlockRecord]) -> None:
     """Until all are stored. Raises TandemError if one isn't."""
-    pending, num_stored = deque(requests), 0
-    while num_stored < len(requests):
+    pending, num_stored = deque(records), 0
+    while num_stored < len(records):
         room = min(tier.store_room(), len(pending))
         if room:
             tier.store([pending.popleft() for _ in range(room)])

@@ -6,7 +6,6 @@ that a node exchanges with a router.
 
 from __future__ import annotations
 
-import hashlib
 import os
 import sys
 import threading
@@ -21,7 +20,7 @@ from kvpool import node
 from protos import control
 from protos.control import Hello, Peers, RoutingGroup, Source, Welcome
 from tandem.bench.kv_source import BLOCK_SIZE, HOST
-from tandem.bench.peers import Peer, Ready
+from tandem.bench.peers import Peer, Ready, answer
 from tandem.config import DiskConfig, PoolConfig, RouterConfig, TransferConfig, load_config
 from tandem.errors import TandemError
 
@@ -32,11 +31,6 @@ _NAME = "pool-bench"
 _START_S = 60.0
 _HELLO_S = 30.0
 _HEARTBEAT_S = 0.25
-
-
-def group_digest() -> bytes:
-    """What a node calls its group by on disk."""
-    return hashlib.sha256(msgspec.msgpack.encode(GROUP)).digest()
 
 
 class Setup(Struct):
@@ -135,8 +129,7 @@ def _child(setup: Setup) -> None:
         stop.set()
 
     threading.Thread(target=until_stdin_ends, daemon=True).start()
-    sys.stdout.buffer.write(msgspec.json.encode(Ready("tandem")) + b"\n")
-    sys.stdout.flush()
+    answer(Ready("tandem"))
     node.run(config, _NAME, stop)
 
 

@@ -19,8 +19,8 @@ from torch import Tensor
 
 from kernels.cpu import Native, native
 from kernels.linear import Matrix, WeightFormat, pack, unpack
-from tandem.bench.engine import Say
-from tandem.bench.report import Metric, metric
+from tandem.bench.names import named
+from tandem.bench.report import Metric, Say, metric
 from tandem.bench.roofline import weight_read_bytes
 from tandem.config import WorkerConfig, packed_dir
 from tandem.engine.runner import Chunk, Runner, layout_for
@@ -111,13 +111,11 @@ class Reader:
             yield self._runner.run([Chunk(window[at : at + 1], at, self._table, True) for at in positions])
 
 
-def named(names: Sequence[str]) -> list[WeightFormat]:
+def forms_named(names: Sequence[str]) -> list[WeightFormat]:
     """The formats of these names, each once, the reference always and first. Raises ConfigError for a name that is none."""
     known: tuple[WeightFormat, ...] = get_args(WeightFormat)
-    for name in names:
-        if name not in known:
-            raise ConfigError(f"{name!r} is no format of weights ({', '.join(known)} are)")
-    return [REFERENCE, *(form for form in known if form in names and form != REFERENCE)]
+    found = named(names, known, "format of weights")
+    return [REFERENCE, *(form for form in known if form in found and form != REFERENCE)]
 
 
 def windows(token_ids: Sequence[int], num_tokens: int, size: int, bos: int | None) -> list[list[int]]:

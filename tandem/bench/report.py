@@ -10,12 +10,15 @@ import os
 import platform
 import shutil
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median
 
 import psutil
+
+Say = Callable[[str], None]
+"""Hears of the progress."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,9 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from statistics import median
 
-from tandem.bench.report import Metric, metric
-
-Say = Callable[[str], None]
+from tandem.bench.report import Metric, Say, metric
 
 Turn = Callable[[], Mapping[str, float]]
 """Runs a contender once and answers what it reached, by name."""

@@ -13,8 +13,8 @@ from pathlib import Path
 from random import Random
 from typing import Literal
 
-from protos import tandem_pb2 as pb
 from protos.control import Sampling
+from tandem.bench.ask import Answered, ask, random_tokens
 from tandem.bench.report import Metric, metric, percentile
 from tandem.client import Client
 from tandem.clock import now_s
@@ -26,9 +26,7 @@ _PREFIX_TOKENS = (0, 128, 256, 384)
 _SUFFIX_TOKENS = (16, 96)
 _ANSWER_TOKENS = 32
 NUM_ROUNDS = 3
-_FIRST_TOKEN_ID = 1000
-_NUM_TOKEN_IDS = 8000
-"""Prompts draw from plain text tokens that every vocabulary we serve has."""
+_ASK_S = 300.0
 
 
 @dataclass(slots=True)
@@ -51,16 +49,12 @@ class Prompts:
     def __init__(self, seed: int) -> None:
         self._random = Random(seed)
         shared = Random(0)
-        self._prefixes = [[_token(shared) for _ in range(length)] for length in _PREFIX_TOKENS]
+        self._prefixes = [random_tokens(shared, length) for length in _PREFIX_TOKENS]
 
     def next(self) -> list[int]:
         """Token ids of one prompt."""
-        suffix = [_token(self._random) for _ in range(self._random.randint(*_SUFFIX_TOKENS))]
+        suffix = random_tokens(self._random, self._random.randint(*_SUFFIX_TOKENS))
         return [*self._random.choice(self._prefixes), *suffix]
-
-
-def _token(random: Random) -> int:
-    return _FIRST_TOKEN_ID + random.randrange(_NUM_TOKEN_IDS)
 
 
 def sources(clients: int) -> list[Prompts]:
@@ -75,14 +69,15 @@ def load(target: str, prompts: Sequence[Prompts], seconds: float) -> Load:
 
     def loop(own: Prompts) -> None:
         while now_s() - began_s < seconds:
+            prompt, sent_s = own.next(), now_s()
             try:
-                seen = _ask(client, own.next())
+                seen = ask(client, prompt, _ANSWER_TOKENS, _ASK_S)
             except TandemError as error:
                 with lock:
                     result.errors.append(f"{type(error).__name__}: {error}")
                 return  # a cluster that refuses is not hammered
             with lock:
-                _add(result, seen)
+                _add(result, sent_s, seen)
 
     with Client(target) as client:
         threads = [threading.Thread(target=loop, args=(own,), name="client") for own in prompts]
@@ -94,36 +89,13 @@ def load(target: str, prompts: Sequence[Prompts], seconds: float) -> Load:
     return result
 
 
-@dataclass(frozen=True, slots=True)
-class _Seen:
-    times_s: list[float]
-    completed: pb.Completed
-
-
-def _ask(client: Client, prompt: Sequence[int]) -> _Seen:
-    sent_s = now_s()
-    times_s: list[float] = []
-    completed = None
-    sampling = pb.SamplingParams(max_tokens=_ANSWER_TOKENS, ignore_eos=True)
-    for event in client.generate(prompt, sampling, timeout_s=300.0):
-        if event.HasField("chunk"):
-            times_s.extend([now_s() - sent_s] * len(event.chunk.token_ids))
-        elif event.HasField("completed"):
-            completed = event.completed
-    if completed is None or len(times_s) != _ANSWER_TOKENS:
-        raise TandemError(
-            f"an answer has {len(times_s)} of {_ANSWER_TOKENS} tokens, terminal message: {completed is not None}"
-        )
-    return _Seen(times_s, completed)
-
-
-def _add(result: Load, seen: _Seen) -> None:
+def _add(result: Load, sent_s: float, seen: Answered) -> None:
     times_s = seen.times_s
     result.num_requests += 1
     result.num_tokens += len(times_s)
     result.prompt_tokens += seen.completed.num_prompt_tokens
     result.cached_tokens += seen.completed.num_cached_tokens
-    result.ttft_s.append(times_s[0])
+    result.ttft_s.append(times_s[0] - sent_s)
     result.tpot_s.append((times_s[-1] - times_s[0]) / (len(times_s) - 1))
 
 

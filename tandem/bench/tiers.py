@@ -17,11 +17,13 @@ from random import Random
 from statistics import median
 
 from protos import tandem_pb2 as pb
-from tandem.bench.report import Metric, metric
+from tandem.bench.ask import ask, random_tokens
+from tandem.bench.names import named
+from tandem.bench.report import Metric, Say, metric
 from tandem.client import Client
 from tandem.clock import now_s
 from tandem.config import Config, DiskConfig
-from tandem.errors import ConfigError, DeadlineExceeded, TandemError
+from tandem.errors import DeadlineExceeded, TandemError
 
 PROMPT_TOKENS = 2000
 NUM_PROMPTS = 6
@@ -33,23 +35,17 @@ _STREAM_TOKENS = 256
 _STREAMS_PER_TURN = 3
 _KEPT_WITHIN_S = 60.0
 _LOOK_S = 0.05
-_FIRST_TOKEN_ID = 1000
-_NUM_TOKEN_IDS = 8000
+_ASK_S = 120.0
 
 OwnCluster = Callable[[Config], AbstractContextManager[str]]
 """A cluster of a configuration, for as long as the context lasts; it gives the target."""
-Say = Callable[[str], None]
-
 
 PARTS = ("ttft", "handover", "checkpoints")
 
 
 def parts_named(names: Sequence[str]) -> list[str]:
-    """Raises ConfigError for one that is none."""
-    wrong = [name for name in names if name not in PARTS]
-    if wrong or not names:
-        raise ConfigError(f"--what {','.join(names)!r}: must be some of {', '.join(PARTS)}")
-    return list(dict.fromkeys(names))
+    """Each once. Raises ConfigError for a name that is none, or for none at all."""
+    return named(names, PARTS, "measurement")
 
 
 def slab_bytes_of(model: Path, config: Config) -> int:
@@ -97,12 +93,12 @@ def ttft_by_tier(config: Config, own_cluster: OwnCluster, slab_bytes: int, disk_
             prompts = _prompts(NUM_PROMPTS, seed=len(tier))
             for i, prompt in enumerate(prompts):
                 say(f"{tier}: computing prompt {i + 1} of {len(prompts)}")
-                done = _ask(client, prompt, 2)
+                done = ask(client, prompt, 2, _ASK_S).completed
                 recomputed.append(done.ttft_s)
                 _wait_until_kept(client, tier, (i + 1) * num_blocks - i - 1)
             for _ in range(NUM_ROUNDS):
                 for prompt in prompts[:-2]:
-                    done = _ask(client, prompt, 2)
+                    done = ask(client, prompt, 2, _ASK_S).completed
                     found.setdefault(tier, []).append(done.ttft_s)
                     _check_tier(done, tier)
     reference = "the same prompts, computed, in the same clusters"
@@ -126,7 +122,7 @@ def exposed_transfer(config: Config, own_cluster: OwnCluster, say: Say) -> Itera
     with own_cluster(config.model_copy(update=workers)) as target, Client(target) as client:
         for i, prompt in enumerate(_prompts(_HANDOVERS + 2, seed=1)):
             say(f"hand-over {i + 1} of {_HANDOVERS + 2}")
-            done = _ask(client, prompt, 8)
+            done = ask(client, prompt, 8, _ASK_S).completed
             if not done.HasField("exposed_transfer_s"):
                 raise TandemError(f"prompt {i + 1} was not handed over: {done}")
             if i >= 2:  # the first ones learn the speeds that placement goes by
@@ -178,7 +174,7 @@ def checkpoint_cost(config: Config, own_cluster: OwnCluster, say: Say, num_turns
 
 
 def _step_s(client: Client, prompt: Sequence[int]) -> float:
-    times_s = _times(client, prompt[:_STREAM_PROMPT_TOKENS], _STREAM_TOKENS)
+    times_s = ask(client, prompt[:_STREAM_PROMPT_TOKENS], _STREAM_TOKENS, _ASK_S).times_s
     return (times_s[-1] - times_s[0]) / (len(times_s) - 1)
 
 
@@ -204,26 +200,7 @@ def _num_kept(client: Client) -> int:
 
 def _prompts(count: int, seed: int) -> list[list[int]]:
     random = Random(seed)
-    return [[_FIRST_TOKEN_ID + random.randrange(_NUM_TOKEN_IDS) for _ in range(PROMPT_TOKENS)] for _ in range(count)]
-
-
-def _ask(client: Client, prompt: Sequence[int], num_tokens: int) -> pb.Completed:
-    sampling = pb.SamplingParams(max_tokens=num_tokens, ignore_eos=True)
-    for event in client.generate(prompt, sampling, timeout_s=120.0):
-        if event.HasField("completed"):
-            return event.completed
-    raise TandemError("an answer ended without its last message")
-
-
-def _times(client: Client, prompt: Sequence[int], num_tokens: int) -> list[float]:
-    """When each token came."""
-    times_s: list[float] = []
-    for event in client.generate(prompt, pb.SamplingParams(max_tokens=num_tokens, ignore_eos=True), timeout_s=120.0):
-        if event.HasField("chunk"):
-            times_s.extend([now_s()] * len(event.chunk.token_ids))
-    if len(times_s) != num_tokens:
-        raise TandemError(f"an answer has {len(times_s)} of {num_tokens} tokens")
-    return times_s
+    return [random_tokens(random, PROMPT_TOKENS) for _ in range(count)]
 
 
 def _check_tier(done: pb.Completed, tier: str) -> None:

@@ -27,10 +27,10 @@ from kvpool.arena import Arena
 from kvpool.sink import WantedBlock
 from kvpool.transport.tcp_stream import TlsFiles
 from tandem.bench import transfer_limits as limits
-from tandem.bench.block_peers import MOONCAKE, MOVERS, NIXL, RunningPeer
+from tandem.bench.block_peers import MOONCAKE, MOVERS, NIXL, RunningPeer, started
 from tandem.bench.kv_source import Mapped, SourceProcess, TransportName, fill, wanted
-from tandem.bench.report import Metric
-from tandem.bench.rounds import Say, Turn, in_rounds
+from tandem.bench.report import Metric, Say
+from tandem.bench.rounds import Turn, in_rounds
 from tandem.bench.transfer_report import (
     MEMCPY,
     NO_CHECKSUM,
@@ -89,12 +89,8 @@ class _Bench:
         self._running = running
         self._random = random.Random(7)
         self._tls = make_certificate(running) if "tls" in transports else None
-        self._peers: list[RunningPeer] = []
-        for kind in [kind for name in (NIXL, MOONCAKE) if name in against for kind in MOVERS[name]]:
-            say(f"{kind.name} is starting")
-            peer = kind.start(shape.slab_bytes, shape.batch_blocks, shape.num_blocks)
-            running.callback(peer.process.close)
-            self._peers.append(peer)
+        kinds = [kind for name in (NIXL, MOONCAKE) if name in against for kind in MOVERS[name]]
+        self._peers = started(kinds, shape.slab_bytes, shape.batch_blocks, shape.num_blocks, running=running, say=say)
         self.labels = {
             f"{peer.kind.name}_{way}": f"{peer.label}, {way}" for peer in self._peers for way in peer.kind.operations
         }

@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 
 from kvpool.transport.ucx_library import CONFIGURATION
 from tandem.bench.kv_source import HOST, SendRaw, SourceProcess
+from tandem.bench.peers import free_port
 from tandem.errors import TandemError
 
 _LIMIT_S = 60.0
@@ -86,7 +87,7 @@ class UcxPerftest:
 
     def rate(self, num_blocks: int) -> float:
         """GB/s of so many messages. Raises TandemError."""
-        port = _free_port()
+        port = free_port()
         run = [*self._command, "-n", str(num_blocks), "-w", str(max(1, num_blocks // 10)), "-p", str(port)]
         server = subprocess.Popen(
             run, env=self._environment, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
@@ -126,12 +127,6 @@ def _perftest() -> tuple[str, str]:
             "there is no ucx_perftest: neither in the package libucx nor on the machine (Debian: ucx-utils)"
         )
     return found, ""
-
-
-def _free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind((HOST, 0))
-        return int(listener.getsockname()[1])
 
 
 def _wait_until_listening(port: int, server: subprocess.Popen[bytes]) -> None:

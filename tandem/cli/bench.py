@@ -82,7 +82,7 @@ def engine(
     config = load_config(config_path)
     worker = config.decode if threads is None else config.decode.model_copy(update={"threads": threads})
     sizes = _numbers("--batches", batches), _numbers("--contexts", contexts)
-    peers = comparison.named([name.strip() for name in against.split(",")]) if against else []
+    peers = comparison.programs_named([name.strip() for name in against.split(",")]) if against else []
     if peers and config.model.dtype != "bf16":
         raise ConfigError(f"model.dtype is {config.model.dtype}, --against compares bf16 alone")
     path = resolve_model(config.model.path)
@@ -244,11 +244,11 @@ def transfer(
     reached.
     """
     from tandem.bench import transfer as bench
-    from tandem.bench.block_peers import MOVERS, named
+    from tandem.bench.block_peers import MOVERS, peers_named
     from tandem.bench.kv_source import transports_named
 
     chosen = transports_named(_names(transports))
-    peers = named(_names(against), list(MOVERS))
+    peers = peers_named(_names(against), MOVERS)
     shape = bench.shape_of(block_bytes, batch, arena_mib << 20, batches)
     if as_json:
         blocks = {"block_bytes": block_bytes, "batch": batch, "arena_blocks": shape.num_blocks}
@@ -288,10 +288,10 @@ def pool(
     exit code is 1 if a goal isn't reached.
     """
     from tandem.bench import pool as bench
-    from tandem.bench.block_peers import HOST_STORES, named
+    from tandem.bench.block_peers import HOST_STORES, peers_named
 
     chosen = bench.tiers_named(_names(tiers))
-    peers = named(_names(against), list(HOST_STORES))
+    peers = peers_named(_names(against), HOST_STORES)
     load = bench.Load(block_bytes, batch, values, restart_blocks)
     if as_json:
         blocks = {"block_bytes": block_bytes, "batch": batch, "values": values, "restart_blocks": restart_blocks}
@@ -433,7 +433,7 @@ def quality(
     from tandem.model_files import resolve_model
 
     config = load_config(config_path)
-    forms = bench.named([name.strip() for name in weights.split(",")])
+    forms = bench.forms_named([name.strip() for name in weights.split(",")])
     path = resolve_model(config.model.path)
     if as_json:
         print_json(header() | {"quality": {"weights": forms, "tokens": tokens, "threads": config.decode.threads}})

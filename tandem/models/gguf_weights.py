@@ -1,14 +1,12 @@
-"""GGUF files: a bounded reader of the header, and the weights of supported architectures under Hugging Face names.
+"""GGUF files: their tensors, and the weights of supported architectures under Hugging Face names.
 
-Trusts nothing in the file: every count and length is checked against a limit or the file's size before anything is
-allocated or read. The file is mapped, never written. Source: the GGUF specification (ggml, docs/gguf.md); llama.cpp's
-converter for the order of q and k rows.
+Trusts nothing in the file: every place is checked against the file's size before anything is allocated or read (the header is
+`tandem.gguf_header`'s). The file is mapped, never written. Source: llama.cpp's converter for the order of q and k rows.
 """
 
 from __future__ import annotations
 
 import math
-import struct
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -20,22 +18,13 @@ import torch
 from torch import Tensor
 
 from tandem.errors import ModelError
+from tandem.gguf_header import TensorPlace, read_header
 from tandem.models.config import ModelConfig, RopeConfig
-
-MAX_KEYS = 65_536
-MAX_TENSORS = 65_536
-MAX_NAME_BYTES = 65_535
-MAX_ARRAY = 4_000_000
-MAX_DIMS = 4
-
-Value = bool | int | float | str | list[Any]
-_SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
-_STRING, _ARRAY = 8, 9
 
 
 @dataclass(frozen=True, slots=True)
 class GGUFTensor:
-    """Where a tensor lies. `shape` is in row-major order (the file's is reversed), `offset` from the start of the file."""
+    """Where a tensor lies, inside the file. `shape` is in row-major order, `offset` from the start of the file."""
 
     shape: tuple[int, ...]
     kind: gguf.GGMLQuantizationType
@@ -43,112 +32,31 @@ class GGUFTensor:
     num_bytes: int
 
 
-class _Reader:
-    """A cursor over the mapped file that never leaves it."""
-
-    def __init__(self, data: memoryview, path: Path) -> None:
-        self._data = data
-        self._path = path
-        self.position = 0
-
-    def fail(self, message: str) -> ModelError:
-        return ModelError(f"{self._path}: {message} (at byte {self.position})")
-
-    def take(self, num_bytes: int) -> memoryview:
-        end = self.position + num_bytes
-        if end > len(self._data):
-            raise self.fail(f"the file ends where {num_bytes} more bytes are needed: truncated or not GGUF")
-        part = self._data[self.position : end]
-        self.position = end
-        return part
-
-    def number(self, code: str) -> Any:
-        return struct.unpack("<" + code, self.take(struct.calcsize("<" + code)))[0]
-
-    def string(self, limit: int) -> str:
-        length = self.number("Q")
-        if length > limit:
-            raise self.fail(f"a string of {length} bytes, the limit is {limit}")
-        try:
-            return str(self.take(length), "utf-8")
-        except UnicodeDecodeError as error:
-            raise self.fail("a string is not UTF-8") from error
-
-    def value(self, kind: int) -> Value:
-        if kind == _STRING:
-            return self.string(len(self._data))
-        if kind != _ARRAY:
-            if kind not in _SCALARS:
-                raise self.fail(f"value type {kind} is unknown")
-            scalar: Value = self.number(_SCALARS[kind])
-            return scalar
-        item_kind, count = self.number("I"), self.number("Q")
-        if count > MAX_ARRAY:
-            raise self.fail(f"an array of {count} items, the limit is {MAX_ARRAY}")
-        if item_kind == _STRING:
-            return [self.string(len(self._data)) for _ in range(count)]
-        if item_kind not in _SCALARS:
-            raise self.fail(f"array item type {item_kind} is not supported")
-        layout = f"<{count}{_SCALARS[item_kind]}"
-        return list(struct.unpack(layout, self.take(struct.calcsize(layout))))
-
-
 class GGUFFile:
     """A GGUF file's metadata and tensors, read lazily from a mapping. Raises ModelError naming the file."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self.metadata, places = read_header(path)
         try:
             self._map: npt.NDArray[np.uint8] = np.memmap(path, dtype=np.uint8, mode="r")
         except (OSError, ValueError) as error:
             raise ModelError(f"{path}: can't be read: {error}") from error
-        reader = _Reader(self._map.data, path)
-        if bytes(reader.take(4)) != b"GGUF":
-            raise ModelError(f"{path}: not a GGUF file: it doesn't begin with 'GGUF'")
-        version = reader.number("I")
-        if version not in (2, 3):
-            raise ModelError(f"{path}: GGUF version {version} is not supported (2 and 3, little-endian, are)")
-        num_tensors, num_keys = reader.number("Q"), reader.number("Q")
-        if num_tensors > MAX_TENSORS or num_keys > MAX_KEYS:
-            raise ModelError(
-                f"{path}: {num_tensors} tensors and {num_keys} keys; the limits are {MAX_TENSORS} and {MAX_KEYS}"
-            )
-        self.metadata: dict[str, Value] = {}
-        for _ in range(num_keys):
-            key = reader.string(MAX_NAME_BYTES)
-            self.metadata[key] = reader.value(reader.number("I"))
-        self.tensors = self._read_tensors(reader, num_tensors)
+        self.tensors = {name: self._checked(name, place) for name, place in places.items()}
 
-    def _read_tensors(self, reader: _Reader, num_tensors: int) -> dict[str, GGUFTensor]:
-        found: list[tuple[str, tuple[int, ...], int, int]] = []
-        for _ in range(num_tensors):
-            name = reader.string(MAX_NAME_BYTES)
-            dims = reader.number("I")
-            if not 1 <= dims <= MAX_DIMS:
-                raise reader.fail(f"tensor {name!r} has {dims} dimensions, must be 1 to {MAX_DIMS}")
-            shape = tuple(reader.number("Q") for _ in range(dims))[::-1]
-            found.append((name, shape, reader.number("I"), reader.number("Q")))
-        alignment = self.metadata.get("general.alignment", 32)
-        if not isinstance(alignment, int) or not 1 <= alignment <= 65_536 or alignment & (alignment - 1):
-            raise ModelError(f"{self.path}: general.alignment is {alignment!r}, must be a power of two up to 65536")
-        base = -(-reader.position // alignment) * alignment
-        tensors: dict[str, GGUFTensor] = {}
-        for name, shape, kind_id, offset in found:
-            if name in tensors:
-                raise ModelError(f"{self.path}: tensor {name!r} appears twice")
-            try:
-                kind = gguf.GGMLQuantizationType(kind_id)
-                items, size = gguf.GGML_QUANT_SIZES[kind]
-            except (ValueError, KeyError) as error:
-                raise ModelError(f"{self.path}: tensor {name!r} has unknown type {kind_id}") from error
-            count = math.prod(shape)
-            if count == 0 or shape[-1] % items:
-                raise ModelError(f"{self.path}: tensor {name!r} of shape {shape} can't be {kind.name}")
-            num_bytes = count // items * size
-            if base + offset + num_bytes > len(self._map):
-                raise ModelError(f"{self.path}: tensor {name!r} lies past the end of the file: truncated or damaged")
-            tensors[name] = GGUFTensor(shape, kind, base + offset, num_bytes)
-        return tensors
+    def _checked(self, name: str, place: TensorPlace) -> GGUFTensor:
+        try:
+            kind = gguf.GGMLQuantizationType(place.kind)
+            items, size = gguf.GGML_QUANT_SIZES[kind]
+        except (ValueError, KeyError) as error:
+            raise ModelError(f"{self.path}: tensor {name!r} has unknown type {place.kind}") from error
+        count = math.prod(place.shape)
+        if count == 0 or place.shape[-1] % items:
+            raise ModelError(f"{self.path}: tensor {name!r} of shape {place.shape} can't be {kind.name}")
+        num_bytes = count // items * size
+        if place.offset + num_bytes > len(self._map):
+            raise ModelError(f"{self.path}: tensor {name!r} lies past the end of the file: truncated or damaged")
+        return GGUFTensor(place.shape, kind, place.offset, num_bytes)
 
     def tensor(self, name: str, shape: tuple[int, ...]) -> Tensor:
         """The dequantised tensor, fp32, a private copy. Raises ModelError if it is missing or has another shape."""

@@ -17,7 +17,7 @@ from tokenizers.models import BPE
 from tokenizers.pre_tokenizers import ByteLevel, Digits, PreTokenizer, Sequence, Split
 
 from tandem.errors import ModelError
-from tandem.tokenizer.gguf_metadata import Metadata, read_metadata
+from tandem.gguf_header import Metadata, read_metadata
 from tandem.tokenizer.spm import SentencePieceEncoder
 from tandem.tokenizer.vocabulary import (
     END_OF_TURN_NAMES,

@@ -224,9 +224,9 @@ def test_a_ratio_is_taken_round_by_round_and_its_median_held_against_the_goal() 
 
 
 def test_an_unknown_peer_is_refused_with_those_that_are_known() -> None:
-    assert [peer.name for peer in against.named(["vllm", "llama.cpp", "vllm"])] == ["vllm", "llama.cpp"]
+    assert [peer.name for peer in against.programs_named(["vllm", "llama.cpp", "vllm"])] == ["vllm", "llama.cpp"]
     with pytest.raises(ConfigError, match=r"'gemma.cpp' is no peer .*\(llama.cpp, vllm are\)"):
-        against.named(["llama.cpp", "gemma.cpp"])
+        against.programs_named(["llama.cpp", "gemma.cpp"])
 
 
 def test_more_threads_than_cores_are_refused_before_anything_starts(tiny_model: Path) -> None:

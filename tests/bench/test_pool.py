@@ -169,7 +169,7 @@ def test_a_store_that_is_not_installed_is_said_before_anything_starts(
     ("options", "message"),
     [
         (("--against", "nixl"), "'nixl' is no peer that this can be measured against (lmcache, mooncake are)"),
-        (("--tiers", "device"), "--tiers: 'device' is none (host, disk, restart are)"),
+        (("--tiers", "device"), "'device' is no tier (host, disk, restart are)"),
         (("--dir", "/no/such/folder"), "--dir /no/such/folder: there is no such folder"),
         (("--values", "1000000000"), "--values is 737280000000000, more than the"),
     ],

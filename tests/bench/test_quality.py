@@ -12,7 +12,18 @@ import torch
 from torch import Tensor
 
 from kernels.linear import WeightFormat
-from tandem.bench.quality import GOALS, REFERENCE, TEXT, Quality, Reader, compare, metrics, named, weight_error, windows
+from tandem.bench.quality import (
+    GOALS,
+    REFERENCE,
+    TEXT,
+    Quality,
+    Reader,
+    compare,
+    forms_named,
+    metrics,
+    weight_error,
+    windows,
+)
 from tandem.bench.report import Metric
 from tandem.config import WorkerConfig
 from tandem.errors import ConfigError
@@ -122,10 +133,10 @@ def test_the_shipped_text_is_plain_text_without_anybodys_licence() -> None:
 
 
 def test_formats_are_named_once_and_the_reference_is_always_there() -> None:
-    assert named(["int4", "int8", "int4"]) == ["bf16", "int8", "int4"]
-    assert named(["fp32", "bf16"]) == ["bf16", "fp32"]
+    assert forms_named(["int4", "int8", "int4"]) == ["bf16", "int8", "int4"]
+    assert forms_named(["fp32", "bf16"]) == ["bf16", "fp32"]
     with pytest.raises(ConfigError, match=r"'int3' is no format of weights \(fp32, bf16, int8, int4 are\)"):
-        named(["int8", "int3"])
+        forms_named(["int8", "int3"])
 
 
 def said(form: WeightFormat, found: Quality) -> dict[str, Metric]:

@@ -12,9 +12,8 @@ from tests.kvpool.node_world import World, Zygote
 
 @pytest.fixture(scope="session")
 def zygote() -> Iterator[Zygote]:
-    zygote = Zygote()
-    yield zygote
-    zygote.close()
+    with Zygote() as zygote:
+        yield zygote
 
 
 @pytest.fixture

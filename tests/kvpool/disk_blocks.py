@@ -14,7 +14,8 @@ from typing import Any
 import numpy as np
 
 from kvpool.arena import Arena, checksum_of
-from kvpool.tiers.disk.requests import Loaded, LoadFailed, LoadRequest, NotStored, Result, Stored, StoreRequest
+from kvpool.block_pool import BlockRecord
+from kvpool.tiers.disk.requests import Loaded, LoadFailed, LoadRequest, NotStored, Result, Stored
 from kvpool.tiers.disk.segments import slot_bytes_for
 from kvpool.tiers.disk.tier import DiskTier
 from tandem.clock import now_s
@@ -81,12 +82,12 @@ class DiskWorld:
         self.tier.close()
         self.arena.close()
 
-    def request(self, number: int, block_id: int) -> StoreRequest:
+    def request(self, number: int, block_id: int) -> BlockRecord:
         """Puts the bytes of block `number` into the arena's block `block_id`, and asks to store them."""
         data = bytes_of(key_of(number), self.slab_bytes)
         self.arena.slab(block_id)[:] = data
-        return StoreRequest(
-            block_id, key_of(number), parent_of(number), SIZE, checksum_of(data), WRITER, owner_of(number)
+        return BlockRecord(
+            block_id, key_of(number), parent_of(number), SIZE, checksum_of(data), True, WRITER, owner_of(number)
         )
 
     def wait(self, num_results: int, seconds: float = 20.0) -> list[Result]:

@@ -10,8 +10,6 @@ import json
 import os
 import select
 import signal
-import subprocess
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,8 +31,10 @@ from protos.kv_events import BlockRemoved, BlockStored
 from tandem.clock import now_s
 from tandem.config import TransferConfig
 from tandem.machine import machine_id
+from tests.kvpool.child import Child
 from tests.kvpool.disk_blocks import bytes_of, key_of, parent_of
-from tests.kvpool.processes import REPOSITORY, SIZE, wait_for
+from tests.kvpool.named_blocks import SIZE
+from tests.kvpool.processes import wait_for
 
 SLAB = 32 * 1024
 """The least memory that may be configured for a tier is 32 of these."""
@@ -54,33 +54,18 @@ class Heard:
     longest_silence_s: float = 0.0
 
 
-class Zygote:
+class Zygote(Child):
     """See `node_zygote`."""
 
     def __init__(self) -> None:
-        self.popen = subprocess.Popen(
-            [sys.executable, "-m", "tests.kvpool.node_zygote"],
-            cwd=REPOSITORY,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            env={**os.environ, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"},
+        super().__init__(
+            "tests.kvpool.node_zygote", env={**os.environ, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
         )
 
     def start(self, name: str, environment: dict[str, str], log: Path) -> int:
-        assert self.popen.stdin is not None
-        assert self.popen.stdout is not None
-        order = {"name": name, "environment": environment, "log": str(log)}
-        self.popen.stdin.write(json.dumps(order) + "\n")
-        self.popen.stdin.flush()
-        return int(self.popen.stdout.readline())
-
-    def close(self) -> None:
-        assert self.popen.stdin is not None
-        assert self.popen.stdout is not None
-        self.popen.stdin.close()
-        self.popen.wait(10)
-        self.popen.stdout.close()
+        self.tell({"name": name, "environment": environment, "log": str(log)})
+        pid: int = self.hear(int)
+        return pid
 
 
 class Node:

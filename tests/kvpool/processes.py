@@ -1,14 +1,11 @@
-"""A KV source and a pool node's router, for tests that need real processes: run as `python -m tests.kvpool.processes`."""
+"""A KV source for tests that need real processes: run as `python -m tests.kvpool.processes`; and what those tests share."""
 
 from __future__ import annotations
 
 import json
 import os
-import subprocess
 import sys
 from collections.abc import Callable
-from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import zmq
@@ -19,23 +16,12 @@ from kvpool.block_pool import BlockPool
 from kvpool.service import KVService
 from kvpool.transport.base import Transport
 from kvpool.transport.build import make_transports
-from protos.control import Endpoints, Source
+from protos.control import Source
 from tandem.clock import now_s
 from tandem.config import TransferConfig
 from tandem.machine import machine_id
-
-SIZE = 16
-ROOT = b"r" * 16
-REPOSITORY = Path(__file__).parents[2]
-
-
-def key_of(name: object) -> bytes:
-    return f"{name!s:>16}".encode()[-16:]
-
-
-def bytes_of(name: str, slab_bytes: int) -> bytes:
-    """The bytes of the block of that name: different at every offset."""
-    return (name.encode() * (slab_bytes // len(name) + 1))[:slab_bytes]
+from tests.kvpool.child import Child, say
+from tests.kvpool.named_blocks import ROOT, SIZE, put
 
 
 def shm(arena: Arena, epoch: bytes) -> list[Transport]:
@@ -54,7 +40,7 @@ def wait_for(condition: Callable[[], Any], seconds: float = 15.0, step: Callable
     return value
 
 
-class SourceProcess:
+class SourceProcess(Child):
     """A process that serves the chain `names` and then, on SIGTERM or with its standard input's end, stops. With `corrupt`
     the bytes of those blocks don't fit their checksums; with `lease_s` it grants such leases."""
 
@@ -62,44 +48,14 @@ class SourceProcess:
         self, process: str, names: list[str], *, slab_bytes: int, num_blocks: int = 64, **options: Any
     ) -> None:
         arguments = {"process": process, "names": names, "slab_bytes": slab_bytes, "num_blocks": num_blocks, **options}
-        self.popen = subprocess.Popen(
-            [sys.executable, "-m", "tests.kvpool.processes", json.dumps(arguments)],
-            cwd=REPOSITORY,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-        assert self.popen.stdout is not None
-        hello = json.loads(self.popen.stdout.readline())
-        self.source = Source(process, bytes.fromhex(hello["epoch"]), "DEVICE", Endpoints(**hello["endpoints"]))
-
-    @property
-    def pid(self) -> int:
-        return self.popen.pid
+        super().__init__("tests.kvpool.processes", arguments)
+        self.source: Source = self.hear(Source)
 
     def command(self, **what: Any) -> dict[str, Any]:
         """Does something inside the process and returns its answer."""
-        assert self.popen.stdin is not None
-        assert self.popen.stdout is not None
-        self.popen.stdin.write(json.dumps(what) + "\n")
-        self.popen.stdin.flush()
-        answer: dict[str, Any] = json.loads(self.popen.stdout.readline())
+        self.tell(what)
+        answer: dict[str, Any] = self.hear()
         return answer
-
-    def kill(self) -> None:
-        self.popen.kill()
-        self.popen.wait(10)
-
-    def __enter__(self) -> SourceProcess:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.kill()
-        for stream in (self.popen.stdin, self.popen.stdout):
-            if stream is not None:
-                stream.close()
 
 
 def _serve(arguments: dict[str, Any]) -> None:
@@ -111,23 +67,12 @@ def _serve(arguments: dict[str, Any]) -> None:
         grace_s=arguments.get("grace_s", 1.0), on_blocks=lambda *_: None, on_ended=lambda _: None,
     )  # fmt: skip
 
-    def put(names: list[str], parent: bytes) -> None:
-        blocks = pool.allocate(len(names))
-        assert blocks is not None
-        for block_id, name in zip(blocks, names, strict=True):
-            arena.slab(block_id)[:] = bytes_of(name, slab_bytes)
-            checksum = arena.checksum(block_id)
-            if name in arguments.get("corrupt", []):
-                arena.slab(block_id)[slab_bytes // 2] ^= 0x40
-            pool.publish(block_id, key_of(name), parent, SIZE, checksum)
-            parent = key_of(name)
-        pool.release(blocks)
+    def publish(names: list[str], parent: bytes) -> None:
+        pool.release(put(pool, arena, names, parent, arguments.get("corrupt", [])))
 
-    put(arguments["names"], ROOT)
+    publish(arguments["names"], ROOT)
     service.publish_pool_events(now_s())
-    endpoints = service.endpoints
-    fields = {name: getattr(endpoints, name) for name in endpoints.__struct_fields__}
-    print(json.dumps({"epoch": epoch.hex(), "endpoints": fields}), flush=True)
+    say(Source(arguments["process"], epoch, "DEVICE", service.endpoints))
     poller = zmq.Poller()
     poller.register(sys.stdin.fileno(), zmq.POLLIN)
     service.register(poller)
@@ -140,12 +85,19 @@ def _serve(arguments: dict[str, Any]) -> None:
                 return
             command = json.loads(line)
             if "put" in command:
-                put(command["put"], bytes.fromhex(command["parent"]))
+                publish(command["put"], bytes.fromhex(command["parent"]))
             if command.get("evict"):
                 pool.clear_cached()
             stats = pool.stats()
-            print(json.dumps({"leases": stats.num_leases, "expired": stats.expired_leases_total, "free": stats.free,
-                              "cached": stats.cached, "readers": service.num_readers}), flush=True)  # fmt: skip
+            say(
+                {
+                    "leases": stats.num_leases,
+                    "expired": stats.expired_leases_total,
+                    "free": stats.free,
+                    "cached": stats.cached,
+                    "readers": service.num_readers,
+                }
+            )
         service.handle(ready, now_s())
         service.publish_pool_events(now_s())
         due_s = service.tick(now_s())

@@ -17,12 +17,7 @@ from kvpool.block_pool import BlockPool, BlockRecord, Restored
 from kvpool.eviction import LOOK_AHEAD, Policy
 from kvpool.outbox import MAX_HASHES_PER_EVENT
 from protos.kv_events import BlockRemoved, BlockStored, Event
-
-SIZE = 16
-
-
-def key_of(name: object) -> bytes:
-    return f"{name!s:>16}".encode()[-16:]
+from tests.kvpool.named_blocks import SIZE, key_of
 
 
 def sum_of(name: object) -> bytes:

@@ -15,8 +15,8 @@ import pytest
 from kvpool.tiers.disk.journal import FILE_NAME, RECORD_BYTES
 from kvpool.tiers.disk.requests import Stored
 from tandem.errors import ConfigError
+from tests.kvpool.child import REPOSITORY
 from tests.kvpool.disk_blocks import DiskWorld, key_of
-from tests.kvpool.processes import REPOSITORY
 
 SLAB_BYTES = 5000
 """Not a multiple of the alignment: slots have a tail."""

@@ -19,7 +19,7 @@ from kvpool.tiers.disk.directory import Directory
 from kvpool.tiers.disk.faults import DiskFull
 from kvpool.tiers.disk.segments import ALIGNMENT, Segments, slot_bytes_for
 from tandem.errors import ConfigError, StorageFault
-from tests.kvpool.processes import REPOSITORY
+from tests.kvpool.child import REPOSITORY
 
 GROUP = b"g" * 32
 NOBODY = 65534

@@ -18,12 +18,14 @@ import zmq
 from kvpool.arena import MEMFD_NAME, Arena
 from kvpool.block_pool import BlockPool
 from kvpool.service import KVService
-from kvpool.sink import FetchedBatch, FetchEnded, FetchPlan, WantedBlock
+from kvpool.sink import FetchedBatch, FetchEnded
 from kvpool.transport.shm import ShmTransport
 from protos.control import Counters, Source
 from tandem.clock import now_s
 from tandem.machine import machine_id
-from tests.kvpool.processes import REPOSITORY, ROOT, SIZE, SourceProcess, bytes_of, key_of, shm, wait_for
+from tests.kvpool.child import REPOSITORY
+from tests.kvpool.named_blocks import SIZE, bytes_of, key_of, plan
+from tests.kvpool.processes import SourceProcess, shm, wait_for
 
 SLAB = 1 << 20
 NUM_BLOCKS = 64
@@ -59,12 +61,7 @@ class Sink:
         self.ended = ended
 
     def start(self, names: Sequence[str], sources: Sequence[Source], *, wait: str = "") -> None:
-        blocks = self.pool.allocate(len(names))
-        assert blocks is not None
-        parents = [ROOT, *map(key_of, names)]
-        wanted = tuple(WantedBlock(key_of(n), p, SIZE, b) for n, p, b in zip(names, parents, blocks, strict=False))
-        plan = FetchPlan(os.urandom(16), "request", wanted, tuple(sources), wait, now_s() + 15.0)
-        self.service.start_fetch(plan, now_s())
+        self.service.start_fetch(plan(self.pool, names, sources, wait=wait), now_s())
 
     def step(self) -> None:
         self.service.handle(dict(self.poller.poll(1)), now_s())

@@ -24,7 +24,7 @@ from kvpool.keys import (
     tokens_as_bytes,
     tokens_from_bytes,
 )
-from tests.kvpool.processes import REPOSITORY
+from tests.kvpool.child import REPOSITORY
 
 tokens_lists = st.lists(st.integers(0, 2**32 - 1), max_size=80)
 

@@ -12,8 +12,8 @@ from kvpool.block_pool import BlockPool
 from kvpool.node_tiers import Memory, Opening
 from tandem.config import Config, load_config
 from tandem.errors import ConfigError
+from tests.kvpool.named_blocks import ROOT, SIZE, key_of
 from tests.kvpool.node_world import GROUP, SLAB
-from tests.kvpool.processes import ROOT, SIZE, key_of
 
 
 def config_of(directory: Path, **pool: object) -> Config:

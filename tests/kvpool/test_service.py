@@ -14,22 +14,19 @@ from kernels.cpu import native
 from kvpool.arena import Arena
 from kvpool.block_pool import BlockPool
 from kvpool.service import KVService
-from kvpool.sink import FetchedBatch, FetchEnded, FetchPlan, WantedBlock
+from kvpool.sink import FetchedBatch, FetchEnded, FetchPlan
 from kvpool.transport.shm import ShmTransport
 from protos import control, kv_events
 from protos.control import Counters, Ready, ReadyBlock, Source
 from protos.kv_events import AllBlocksCleared, BlockRemoved, BlockStored
 from tandem.clock import now_s
+from tests.kvpool import named_blocks
 from tests.kvpool.faulty_transport import FaultyTransport
+from tests.kvpool.named_blocks import ROOT, SIZE, key_of
+from tests.kvpool.processes import wait_for
 
-SIZE = 16
 SLAB = 8192
 MACHINE = "machine-under-test"
-ROOT = b"r" * 16
-
-
-def key_of(name: object) -> bytes:
-    return f"{name!s:>16}".encode()[-16:]
 
 
 @dataclass(frozen=True)
@@ -91,31 +88,10 @@ class Node:
         return Source(self.process, self.epoch, "DEVICE", self.service.endpoints)
 
     def put(self, names: Sequence[str], parent: bytes = ROOT) -> list[int]:
-        blocks = self.pool.allocate(len(names))
-        assert blocks is not None
-        for block_id, name in zip(blocks, names, strict=True):
-            self.arena.slab(block_id)[:] = bytes([ord(name[0])]) * SLAB
-            self.pool.publish(block_id, key_of(name), parent, SIZE, self.arena.checksum(block_id))
-            parent = key_of(name)
-        return blocks
-
-    def plan(
-        self,
-        names: Sequence[str],
-        sources: Sequence[Source],
-        *,
-        wait: str = "",
-        seconds: float = 10.0,
-        root: bytes = ROOT,
-    ) -> FetchPlan:
-        blocks = self.pool.allocate(len(names))
-        assert blocks is not None
-        parents = [root, *(key_of(name) for name in names)]
-        wanted = [WantedBlock(key_of(n), parent, SIZE, b) for n, parent, b in zip(names, parents, blocks, strict=False)]
-        return FetchPlan(os.urandom(16), "request", tuple(wanted), tuple(sources), wait, now_s() + seconds)
+        return named_blocks.put(self.pool, self.arena, names, parent)
 
     def fetch(self, names: Sequence[str], sources: Sequence[Source], **options: object) -> FetchPlan:
-        plan = self.plan(names, sources, **options)  # type: ignore[arg-type]
+        plan = named_blocks.plan(self.pool, names, sources, **options)  # type: ignore[arg-type]
         self.service.start_fetch(plan, now_s())
         return plan
 
@@ -130,11 +106,7 @@ class Node:
 
 
 def run_until(nodes: Sequence[Node], done: Callable[[], object], seconds: float = 10.0) -> None:
-    deadline = now_s() + seconds
-    while not done():
-        assert now_s() < deadline, "the condition did not come true"
-        for node in nodes:
-            node.step()
+    wait_for(done, seconds, lambda: [node.step() for node in nodes])
 
 
 def linger_free(context: zmq.Context[zmq.Socket[bytes]], kind: int) -> zmq.Socket[bytes]:

@@ -12,17 +12,12 @@ from hypothesis import strategies as st
 from kvpool.block_pool import BlockPool
 from kvpool.source import MAX_BATCH_BLOCKS, MAX_KEEPERS, Answers, FetchServer
 from protos.control import Cancel, Done, Fetch, Kept, Lost, Miss, Ready
+from tests.kvpool.named_blocks import ROOT, SIZE, key_of
 
-SIZE = 16
 LEASE_S = 5.0
 GRACE_S = 2.0
 EPOCH = b"epoch-01"
-ROOT = b"r" * 16
 SINK = b"sink@1"
-
-
-def key_of(name: object) -> bytes:
-    return f"{name!s:>16}".encode()[-16:]
 
 
 def fetch_id(number: int) -> bytes:

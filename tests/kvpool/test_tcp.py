@@ -28,14 +28,18 @@ from kvpool.transport.tcp import TcpTransport
 from kvpool.transport.tcp_channel import TcpChannel
 from kvpool.transport.tcp_frames import MAX_LOCATIONS, MAX_REQUESTS, OK, OUTSIDE, Answer, Hello, Welcome, pack_request
 from kvpool.transport.tcp_stream import TlsFiles, prepare
-from protos.control import Source
+from protos.control import Endpoints, Source
 from tandem.errors import ConfigError, TransportError
 from tests.kvpool.processes import wait_for
-from tests.kvpool.tcp_world import TcpProcess, fill, source_at
-from tests.kvpool.transport_worlds import EPOCH, OTHER_EPOCH, SINK_EPOCH
+from tests.kvpool.transport_process import TransportProcess
+from tests.kvpool.transport_worlds import EPOCH, OTHER_EPOCH, SINK_EPOCH, bytes_served
 
 SLAB = 4096
 NUM_BLOCKS = 16
+
+
+def source_at(endpoint: str, epoch: bytes = EPOCH) -> Source:
+    return Source("p", epoch, "DEVICE", Endpoints("", "", "", tcp=endpoint))
 
 
 class Pair:
@@ -47,7 +51,7 @@ class Pair:
         theirs_tls: TlsFiles | None = None, ours_tls: TlsFiles | None = None, with_native: bool = True,
     ) -> None:  # fmt: skip
         self.theirs, self.ours = Arena(num_blocks, slab_bytes), Arena(num_blocks, slab_bytes)
-        fill(self.theirs)
+        self.theirs.array[:] = bytes_served(num_blocks, slab_bytes)
         library = native() if with_native else None
         self.far = TcpTransport(self.theirs, EPOCH, host, library, tls=theirs_tls)
         self.near = TcpTransport(self.ours, SINK_EPOCH, host, library, tls=ours_tls)
@@ -580,10 +584,9 @@ def test_a_reader_that_does_not_take_its_answers_costs_no_time_and_holds_nobody_
 
 
 @pytest.fixture
-def process() -> Iterator[TcpProcess]:
-    process = TcpProcess(40, 1024 * 1024)
-    yield process
-    process.close()
+def process() -> Iterator[TransportProcess]:
+    with TransportProcess("tcp", 40, 1024 * 1024) as process:
+        yield process
 
 
 @pytest.fixture
@@ -595,7 +598,7 @@ def sink() -> Iterator[tuple[Arena, TcpTransport]]:
     arena.close()
 
 
-def read_a_bit(process: TcpProcess, arena: Arena, transport: TcpTransport) -> TcpChannel:
+def read_a_bit(process: TransportProcess, arena: Arena, transport: TcpTransport) -> TcpChannel:
     """A channel in the middle of a read of 40 MiB, and with another one to come."""
     channel = transport.connect(process.source)
     channel.start_read(1, [0], [0])
@@ -611,7 +614,7 @@ def read_a_bit(process: TcpProcess, arena: Arena, transport: TcpTransport) -> Tc
 
 
 def test_a_source_that_is_killed_closes_the_channel_and_ends_every_read(
-    process: TcpProcess, sink: tuple[Arena, TcpTransport]
+    process: TransportProcess, sink: tuple[Arena, TcpTransport]
 ) -> None:
     arena, transport = sink
     channel = read_a_bit(process, arena, transport)
@@ -626,12 +629,12 @@ def test_a_source_that_is_killed_closes_the_channel_and_ends_every_read(
 
 
 def test_a_source_that_is_stopped_lets_reads_wait_be_aborted_and_the_channel_close(
-    process: TcpProcess, sink: tuple[Arena, TcpTransport]
+    process: TransportProcess, sink: tuple[Arena, TcpTransport]
 ) -> None:
     arena, transport = sink
     channel = read_a_bit(process, arena, transport)
     other = transport.connect(process.source)
-    process.popen.send_signal(signal.SIGSTOP)
+    process.stop()
 
     def dry() -> bool:
         assert transport.poll() == []
@@ -647,17 +650,14 @@ def test_a_source_that_is_stopped_lets_reads_wait_be_aborted_and_the_channel_clo
     assert late.closed_because == ""
     late.close()
     assert [(result.read_id, result.error) for result in transport.poll()] == [(4, "closed by us")]
-    process.popen.send_signal(signal.SIGCONT)
+    process.go_on()
     results: list[ReadResult] = []
     wait_for(lambda: results, step=lambda: results.extend(transport.poll()))
     assert [(result.read_id, result.error) for result in results] == [(3, "")]
-    truth = Arena(40, 1024 * 1024)
-    fill(truth)
-    assert np.array_equal(arena.array, truth.array), (
+    assert np.array_equal(arena.array, bytes_served(40, 1024 * 1024)), (
         "the aborted read's bytes went elsewhere, and the next one is whole"
     )
     assert other.closed_because == ""
-    truth.close()
 
 
 # --- TLS ---------------------------------------------------------------------------------------------------------------

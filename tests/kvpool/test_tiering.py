@@ -9,12 +9,12 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
-from kvpool.block_pool import BlockPool
+from kvpool.block_pool import BlockPool, BlockRecord
 from kvpool.expiry import MAX_REMOVED, PORTION_PAUSE_S, Expiry
 from kvpool.keys import Key
 from kvpool.source import FetchServer
 from kvpool.tiering import GATHER_BLOCKS, GATHER_S, MAX_TRIES, PATIENCE_S, RETRY_S, UP_PATIENCE_S, Tiering, WritePolicy
-from kvpool.tiers.disk.requests import Loaded, LoadFailed, LoadRequest, NotStored, Result, Stored, StoreRequest
+from kvpool.tiers.disk.requests import Loaded, LoadFailed, LoadRequest, NotStored, Result, Stored
 from protos.control import Done, Fetch, Miss, Ready
 
 SIZE = 16
@@ -44,7 +44,7 @@ class FakeDisk:
         self.room = 1000
         self.refuse = False
         self.bad: set[Key] = set()
-        self.stores: list[StoreRequest] = []
+        self.stores: list[BlockRecord] = []
         self.loads: list[LoadRequest] = []
         self.store_calls: list[list[int]] = []
         self._results: list[Result] = []
@@ -81,7 +81,7 @@ class FakeDisk:
     def store_room(self) -> int:
         return self.room
 
-    def store(self, blocks: Sequence[StoreRequest]) -> None:
+    def store(self, blocks: Sequence[BlockRecord]) -> None:
         self.store_calls.append([number(request.key) for request in blocks])
         self.stores += blocks
 

@@ -13,9 +13,7 @@ from kernels.block_copy import checksum_blocks
 from kvpool.transport.base import Channel, ReadResult
 from tandem.errors import TransportError
 from tests.kvpool.processes import wait_for
-from tests.kvpool.tcp_world import TcpWorld
-from tests.kvpool.transport_worlds import NUM_BLOCKS, OTHER_EPOCH, FaultyWorld, ShmWorld, World
-from tests.kvpool.ucx_world import UcxWorld
+from tests.kvpool.transport_worlds import NUM_BLOCKS, OTHER_EPOCH, FaultyWorld, ShmWorld, TcpWorld, UcxWorld, World
 
 WORLDS: dict[str, Callable[[], World]] = {
     "shm": ShmWorld,

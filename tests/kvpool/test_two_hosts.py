@@ -3,17 +3,16 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import subprocess
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 import pytest
 
-from tests.kvpool.processes import REPOSITORY
+from protos.control import Source
+from tests.kvpool.child import Child
 
 SLAB = 64 * 1024
 LARGE = 1024 * 1024
@@ -36,16 +35,10 @@ class Hosts:
     names: tuple[str, str]
     addresses: tuple[str, str]
 
-    def start(self, host: int, **arguments: object) -> subprocess.Popen[str]:
-        """A process of this module on that host."""
-        words = json.dumps({"host": self.addresses[host], **arguments})
-        return subprocess.Popen(
-            ["ip", "netns", "exec", self.names[host], sys.executable, "-m", "tests.kvpool.two_hosts", words],
-            cwd=REPOSITORY,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-        )
+    def start(self, host: int, **arguments: object) -> Child:
+        """A process on that host, see `two_hosts`."""
+        arguments["host"] = self.addresses[host]
+        return Child("tests.kvpool.two_hosts", arguments, by=["ip", "netns", "exec", self.names[host]])
 
     def cable(self, host: int, state: str) -> None:
         """Plugs it in or out (`up`, `down`)."""
@@ -70,42 +63,30 @@ def hosts() -> Iterator[Hosts]:
             ip("netns", "delete", name, check=False)
 
 
-def answer(process: subprocess.Popen[str]) -> dict[str, object]:
-    assert process.stdout is not None
-    line: dict[str, object] = json.loads(process.stdout.readline() or "{}")
-    return line
-
-
-def finish(*processes: subprocess.Popen[str]) -> None:
-    for process in processes:
-        process.kill()
-        process.communicate()
-
-
 @pytest.mark.parametrize("transport", ["tcp", "ucx"])
 def test_blocks_cross_the_cable_whole(hosts: Hosts, transport: str) -> None:
-    source = hosts.start(0, role="source", names=NAMES, slab_bytes=SLAB, transports=["shm", transport])
-    hello = answer(source)
-    sink = hosts.start(1, role="sink", names=NAMES, slab_bytes=SLAB, transports=["shm", transport], sources=[hello])
-    result = answer(sink)
-    finish(source, sink)
+    with hosts.start(0, role="source", names=NAMES, slab_bytes=SLAB, transports=["shm", transport]) as source:
+        sources = [source.hear(Source)]
+        with hosts.start(
+            1, role="sink", names=NAMES, slab_bytes=SLAB, transports=["shm", transport], sources=sources
+        ) as sink:
+            result = sink.hear()
     assert result == {"wrong": [], "missing": [], "transports": [transport]}, "shm must not reach across"
 
 
 @pytest.mark.parametrize("transport", ["tcp", "ucx"])
 def test_a_cable_pulled_out_in_the_middle_sends_the_fetch_to_the_next_source(hosts: Hosts, transport: str) -> None:
-    far = hosts.start(0, role="source", names=NAMES, slab_bytes=LARGE, transports=[transport])
-    near = hosts.start(1, role="source", names=NAMES, slab_bytes=LARGE, transports=["shm"])
-    sources = [answer(far), answer(near)]
-    sink = hosts.start(
-        1, role="sink", names=NAMES, slab_bytes=LARGE, transports=["shm", transport], sources=sources, pause_after=8
-    )
-    assert 8 <= answer(sink)["came"] < len(NAMES), "it has begun"  # type: ignore[operator]
-    hosts.cable(0, "down")
-    assert sink.stdin is not None
-    sink.stdin.write("go on\n")
-    sink.stdin.flush()
-    result = answer(sink)
-    finish(far, near, sink)
+    with (
+        hosts.start(0, role="source", names=NAMES, slab_bytes=LARGE, transports=[transport]) as far,
+        hosts.start(1, role="source", names=NAMES, slab_bytes=LARGE, transports=["shm"]) as near,
+    ):
+        sources = [far.hear(Source), near.hear(Source)]
+        with hosts.start(
+            1, role="sink", names=NAMES, slab_bytes=LARGE, transports=["shm", transport], sources=sources, pause_after=8
+        ) as sink:
+            assert 8 <= sink.hear()["came"] < len(NAMES), "it has begun"
+            hosts.cable(0, "down")
+            sink.tell("go on")
+            result = sink.hear()
     assert (result["wrong"], result["missing"]) == ([], [])
-    assert "shm" in result["transports"], "the rest came from the near one"  # type: ignore[operator]
+    assert "shm" in result["transports"], "the rest came from the near one"

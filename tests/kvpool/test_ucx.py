@@ -26,9 +26,8 @@ from kvpool.transport.ucx_channel import UcxChannel
 from protos.control import Endpoints, Source
 from tandem.errors import TransportError
 from tests.kvpool.processes import wait_for
-from tests.kvpool.transport_worlds import EPOCH, NUM_BLOCKS, SINK_EPOCH
-from tests.kvpool.ucx_process import UcxProcess, bytes_served
-from tests.kvpool.ucx_world import UcxWorld
+from tests.kvpool.transport_process import TransportProcess
+from tests.kvpool.transport_worlds import EPOCH, NUM_BLOCKS, SINK_EPOCH, UcxWorld, bytes_served
 
 SLAB = 512 * 1024
 SMALL = 5000
@@ -353,7 +352,7 @@ def test_asking_wakes_a_source_that_sleeps(world: UcxWorld) -> None:
 
 
 def test_two_processes_that_sleep_whenever_they_may_never_oversleep(sink: Sink) -> None:
-    with UcxProcess(NUM_BLOCKS, SLAB) as far:
+    with TransportProcess("ucx", NUM_BLOCKS, SLAB) as far:
         channel = sink.transport.connect(far.source)
         for i in range(80):
             channel.start_read(i, range(NUM_BLOCKS), range(NUM_BLOCKS))
@@ -437,7 +436,7 @@ def test_fifty_channels_one_after_the_other_leave_nothing_behind(world: UcxWorld
 
 
 def test_a_killed_peer_ends_its_reads_in_the_middle(sink: Sink) -> None:
-    with UcxProcess(NUM_BLOCKS, SLAB) as far:
+    with TransportProcess("ucx", NUM_BLOCKS, SLAB) as far:
         channel = sink.transport.connect(far.source)
         channel.start_read(0, range(NUM_BLOCKS), range(NUM_BLOCKS))
         assert not sink.wait(1)[0].error
@@ -454,7 +453,7 @@ def test_a_killed_peer_ends_its_reads_in_the_middle(sink: Sink) -> None:
 
 
 def test_late_bytes_of_an_aborted_read_never_reach_the_arena(sink: Sink) -> None:
-    with UcxProcess(NUM_BLOCKS, SLAB) as far:
+    with TransportProcess("ucx", NUM_BLOCKS, SLAB) as far:
         channel = sink.transport.connect(far.source)
         assert isinstance(channel, UcxChannel)
         channel.start_read(1, [0], [0])
@@ -476,7 +475,7 @@ def test_late_bytes_of_an_aborted_read_never_reach_the_arena(sink: Sink) -> None
 
 
 def test_a_peer_that_lets_its_whole_share_be_quarantined_loses_its_channel_and_can_write_no_more(sink: Sink) -> None:
-    with UcxProcess(NUM_BLOCKS, SLAB) as far:
+    with TransportProcess("ucx", NUM_BLOCKS, SLAB) as far:
         channel = sink.transport.connect(far.source)
         channel.start_read(1, [0], [0])
         assert not sink.wait(1)[0].error
@@ -506,7 +505,7 @@ def test_past_its_budget_of_memory_that_may_still_be_written_the_transport_switc
     sink: Sink, caplog: pytest.LogCaptureFixture
 ) -> None:
     held = []
-    with UcxProcess(NUM_BLOCKS, SLAB) as far, caplog.at_level(logging.ERROR):
+    with TransportProcess("ucx", NUM_BLOCKS, SLAB) as far, caplog.at_level(logging.ERROR):
         bystander = sink.transport.connect(far.source)
         while not bystander.closed_because:
             assert sink.transport.slots.num_retired <= sink.transport.slots.num_slots // 2

@@ -6,11 +6,14 @@ from collections.abc import Callable
 from typing import Protocol
 
 import numpy as np
+from numpy.typing import NDArray
 
 from kernels.cpu import native
 from kvpool.arena import Arena
 from kvpool.transport.base import Transport
 from kvpool.transport.shm import ShmTransport
+from kvpool.transport.tcp import TcpTransport
+from kvpool.transport.ucx import UcxTransport
 from protos.control import Endpoints, Source
 from tests.kvpool.faulty_transport import FaultyTransport
 
@@ -19,6 +22,11 @@ SLAB = 1024 * 1024
 EPOCH = b"epoch-01"
 OTHER_EPOCH = b"epoch-02"
 SINK_EPOCH = b"epoch-99"
+
+
+def bytes_served(num_blocks: int, slab_bytes: int) -> NDArray[np.uint8]:
+    """What a source's arena holds: `[num_blocks, slab_bytes]`, none of them 0."""
+    return np.random.default_rng(7).integers(1, 256, (num_blocks, slab_bytes), dtype=np.uint8)
 
 
 class World(Protocol):
@@ -39,7 +47,7 @@ class _Base:
     def __init__(self) -> None:
         self.theirs = Arena(NUM_BLOCKS, SLAB)
         self.ours = Arena(NUM_BLOCKS, SLAB)
-        self.theirs.array[:] = np.random.default_rng(7).integers(0, 256, self.theirs.array.shape, dtype=np.uint8)
+        self.theirs.array[:] = bytes_served(NUM_BLOCKS, SLAB)
 
 
 class RealWorld(_Base):
@@ -79,6 +87,23 @@ class RealWorld(_Base):
 class ShmWorld(RealWorld):
     def __init__(self) -> None:
         super().__init__(lambda arena, epoch: ShmTransport(arena, epoch, "here", native()), "@tandem-" + "0" * 32)
+
+
+class TcpWorld(RealWorld):
+    def __init__(self) -> None:
+        super().__init__(
+            lambda arena, epoch: TcpTransport(arena, epoch, "127.0.0.1", native()), "tcp://127.0.0.1:9/" + "0" * 32
+        )
+
+
+class UcxWorld(RealWorld):
+    far: UcxTransport
+    transport: UcxTransport
+
+    def __init__(self) -> None:
+        super().__init__(
+            lambda arena, epoch: UcxTransport(arena, epoch, "127.0.0.1", native()), "ucx://127.0.0.1:9/" + "0" * 32
+        )
 
 
 class FaultyWorld(_Base):

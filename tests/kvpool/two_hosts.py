@@ -7,19 +7,21 @@ import os
 import sys
 from typing import Any
 
+import msgspec
 import zmq
 
 from kernels.cpu import native
 from kvpool.arena import Arena
 from kvpool.block_pool import BlockPool
 from kvpool.service import KVService
-from kvpool.sink import FetchedBatch, FetchEnded, FetchPlan, WantedBlock
+from kvpool.sink import FetchedBatch, FetchEnded
 from kvpool.transport.build import make_transports
-from protos.control import Endpoints, Source
+from protos.control import Source
 from tandem.clock import now_s
 from tandem.config import TransferConfig
 from tandem.machine import machine_id
-from tests.kvpool.processes import ROOT, SIZE, bytes_of, key_of
+from tests.kvpool.child import say
+from tests.kvpool.named_blocks import SIZE, bytes_of, plan, put
 
 
 class Side:
@@ -54,27 +56,6 @@ class Side:
     def _on_ended(self, ended: FetchEnded) -> None:
         self.ended = ended
 
-    def put(self) -> None:
-        blocks = self.pool.allocate(len(self.names))
-        assert blocks is not None
-        parent = ROOT
-        for block_id, name in zip(blocks, self.names, strict=True):
-            self.arena.slab(block_id)[:] = bytes_of(name, self.slab_bytes)
-            self.pool.publish(block_id, key_of(name), parent, SIZE, self.arena.checksum(block_id))
-            parent = key_of(name)
-        self.pool.release(blocks)
-
-    def fetch(self, sources: list[Source]) -> None:
-        blocks = self.pool.allocate(len(self.names))
-        assert blocks is not None
-        parents = [ROOT, *map(key_of, self.names)]
-        wanted = tuple(
-            WantedBlock(key_of(name), parent, SIZE, block_id)
-            for name, parent, block_id in zip(self.names, parents, blocks, strict=False)
-        )
-        plan = FetchPlan(os.urandom(16), "request", wanted, tuple(sources), "", now_s() + 60.0)
-        self.service.start_fetch(plan, now_s())
-
     def step(self) -> None:
         self.service.handle(dict(self.poller.poll(5)), now_s())
         self.service.publish_pool_events(now_s())
@@ -84,24 +65,17 @@ class Side:
 def main(arguments: dict[str, Any]) -> None:
     side = Side(arguments)
     if arguments["role"] == "source":
-        side.put()
-        fields = {name: getattr(side.service.endpoints, name) for name in side.service.endpoints.__struct_fields__}
-        print(
-            json.dumps({"process": f"side-{os.getpid()}", "epoch": side.epoch.hex(), "endpoints": fields}), flush=True
-        )
+        side.pool.release(put(side.pool, side.arena, side.names))
+        say(Source(f"side-{os.getpid()}", side.epoch, "DEVICE", side.service.endpoints))
         while True:
             side.step()
-    side.fetch(
-        [
-            Source(source["process"], bytes.fromhex(source["epoch"]), "DEVICE", Endpoints(**source["endpoints"]))
-            for source in arguments["sources"]
-        ]
-    )
+    sources = msgspec.convert(arguments["sources"], list[Source])
+    side.service.start_fetch(plan(side.pool, side.names, sources, seconds=60.0), now_s())
     while side.ended is None:
         side.step()
         pause_after = arguments.pop("pause_after", 0) if len(side.came) >= arguments.get("pause_after", 1 << 30) else 0
         if pause_after:
-            print(json.dumps({"came": len(side.came)}), flush=True)
+            say({"came": len(side.came)})
             sys.stdin.readline()
     wrong = [
         name
@@ -109,7 +83,7 @@ def main(arguments: dict[str, Any]) -> None:
         if side.arena.slab(block_id).tobytes() != bytes_of(name, side.slab_bytes)
     ]
     missing = [key.decode().strip() for key in side.ended.missing]
-    print(json.dumps({"wrong": wrong, "missing": missing, "transports": sorted(side.used)}), flush=True)
+    say({"wrong": wrong, "missing": missing, "transports": sorted(side.used)})
     os._exit(0)
 
 

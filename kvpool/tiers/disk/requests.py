@@ -1,4 +1,4 @@
-"""What the DISK tier is asked, and how it answers.
+"""What the DISK tier is asked, and how it answers. To store a block it is given the `BlockRecord` of HOST's pool.
 
 Owns these types alone. A request ends with exactly one result, in no promised order.
 """
@@ -8,20 +8,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from kvpool.keys import Key
-
-
-@dataclass(frozen=True, slots=True)
-class StoreRequest:
-    """Keep this full block. `block_id` is where it lies in the HOST arena; the caller holds a reference on it until the result.
-    `writer` is the epoch of the process that made it, `owner` whoever it counts against, both 8 bytes."""
-
-    block_id: int
-    key: Key
-    parent: Key
-    num_tokens: int
-    checksum: bytes
-    writer: bytes
-    owner: bytes
 
 
 @dataclass(frozen=True, slots=True)

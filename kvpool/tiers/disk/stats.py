@@ -29,7 +29,6 @@ class DiskStats:
     stored_blocks: int
     not_stored_blocks: int
     loaded_blocks: int
-    failed_loads: int
     corrupt_blocks: int
     storing_blocks: int
     loading_blocks: int

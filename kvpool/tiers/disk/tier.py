@@ -44,7 +44,6 @@ from kvpool.tiers.disk.requests import (
     NotStored,
     Result,
     Stored,
-    StoreRequest,
 )
 from kvpool.tiers.disk.segments import slot_bytes_for
 from kvpool.tiers.disk.stats import DirectoryState, DiskStats
@@ -115,8 +114,7 @@ class DiskTier:
         self._batch_blocks = max(1, BATCH_BYTES // slot_bytes)
         self._most_storing = max(1, QUEUED_BYTES // slot_bytes) * len(self._directories)
         self._storing: set[Key] = set()
-        self._num_loading = self._num_stored = self._num_not_stored = self._num_loaded = 0
-        self._num_failed_loads = self._num_corrupt = 0
+        self._num_loading = self._num_stored = self._num_not_stored = self._num_loaded = self._num_corrupt = 0
 
     def fileno(self) -> int:
         """Readable while `poll` has something to do; the same until `close`."""
@@ -146,10 +144,11 @@ class DiskTier:
         """How many blocks `store` would take now, as far as queue and rate go."""
         return self._budget.blocks(max(0, self._most_storing - len(self._storing)), now_s())
 
-    def store(self, blocks: Sequence[StoreRequest]) -> None:
-        """Begins to store full blocks; the first ones of a chain first, if not all of it is to be lost when there isn't room
-        for all. Each gets a `Stored` (at once if it is on disk already) or a `NotStored`."""
-        fresh: list[StoreRequest] = []
+    def store(self, blocks: Sequence[BlockRecord]) -> None:
+        """Begins to store full blocks as HOST's pool knows them, which stay where they are until the result; the first ones of a
+        chain first, if not all of it is to be lost when there isn't room for all. Each gets a `Stored` (at once if it is on
+        disk already) or a `NotStored`."""
+        fresh: list[BlockRecord] = []
         taken: set[Key] = set()
         for request in blocks:
             if request.key in self._storing or request.key in taken or self._index.is_doomed(request.key):
@@ -190,7 +189,6 @@ class DiskTier:
         for request in wanted:
             record = self._index.lookup(request.key)
             if record is None:
-                self._num_failed_loads += 1
                 self._outbox.put([LoadFailed(request.key, request.block_id, "it is not on disk")])
                 continue
             self.pool.match([request.key])
@@ -233,7 +231,6 @@ class DiskTier:
             stored_blocks=self._num_stored,
             not_stored_blocks=self._num_not_stored,
             loaded_blocks=self._num_loaded,
-            failed_loads=self._num_failed_loads,
             corrupt_blocks=self._num_corrupt,
             storing_blocks=len(self._storing),
             loading_blocks=self._num_loading,
@@ -292,11 +289,11 @@ class DiskTier:
         self._next_sequence += 1
         return self._next_sequence - 1
 
-    def _refuse_stores(self, requests: Sequence[StoreRequest], reason: str) -> None:
+    def _refuse_stores(self, requests: Sequence[BlockRecord], reason: str) -> None:
         self._num_not_stored += len(requests)
         self._outbox.put([NotStored(request.key, request.block_id, reason) for request in requests])
 
-    def _queue_writes(self, requests: Sequence[StoreRequest], disk_ids: Sequence[int]) -> None:
+    def _queue_writes(self, requests: Sequence[BlockRecord], disk_ids: Sequence[int]) -> None:
         stored_at_s = int(time.time())
         places, slots = self._index.places(disk_ids)
         of_directory: dict[int, list[tuple[Entry, int, int]]] = {}
@@ -353,7 +350,6 @@ class DiskTier:
                     )
                 )
                 continue
-            self._num_failed_loads += 1
             results.append(LoadFailed(record.key, request.block_id, ended.error or "its bytes on disk are wrong"))
             if not ended.error:
                 bad.append(record.key)

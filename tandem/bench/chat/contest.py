@@ -21,11 +21,11 @@ from tandem.bench.chat.drive import System, drive
 from tandem.bench.chat.loop import HOLDS, TPOT_S, TTFT_S, OpenLoop, Seen, Trial, Window
 from tandem.bench.chat.search import highest
 from tandem.bench.chat.tandem_system import TandemSystem
-from tandem.bench.chat.vllm_system import Server, VLLMSystem, free_port, server_command
+from tandem.bench.chat.vllm_system import Server, VLLMSystem, server_command
 from tandem.bench.chat.workload import Scripts, Workload
-from tandem.bench.engine import Say
 from tandem.bench.peer_models import vllm_model
-from tandem.bench.report import Metric, metric, percentile
+from tandem.bench.peers import free_port
+from tandem.bench.report import Metric, Say, metric, percentile
 from tandem.config import Config
 from tandem.errors import ConfigError
 from tandem.tokenizer.tokenizer import load_tokenizer

@@ -8,11 +8,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from protos import tandem_pb2 as pb
+from tandem.bench.ask import ask
 from tandem.bench.chat.loop import Answer
 from tandem.client import Client
-from tandem.clock import now_s
-from tandem.errors import TandemError
 
 _ASK_S = 300.0
 
@@ -38,19 +36,8 @@ class TandemSession:
 
     def ask(self, prompt: tuple[int, ...], num_tokens: int) -> Answer:
         """See `Session`."""
-        sampling = pb.SamplingParams(max_tokens=num_tokens, ignore_eos=True)
-        token_ids: list[int] = []
-        times_s: list[float] = []
-        completed = None
-        for event in self._client.generate(prompt, sampling, timeout_s=_ASK_S):
-            if event.HasField("chunk"):
-                token_ids += event.chunk.token_ids
-                times_s += [now_s()] * len(event.chunk.token_ids)
-            elif event.HasField("completed"):
-                completed = event.completed
-        if completed is None or len(token_ids) != num_tokens:
-            raise TandemError(f"an answer has {len(token_ids)} of {num_tokens} tokens, ended: {completed is not None}")
-        return Answer(tuple(token_ids), tuple(times_s), completed.num_cached_tokens)
+        answered = ask(self._client, prompt, num_tokens, _ASK_S)
+        return Answer(tuple(answered.token_ids), tuple(answered.times_s), answered.completed.num_cached_tokens)
 
     def cancel(self) -> None:
         """See `Session`."""

@@ -22,7 +22,7 @@ import msgspec
 from msgspec import Struct
 
 from tandem.bench.chat.loop import Answer
-from tandem.bench.peers import VLLM, installed
+from tandem.bench.peers import VLLM, environment, installed, last_words
 from tandem.clock import now_s
 from tandem.errors import Cancelled, TandemError
 
@@ -33,11 +33,8 @@ _LOOK_S = 0.25
 _ASK_S = 300.0
 _END_S = 20.0
 _MAX_LINE = 2**20
-_LAST_WORDS = 4_000
-_LAST_LINES = 6
 _PREFIX = b"data: "
 _DONE = b"[DONE]"
-_OURS = ("PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV")
 
 
 class _Choice(Struct):
@@ -87,7 +84,7 @@ class Server:
                 stdin=subprocess.PIPE,  # its end is the server's
                 stdout=self._output,
                 stderr=subprocess.STDOUT,
-                env={key: value for key, value in os.environ.items() if key not in _OURS},
+                env=environment(),
                 start_new_session=True,
             )
         except OSError as error:
@@ -111,9 +108,9 @@ class Server:
         ends_s = now_s() + limit_s
         while not self._healthy():
             if self._process.poll() is not None:
-                raise TandemError(f"vllm ended with exit code {self._process.returncode}; {self._last_words()}")
+                raise self._failed(f"ended with exit code {self._process.returncode}")
             if now_s() > ends_s:
-                raise TandemError(f"vllm was not ready after {limit_s:g} s; {self._last_words()}")
+                raise self._failed(f"was not ready after {limit_s:g} s")
             if stop.wait(_LOOK_S):
                 raise Cancelled("stopped while vllm was starting")
 
@@ -127,11 +124,8 @@ class Server:
         finally:
             connection.close()
 
-    def _last_words(self) -> str:
-        end = self._output.seek(0, os.SEEK_END)
-        self._output.seek(max(0, end - _LAST_WORDS))
-        lines = [line.strip() for line in self._output.read().decode("utf-8", "replace").splitlines()]
-        return "its last words: " + (" | ".join([line for line in lines if line][-_LAST_LINES:]) or "none")
+    def _failed(self, how: str) -> TandemError:
+        return TandemError(f"vllm {how}; its last words: {last_words(self._output)}")
 
     def close(self) -> None:
         """Ends the server and whatever it started."""
@@ -144,14 +138,6 @@ class Server:
             os.killpg(self._process.pid, signal.SIGKILL)  # the group outlives its first process
         self._process.wait()
         self._output.close()
-
-
-def free_port() -> int:
-    """A TCP port of the loopback that is free now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
 
 
 class VLLMSystem:

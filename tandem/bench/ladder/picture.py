@@ -67,9 +67,9 @@ def draw(steps: Sequence[Step]) -> str:
     return "\n".join([*parts, "</svg>", ""])
 
 
-def _text(x: float, y: float, text: str, style: str = "", anchor: str = "start") -> str:
+def _text(x: float, y: float, text: str, style: str = "") -> str:
     style = f' class="{style}"' if style else ""
-    return f'<text{style} x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}">{escape(text)}</text>'
+    return f'<text{style} x="{x:.1f}" y="{y:.1f}">{escape(text)}</text>'
 
 
 def _label(title: str, y: float) -> list[str]:

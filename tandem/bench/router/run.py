@@ -10,8 +10,8 @@ from contextlib import ExitStack
 from statistics import median
 
 from tandem.bench.peers import Peer
-from tandem.bench.report import Metric, metric
-from tandem.bench.rounds import Say, times_a_peer
+from tandem.bench.report import Metric, Say, metric
+from tandem.bench.rounds import times_a_peer
 from tandem.bench.router import index
 from tandem.bench.router.index import Found
 from tandem.errors import ConfigError

@@ -15,7 +15,8 @@ import psutil
 import pytest
 
 from tandem.bench import peers
-from tandem.bench.chat.vllm_system import MODEL, Server, VLLMSession, VLLMSystem, free_port, server_command
+from tandem.bench.chat.vllm_system import MODEL, Server, VLLMSession, VLLMSystem, server_command
+from tandem.bench.peers import free_port
 from tandem.clock import now_s
 from tandem.errors import Cancelled, TandemError
 
