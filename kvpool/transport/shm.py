@@ -34,11 +34,13 @@ from kernels.cpu import Native
 from kvpool.arena import F_SEAL_FUTURE_WRITE, F_SEAL_GROW, F_SEAL_SHRINK, Arena
 from kvpool.transport.base import POLL_BYTES, ReadResult
 from protos.control import Source
+from tandem.clock import now_s
 from tandem.errors import TransportError
 
 log = logging.getLogger(__name__)
 
 SHM_VERSION = 1
+ACCEPT_AGAIN_S = 1.0
 ENDPOINT_PREFIX = "@tandem-"
 MAX_ARENA_BYTES = 1 << 46
 
@@ -72,6 +74,7 @@ class ShmTransport:
         self._channels: dict[int, ShmChannel] = {}
         self._failed: list[ReadResult] = []
         self.num_refused = 0
+        self._accept_again_s: float | None = None
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
         self._socket.bind("\0" + self.endpoint[1:])
         self._socket.listen(_BACKLOG)
@@ -87,7 +90,8 @@ class ShmTransport:
 
     @property
     def busy(self) -> bool:
-        return bool(self._failed) or any(channel.can_copy for channel in self._channels.values())
+        again = self._accept_again_s is not None and self._accept_again_s <= now_s()
+        return bool(self._failed) or again or any(channel.can_copy for channel in self._channels.values())
 
     def reaches(self, source: Source) -> bool:
         return bool(source.endpoints.shm) and source.endpoints.machine_id == self._machine_id
@@ -99,6 +103,9 @@ class ShmTransport:
         return channel
 
     def poll(self) -> list[ReadResult]:
+        if self._accept_again_s is not None and self._accept_again_s <= now_s():
+            self._accept_again_s = None
+            self._epoll.modify(self._socket.fileno(), select.EPOLLIN)
         for fd, _ in self._epoll.poll(0):
             if fd == self._socket.fileno():
                 self._accept()
@@ -107,7 +114,6 @@ class ShmTransport:
             elif fd in self._readers:  # a reader has nothing to say: it left, or it breaks the contract
                 self._epoll.unregister(fd)
                 self._readers.pop(fd).close()
-                self._epoll.modify(self._socket.fileno(), select.EPOLLIN)
         results = []
         budget = POLL_BYTES
         for channel in list(self._channels.values()):
@@ -140,9 +146,10 @@ class ShmTransport:
         try:
             connection, _ = self._socket.accept()
         except OSError as error:
-            if error.errno in (errno.EMFILE, errno.ENFILE):
-                # The connection stays in the queue and would wake us for ever: nobody new until somebody leaves.
-                log.error("no descriptor is left for another reader of the arena; %d are connected", len(self._readers))
+            if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM):
+                # Whoever waits stays in the queue and would wake us for ever.
+                log.error("another reader of the arena can't be let in: %s; %d are", error, len(self._readers))
+                self._accept_again_s = now_s() + ACCEPT_AGAIN_S
                 self._epoll.modify(self._socket.fileno(), 0)
             return
         connection.setblocking(False)

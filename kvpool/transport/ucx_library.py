@@ -14,6 +14,7 @@ memory in which one kernel scatters and hashes; the frames would stay as they ar
 from __future__ import annotations
 
 import importlib
+import logging
 import os
 import subprocess
 import sys
@@ -26,6 +27,8 @@ from pathlib import Path
 from typing import Any
 
 from tandem.errors import TransportError
+
+log = logging.getLogger(__name__)
 
 MIN_VERSION = (1, 19)
 """Of UCX, for the binding."""
@@ -54,6 +57,7 @@ REQUIRED = {"RNDV_THRESH": "2k"}
 keeps the worker alive (UCX 1.21). Frames stay below it, and blocks that a peer stops sending end with their connection."""
 
 _MOMENT_S = 50e-6
+_PROBE_S = 60.0
 
 # In another process: a library that turns out too old can't be unloaded.
 _PROBE = """
@@ -101,13 +105,17 @@ def comes_soon(worker: Any) -> bool:
 
 
 def system_version() -> tuple[int, int, int] | None:
-    """The version of the machine's own UCX, as the loader finds it; None without a whole one."""
-    probe = subprocess.run(
-        [sys.executable, "-I", "-c", _PROBE], capture_output=True, text=True, timeout=60, check=False
-    )
-    if probe.returncode:
+    """The version of the machine's own UCX, as the loader finds it; None without a whole one that says it in time."""
+    try:
+        probe = subprocess.run(
+            [sys.executable, "-I", "-c", _PROBE], capture_output=True, text=True, timeout=_PROBE_S, check=False
+        )
+        if probe.returncode:
+            return None
+        major, minor, release = (int(number) for number in probe.stdout.split())
+    except (OSError, subprocess.SubprocessError, ValueError) as error:
+        log.warning("the machine's own UCX could not be asked for its version: %s", error)
         return None
-    major, minor, release = (int(number) for number in probe.stdout.split())
     return major, minor, release
 
 

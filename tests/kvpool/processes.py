@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
 from typing import Any
 
 import zmq
@@ -38,6 +41,27 @@ def wait_for(condition: Callable[[], Any], seconds: float = 15.0, step: Callable
         step()
         poller.poll(1)
     return value
+
+
+@contextmanager
+def no_descriptor_left() -> Iterator[None]:
+    """This process can open nothing more meanwhile."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with ExitStack() as plugs:
+        for _ in range(3):  # below the limit there may be gaps
+            plugs.enter_context(Path("/dev/null").open("rb"))
+        highest = max(int(fd.name) for fd in Path("/proc/self/fd").iterdir())
+        with ExitStack() as gaps:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (highest, hard))
+            try:
+                while True:
+                    try:
+                        gaps.callback(os.close, os.open("/dev/null", os.O_RDONLY))
+                    except OSError:
+                        break
+                yield
+            finally:
+                resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
 class SourceProcess(Child):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import os
 import secrets
+import select
 import socket
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,7 +20,7 @@ from kvpool.transport.base import POLL_BYTES
 from kvpool.transport.shm import ShmChannel, ShmTransport
 from protos.control import Endpoints, Source
 from tandem.errors import TransportError
-from tests.kvpool.processes import wait_for
+from tests.kvpool.processes import no_descriptor_left, wait_for
 
 SLAB = 1 << 20
 EPOCH = b"epoch-01"
@@ -218,3 +219,26 @@ def test_only_sources_on_this_machine_are_within_reach(pair: Pair) -> None:
     assert transport.reaches(source_at("@tandem-x"))
     assert not transport.reaches(Source("p", EPOCH, "DEVICE", Endpoints("", "", "", "@tandem-x", "elsewhere")))
     assert not transport.reaches(Source("p", EPOCH, "DEVICE", Endpoints("", "", "", "", "here")))
+
+
+def test_no_descriptor_left_pauses_the_listener_which_lets_readers_in_again_by_itself(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(shm, "ACCEPT_AGAIN_S", 0.1)
+    theirs, ours = Arena(4, SLAB), Arena(4, SLAB)
+    source, sink = transport_of(theirs), transport_of(ours)
+    channel = sink.connect(source_at(source.endpoint))
+    wait_for(lambda: select.select([source.fileno()], [], [], 0)[0])
+    with no_descriptor_left():
+        source.poll()
+        assert not select.select([source.fileno()], [], [], 0)[0], "it would be polled for ever"
+    assert source.num_readers == 0
+    wait_for(lambda: source.busy)
+    wait_for(lambda: source.num_readers, step=source.poll)
+    channel.start_read(1, [0], [0])
+    wait_for(lambda: channel.can_copy, step=channel.hear)
+    assert [result.read_id for result in sink.poll()] == [1]
+    for closing in (sink, source):
+        closing.close()
+    for arena in (ours, theirs):
+        arena.close()

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import resource
 import select
 import signal
 import socket
@@ -11,7 +9,6 @@ import ssl
 import struct
 import subprocess
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
 from pathlib import Path
 
 import numpy as np
@@ -30,7 +27,7 @@ from kvpool.transport.tcp_frames import MAX_LOCATIONS, MAX_REQUESTS, OK, OUTSIDE
 from kvpool.transport.tcp_stream import TlsFiles, prepare
 from protos.control import Endpoints, Source
 from tandem.errors import ConfigError, TransportError
-from tests.kvpool.processes import wait_for
+from tests.kvpool.processes import no_descriptor_left, wait_for
 from tests.kvpool.transport_process import TransportProcess
 from tests.kvpool.transport_worlds import EPOCH, OTHER_EPOCH, SINK_EPOCH, bytes_served
 
@@ -238,23 +235,9 @@ def test_no_descriptor_left_pauses_the_listener_instead_of_spinning(
     monkeypatch.setattr(tcp_listener, "ACCEPT_AGAIN_S", 0.1)
     connection = stranger(pair.far, hello_to(pair.far))
     wait_for(lambda: select.select([pair.far.fileno()], [], [], 0)[0])
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    with ExitStack() as plugs:
-        for _ in range(3):  # below the limit there may be gaps
-            plugs.enter_context(Path("/dev/null").open("rb"))
-        highest = max(int(fd.name) for fd in Path("/proc/self/fd").iterdir())
-        with ExitStack() as gaps:
-            resource.setrlimit(resource.RLIMIT_NOFILE, (highest, hard))
-            try:
-                while True:
-                    try:
-                        gaps.callback(os.close, os.open("/dev/null", os.O_RDONLY))
-                    except OSError:
-                        break
-                pair.far.poll()
-                assert not select.select([pair.far.fileno()], [], [], 0)[0], "it would be polled for ever"
-            finally:
-                resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    with no_descriptor_left():
+        pair.far.poll()
+        assert not select.select([pair.far.fileno()], [], [], 0)[0], "it would be polled for ever"
     wait_for(lambda: pair.far.busy)
     assert hears(connection, pair.far, 30) == Welcome(EPOCH, NUM_BLOCKS, SLAB).pack()
     connection.close()

@@ -137,6 +137,12 @@ def test_the_machines_library_goes_first_only_with_rdma_and_if_it_is_new_enough(
     assert not ucx_library.prefers_system(tmp_path), "too old for the binding"
     monkeypatch.setenv("LD_LIBRARY_PATH", str(tmp_path))
     assert ucx_library.system_version() is None
+    monkeypatch.setattr(ucx_library, "_PROBE", "import time; time.sleep(60)")
+    monkeypatch.setattr(ucx_library, "_PROBE_S", 0.05)
+    assert ucx_library.system_version() is None, "one that hangs is none"
+    monkeypatch.setattr(ucx_library, "_PROBE_S", 60.0)
+    monkeypatch.setattr(ucx_library, "_PROBE", "print('UCX 1.21')")
+    assert ucx_library.system_version() is None, "nor one that says something else"
 
 
 def test_the_users_settings_go_before_ours_but_a_message_is_never_sent_in_parts(

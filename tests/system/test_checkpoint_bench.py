@@ -21,8 +21,9 @@ def test_checkpoints_are_measured_while_the_pool_node_works_and_while_it_stands_
     @contextmanager
     def cluster(config: Config) -> Iterator[str]:
         assert (config.prefill.replicas, config.decode.replicas, config.pool.replicas) == (0, 1, 1)
-        running.append(RunningCluster(tmp_path).start(["router", "pool-0", "decode-0"]))
+        running.append(RunningCluster(tmp_path))
         try:
+            running[0].start(["router", "pool-0", "decode-0"])
             yield running[0].client.target
             pool = running[0].processes["pool-0"]
             assert psutil.Process(pool.pid).status() != psutil.STATUS_STOPPED
