@@ -120,13 +120,18 @@ class Refused(Struct, tag="refused", tag_field="t"):
 
 class StepPrices(Struct, frozen=True, array_like=True):
     """What a worker's step costs, as it has learned: seconds for each step, each prefilled token, each pair of a prefilled token
-    and one that it attends to, each sequence that decodes, and each token that such a sequence attends to."""
+    and one that it attends to, each sequence that decodes, and each token that such a sequence attends to. What it has not
+    met yet is 0."""
 
     base_s: Seconds = 0.0
     token_s: Seconds = 0.0
     pair_s: Seconds = 0.0
     sequence_s: Seconds = 0.0
     context_s: Seconds = 0.0
+
+    def prefill_s(self, num_tokens: int, num_before: int) -> float:
+        """Of computing `num_tokens` after `num_before`."""
+        return self.base_s + num_tokens * (self.token_s + self.pair_s * (num_before + (num_tokens + 1) / 2))
 
 
 class Load(Struct, frozen=True):
@@ -146,6 +151,7 @@ class Load(Struct, frozen=True):
     """Measured, smoothed; 0 before the first measurement."""
     decode_step_s: Seconds = 0.0
     fetch_bytes_per_s: PerSecond = 0.0
+    prices: StepPrices = StepPrices()
 
 
 class Counters(Struct, frozen=True):

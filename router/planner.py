@@ -11,7 +11,7 @@ import random
 from collections.abc import Sequence
 
 from kvpool.keys import Key, prompt_keys, root_key, tokens_as_bytes
-from protos.control import Dispatch, DispatchRole, FirstTokens, RoutingGroup, Source
+from protos.control import Dispatch, DispatchRole, FirstTokens, RoutingGroup, Source, StepPrices
 from router.actions import Action, Send
 from router.journal import DispatchRecord, Record
 from router.ledger import Ledger
@@ -137,7 +137,7 @@ class Planner:
             process=member.name,
             waiting_tokens=load.waiting_tokens,
             num_sequences=load.num_sequences,
-            prefill_tokens_per_s=report.prefill_tokens_per_s if report else 0.0,
+            prices=report.prices if report else StepPrices(),
             fetch_bytes_per_s=report.fetch_bytes_per_s if report else 0.0,
             decode_step_s=report.decode_step_s if report else 0.0,
         )

@@ -16,7 +16,9 @@ from __future__ import annotations
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from statistics import fmean
 
+from protos.control import StepPrices
 from router.prefix_index import Place
 
 MAX_SOURCES = 8
@@ -26,7 +28,7 @@ MAX_SOURCES = 8
 class Assumptions:
     """What is taken for true before a worker has measured it, and the prices of the model."""
 
-    prefill_tokens_per_s: float = 2_000.0
+    prices: StepPrices = field(default_factory=lambda: StepPrices(token_s=0.0005))
     fetch_bytes_per_s: float = 3e9
     decode_step_s: float = 0.02
     fetch_setup_s: float = 0.001
@@ -42,12 +44,12 @@ class Assumptions:
 
 @dataclass(frozen=True, slots=True)
 class Candidate:
-    """A worker as the policy sees it. Speeds are 0 before the first measurement."""
+    """A worker as the policy sees it. Speeds and prices are 0 before the first measurement."""
 
     process: str
     waiting_tokens: int
     num_sequences: int
-    prefill_tokens_per_s: float = 0.0
+    prices: StepPrices = field(default_factory=StepPrices)
     fetch_bytes_per_s: float = 0.0
     decode_step_s: float = 0.0
 
@@ -123,8 +125,7 @@ class Policy:
         None when there is no decode worker."""
         if not decodes:
             return None
-        measured = [w.prefill_tokens_per_s for w in (*prefills, *decodes) if w.prefill_tokens_per_s]
-        typical = sum(measured) / len(measured) if measured else self._assume.prefill_tokens_per_s
+        typical = self._typical([worker.prices for worker in (*prefills, *decodes) if worker.prices.token_s])
         shape = _Shape(num_tokens, block_size, slab_bytes, hits, typical)
         here = [self._prefill_on(worker, shape, here=True) for worker in decodes]
         best = _cheapest(here, rng)
@@ -148,28 +149,38 @@ class Policy:
         sources = shape.sources(best.process) if best.fetch_s else ()
         return Placement(None, best.process, (), sources, best, tuple(considered), hits)
 
+    def _typical(self, measured: Sequence[StepPrices]) -> StepPrices:
+        """What a worker that has not prefilled yet is taken to cost: as much as the others do."""
+        if not measured:
+            return self._assume.prices
+        base_s, token_s, pair_s = (
+            fmean(getattr(prices, name) for prices in measured) for name in ("base_s", "token_s", "pair_s")
+        )
+        return StepPrices(base_s=base_s, token_s=token_s, pair_s=pair_s)
+
     def _prefill_on(self, worker: Candidate, shape: _Shape, here: bool) -> Prediction:
-        speed = worker.prefill_tokens_per_s or shape.typical_tokens_per_s
+        prices = worker.prices if worker.prices.token_s else shape.typical
         local, remote = shape.hit_blocks(worker.process)
         fetch_s = 0.0
         hit_tokens = shape.hit_tokens(local)
         if remote > local:
             fetch_s = self._fetch_s(worker, (remote - local) * shape.slab_bytes)
-            if fetch_s < (shape.hit_tokens(remote) - hit_tokens) / speed:
+            if fetch_s < prices.prefill_s(shape.hit_tokens(remote) - hit_tokens, hit_tokens):
                 hit_tokens = shape.hit_tokens(remote)
             else:
                 fetch_s = 0.0
         suffix_tokens = shape.num_tokens - hit_tokens
-        compute_s = suffix_tokens / speed
+        compute_s = prices.prefill_s(suffix_tokens, hit_tokens)
         stall_s = 0.0
         if here:
-            stall_s = self._assume.idle_stall * max(0, suffix_tokens - self._assume.short_suffix_tokens) / speed
+            part = max(0, suffix_tokens - self._assume.short_suffix_tokens) / suffix_tokens
+            stall_s = self._assume.idle_stall * part * compute_s
             stall_s += self._assume.stall_per_sequence * worker.num_sequences * compute_s
         return Prediction(
             process=worker.process,
             prefill_here=here,
             hit_tokens=hit_tokens,
-            queue_s=worker.waiting_tokens / speed,
+            queue_s=prices.prefill_s(worker.waiting_tokens, 0) if worker.waiting_tokens else 0.0,
             fetch_s=fetch_s,
             compute_s=compute_s,
             handover_s=0.0,
@@ -210,12 +221,12 @@ class _Shape:
         block_size: int,
         slab_bytes: int,
         hits: Mapping[Place, int],
-        typical_tokens_per_s: float,
+        typical: StepPrices,
     ) -> None:
         self.num_tokens = num_tokens
         self.block_size = block_size
         self.slab_bytes = slab_bytes
-        self.typical_tokens_per_s = typical_tokens_per_s
+        self.typical = typical
         self._hits = hits
         self._local: dict[str, int] = {}
         for place, num_blocks in hits.items():

@@ -242,6 +242,7 @@ class Engine:
             prefill_tokens_per_s=self.meter.prefill_tokens_per_s,
             decode_step_s=self.meter.decode_step_s,
             fetch_bytes_per_s=self.meter.fetch_bytes_per_s,
+            prices=self.meter.prices,
         )
         return {
             router: msgspec.structs.replace(load, num_dispatches=count)

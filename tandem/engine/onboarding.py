@@ -104,7 +104,8 @@ class Onboarding:
         wanted = self._wanted(sequence)
         sources = self._sources(sequence)
         # A hand-over is fetched in any case: its computation is somebody else's.
-        if wanted and sources and (not sequence.draws or self._meter.fetching_is_faster(len(wanted))):
+        fetches = not sequence.draws or self._meter.fetching_is_faster(len(wanted), sequence.num_computed_tokens)
+        if wanted and sources and fetches:
             self._fetch(sequence, wanted, sources, now_s)
         else:
             self._go_on(sequence, now_s)

@@ -24,6 +24,8 @@ _FORGET = 0.998
 """Of what was learned, a step: the last five hundred steps count."""
 _DOUBT = 30.0
 """Standard deviation of the first guess, as a part of it."""
+_MIN_PREFILL_TOKENS = 16
+"""Of a step that says something about prefill: fewer are hidden in the base."""
 _OUTLIER = 0.5
 """Relative error from which on a step counts less: the machine had other things to do."""
 
@@ -48,6 +50,8 @@ class StepModel:
         self._doubt = np.eye(5) * _DOUBT**2
         self._most_doubt = 5 * _DOUBT**2
         self.num_steps = 0
+        self._knows_prefill = False
+        self._knows_decode = False
 
     def observe(self, work: Work, seconds: float) -> None:
         """A step of `work` took so long. One without work or time is ignored."""
@@ -64,8 +68,15 @@ class StepModel:
         if float(np.trace(self._doubt)) < self._most_doubt:
             self._doubt = self._doubt / _FORGET
         self.num_steps += 1
+        self._knows_prefill |= work.prefill_tokens >= _MIN_PREFILL_TOKENS
+        self._knows_decode |= work.decode_sequences > 0
 
     @property
     def prices(self) -> StepPrices:
-        """Seconds each, none below 0; the guess before the first step."""
-        return StepPrices(*(np.maximum(self._theta, 0.0) * self._scale).tolist())
+        """Seconds each, none below 0; 0 for what no step has had yet."""
+        base, token, pair, sequence, context = (np.maximum(self._theta, 0.0) * self._scale).tolist()
+        if not self._knows_prefill:
+            token = pair = 0.0
+        if not self._knows_decode:
+            sequence = context = 0.0
+        return StepPrices(base if self.num_steps else 0.0, token, pair, sequence, context)

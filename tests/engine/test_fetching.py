@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from kvpool.keys import KeyChain
 from kvpool.sink import FetchedBatch, FetchEnded, FetchPlan
 from protos.control import Endpoints as ControlEndpoints
-from protos.control import Fence, ReadyBlock, Source
+from protos.control import Fence, ReadyBlock, Source, StepPrices
 from tests.engine import fake_model
 from tests.engine.test_engine import BLOCK, ROOT, World, all_free, dispatch
 
@@ -205,14 +205,14 @@ def test_a_sequence_is_fetched_for_before_it_may_run() -> None:
 def test_what_computing_gets_sooner_is_not_fetched() -> None:
     world = World()
     keeper = Keeper(world, LONG)
-    world.engine.meter.prefill_tokens_per_s = 1e6
+    world.engine.meter.prices = StepPrices(token_s=1e-6)
     world.engine.meter.fetch_bytes_per_s = 1.0
     a = ask(world, "a", LONG)
     keeper.run()
     assert keeper.num_plans == 0
     assert world.stream(a) == fake_model.continuation(LONG, 5)
     world.pool.clear_cached()
-    world.engine.meter.prefill_tokens_per_s = 10.0
+    world.engine.meter.prices = StepPrices(token_s=0.1)
     world.engine.meter.fetch_bytes_per_s = 1e9
     ask(world, "b", LONG)
     keeper.run()

@@ -7,7 +7,7 @@ from random import Random
 import pytest
 
 from protos.control import StepPrices
-from tandem.engine.step_model import GUESS, StepModel, Work
+from tandem.engine.step_model import StepModel, Work
 
 TRUE = StepPrices(base_s=1e-3, token_s=4e-4, pair_s=6e-8, sequence_s=3e-3, context_s=8e-7)
 FAST = StepPrices(base_s=4e-3, token_s=2e-6, pair_s=1e-11, sequence_s=2e-5, context_s=3e-9)
@@ -81,11 +81,28 @@ def test_a_moment_of_other_work_changes_little() -> None:
 
 def test_prices_are_never_below_nothing_and_idle_steps_teach_nothing() -> None:
     model = StepModel()
-    assert model.prices == GUESS
+    assert model.prices == StepPrices()
     model.observe(Work(), 1.0)
     model.observe(Work(prefill_tokens=5), 0.0)
-    assert (model.num_steps, model.prices) == (0, GUESS)
+    assert (model.num_steps, model.prices) == (0, StepPrices())
     for seconds_s in (1.0, 1e-9, 1.0, 1e-9):
         model.observe(Work(prefill_tokens=100, prefill_pairs=5000), seconds_s)
         prices = model.prices
         assert min(prices.base_s, prices.token_s, prices.pair_s, prices.sequence_s, prices.context_s) >= 0.0
+
+
+def test_what_was_never_done_has_no_price() -> None:
+    model = StepModel()
+    model.observe(Work(decode_sequences=2, decode_tokens=100), 0.01)
+    model.observe(Work(prefill_tokens=3, prefill_pairs=6, decode_sequences=2, decode_tokens=100), 0.01)
+    assert (model.prices.token_s, model.prices.pair_s) == (0.0, 0.0)
+    assert model.prices.sequence_s > 0.0
+    model = StepModel()
+    model.observe(Work(prefill_tokens=100, prefill_pairs=5050), 0.05)
+    assert model.prices.token_s > 0.0
+    assert (model.prices.sequence_s, model.prices.context_s) == (0.0, 0.0)
+
+
+def test_a_prompt_costs_its_tokens_and_what_they_attend_to() -> None:
+    prices = StepPrices(base_s=1.0, token_s=0.1, pair_s=0.001)
+    assert prices.prefill_s(3, 10) == pytest.approx(1.0 + 0.3 + 0.001 * (11 + 12 + 13))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from typing import Any
 
+from protos.control import StepPrices
 from router.policy import Candidate, Placement, Policy
 from router.prefix_index import Place
 
@@ -34,7 +35,7 @@ def test_a_long_uncached_prompt_goes_to_the_prefill_worker() -> None:
 
 
 def test_a_worker_that_has_not_measured_its_speed_is_taken_to_be_like_the_others() -> None:
-    slow = [Candidate("p0", 0, 0, prefill_tokens_per_s=300.0)]
+    slow = [Candidate("p0", 0, 0, prices=StepPrices(token_s=1 / 300))]
     assert place(500, prefills=slow).prefill == "p0"
     assert place(500, prefills=[], decodes=[Candidate("d0", 0, 0)]).chosen.compute_s == 0.25
 
@@ -119,9 +120,18 @@ def test_ties_are_spread_by_the_given_generator() -> None:
     assert chosen == {"d0", "d1", "d2", "d3"}
 
 
+def test_a_suffix_costs_more_the_more_it_attends_to() -> None:
+    prices = StepPrices(base_s=0.01, token_s=1e-4, pair_s=1e-6)
+    decodes = [Candidate("d0", 0, 0, prices=prices)]
+    first = place(1_000, prefills=[], decodes=decodes).chosen.compute_s
+    after = place(5_000, prefills=[], decodes=decodes, hits={Place("d0", "DEVICE"): 250}).chosen.compute_s
+    assert round(first, 9) == round(0.01 + 0.1 + 1e-6 * 500_500, 9)
+    assert round(after, 9) == round(0.01 + 0.1 + 1e-6 * (4_000_000 + 500_500), 9)
+
+
 def test_predictions_add_up_and_all_candidates_are_kept() -> None:
-    prefills = [Candidate("p0", 100, 1, prefill_tokens_per_s=1_000.0)]
-    placement = place(1_000, prefills=prefills, decodes=[Candidate("d0", 0, 0, prefill_tokens_per_s=500.0)])
+    prefills = [Candidate("p0", 100, 1, prices=StepPrices(token_s=0.001))]
+    placement = place(1_000, prefills=prefills, decodes=[Candidate("d0", 0, 0, prices=StepPrices(token_s=0.002))])
     assert placement.chosen.queue_s == 0.1
     assert placement.chosen.compute_s == 1.0
     assert placement.predicted_ttft_s == 1.1
