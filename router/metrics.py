@@ -13,6 +13,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, star
 
 from router.journal import Summary
 from router.membership import Member
+from router.prefix_index import PrefixIndex
 from router.reports import num_cached_tokens
 from tandem.errors import ConfigError
 
@@ -26,6 +27,11 @@ _GAUGES = {
     "num_waiting": "sequences waiting",
     "prefill_tokens_per_s": "measured prefill speed",
     "decode_step_s": "measured seconds of a decode step",
+}
+_INDEX_GAUGES = {
+    "entries": "blocks, counted once for each place that holds them",
+    "bytes": "memory of the prefix index, about",
+    "rejected": "KV events that meant nothing to it",
 }
 
 
@@ -47,6 +53,9 @@ class Metrics:
         self._prompt = Counter("tandem_prompt_tokens", "prompt tokens", registry=self.registry)
         self._generated = Counter("tandem_generated_tokens", "tokens shown to clients", registry=self.registry)
         self._active = Gauge("tandem_active_requests", "accepted and not finished", registry=self.registry)
+        self._index = {
+            name: Gauge(f"tandem_index_{name}", text, registry=self.registry) for name, text in _INDEX_GAUGES.items()
+        }
         self._processes = {
             name: Gauge(f"tandem_process_{name}", text, ["process", "role"], registry=self.registry)
             for name, text in _GAUGES.items()
@@ -82,9 +91,11 @@ class Metrics:
         if summary.outcome == "completed" and summary.longest > 1:
             self._tpot.observe((summary.total_s - summary.ttft_s) / (summary.longest - 1))
 
-    def refresh(self, members: Iterable[Member], num_active: int) -> None:
+    def refresh(self, members: Iterable[Member], num_active: int, index: PrefixIndex) -> None:
         """Shows the last reports of the live processes; dead ones disappear."""
         self._active.set(num_active)
+        for name, gauge in self._index.items():
+            gauge.set(getattr(index, f"num_{name}"))
         shown: set[tuple[str, str]] = set()
         for member in members:
             if member.heartbeat is None:

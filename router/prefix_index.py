@@ -42,6 +42,8 @@ class _Feed:
     """Of the process, in the map."""
     tier: int
     """Where its blocks are when an event doesn't say."""
+    block_size: int = 0
+    """Tokens of its blocks, as its first event said; 0 before."""
     next_seq: int = 0
     replay_since_s: float | None = None
     """When the running replay was asked for or brought its last batch; None: none runs."""
@@ -62,7 +64,8 @@ class PrefixIndex:
         """By number; "" is free."""
         self._counts = np.zeros((0, NUM_TIERS), dtype=np.int32)
         self.num_rejected = 0
-        """Events that came but say nothing here: out of order, of another epoch, of keys that are none."""
+        """Batches out of order or of another epoch, and events of another block size or with names that are no keys: what of
+        them means nothing here was left out."""
 
     def __len__(self) -> int:
         """Keys that somebody holds."""
@@ -203,7 +206,10 @@ class PrefixIndex:
     def _apply_event(self, feed: _Feed, event: Event) -> None:
         before = self._map.num_ignored
         match event:
+            case BlockStored(block_size=block_size) if block_size != (feed.block_size or block_size):
+                self.num_rejected += 1
             case BlockStored(block_hashes=hashes, medium=medium):
+                feed.block_size = event.block_size
                 self._map.add(feed.number, _MEDIA.get(medium or "", feed.tier), hashes)
             case BlockRemoved(block_hashes=hashes, medium=medium):
                 tiers = [_MEDIA[medium]] if medium in _MEDIA else range(NUM_TIERS)

@@ -179,7 +179,7 @@ class RouterServer:
             await self._show_health()
             if time_s >= refresh_at_s:
                 refresh_at_s = time_s + REFRESH_S
-                self.metrics.refresh(self.core.membership, len(self.core.journal))
+                self.metrics.refresh(self.core.membership, len(self.core.journal), self.core.index)
             await asyncio.sleep(TICK_S)
 
     def _tick(self, time_s: float) -> None:

@@ -70,7 +70,9 @@ def test_what_says_nothing_is_counted_and_changes_nothing() -> None:
     index.on_batch("a", E1, 2, EventBatch(0.0, removed(0).events, epoch=E2), 0.0)
     index.on_replay("a", E2, 2, removed(0), 0.0)
     index.on_replay("a", E1, 0, removed(0), 0.0)
-    assert index.num_rejected == 6
+    index.on_batch("a", E1, 2, EventBatch(0.0, [BlockStored([key(2)], None, [], 64)], epoch=E1), 0.0)
+    assert index.num_rejected == 7
+    assert len(index) == 2
     assert index.longest_hits([key(0), key(1)]) == {Place("a", "DEVICE"): 2}
     assert index.sound()
 
