@@ -10,7 +10,7 @@ import sys
 
 import typer
 
-from tandem.cli import bench, demo, doctor, generate, models, serve
+from tandem.cli import bench, capacity, demo, doctor, generate, models, serve
 from tandem.errors import TandemError
 
 app = typer.Typer(
@@ -30,6 +30,7 @@ app.command()(generate.generate)
 app.command()(generate.chat)
 app.command()(doctor.doctor)
 app.command()(demo.demo)
+app.command()(capacity.capacity)
 app.add_typer(bench.app, name="bench")
 
 
