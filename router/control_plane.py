@@ -14,7 +14,7 @@ import asyncio
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any, TypeVar
 
 import msgspec
@@ -34,7 +34,6 @@ log = logging.getLogger(__name__)
 REPLAY_TIMEOUT_S = 5.0
 MAX_REPLAY_BATCHES = 1_000_000
 SEND_HIGH_WATER_MARK = 100_000
-RECEIVE_BURST = 256
 AnySocket = TypeVar("AnySocket", bound=zmq.Socket[Any])
 LAST_WORDS_MS = 200
 """What was sent last, aborts mostly, has so long to leave."""
@@ -52,6 +51,7 @@ class Handlers:
     on_replay_end: Callable[[str, bytes, bool], None]
 
 
+@lru_cache(maxsize=65_536)
 def parse_identity(frame: bytes) -> tuple[str, bytes] | None:
     """Name and epoch of a ZeroMQ identity; None if it is not exactly what `tandem.zmq_io.identity` makes of them: a second
     spelling would let one process speak as another."""
@@ -64,27 +64,25 @@ def parse_identity(frame: bytes) -> tuple[str, bytes] | None:
 
 
 class ControlPlane:
-    """Sockets of one router. `bind`, then `run` until cancelled, then `close`."""
+    """Sockets of one router. `bind`, then `listen` on a running event loop, at last `close`."""
 
     def __init__(self, host: str, port: int, handlers: Handlers) -> None:
         self._host = host
         self._port = port
         self._handlers = handlers
         self._context = zmq.asyncio.Context()
-        self._socket = self._bounded(zmq.ROUTER)
+        self._plain: zmq.Context[zmq.Socket[bytes]] = zmq.Context.shadow(self._context.underlying)
+        self._socket = self._bounded(self._plain.socket(zmq.ROUTER))
+        self._reader: SocketReader | None = None
         self._socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
         # An identity names one incarnation of a process: its newer connection is the one that works.
         self._socket.setsockopt(zmq.ROUTER_HANDOVER, 1)
-        self._plain: zmq.Context[zmq.Socket[bytes]] = zmq.Context.shadow(self._context.underlying)
         self._subscriptions: dict[tuple[str, bytes], tuple[SocketReader, zmq.Socket[bytes]]] = {}
         self._replays: dict[tuple[str, bytes], asyncio.Task[None]] = {}
         self.num_undecodable = 0
 
-    def _bounded(self, kind: int) -> zmq.asyncio.Socket:
-        return self._bounds(self._context.socket(kind))
-
     @staticmethod
-    def _bounds(socket: AnySocket) -> AnySocket:
+    def _bounded(socket: AnySocket) -> AnySocket:
         socket.setsockopt(zmq.LINGER, 0)
         socket.setsockopt(zmq.MAXMSGSIZE, control.MAX_MESSAGE_BYTES)
         socket.setsockopt(zmq.SNDHWM, SEND_HIGH_WATER_MARK)
@@ -106,17 +104,9 @@ class ControlPlane:
         assert isinstance(endpoint, bytes)
         return int(endpoint.rpartition(b":")[2])
 
-    async def run(self) -> None:
-        """Takes in messages for ever; other tasks get their turn after each burst."""
-        while True:
-            self._take(await self._socket.recv_multipart())
-            for _ in range(RECEIVE_BURST):
-                pending = self._socket.recv_multipart(zmq.NOBLOCK)
-                try:
-                    self._take(await pending)
-                except zmq.Again:
-                    break
-            await asyncio.sleep(0)
+    def listen(self) -> None:
+        """Takes in messages from now on; other tasks get their turn after each burst."""
+        self._reader = SocketReader(self._socket, self._take)
 
     def _take(self, frames: list[bytes]) -> None:
         who = parse_identity(frames[0])
@@ -134,17 +124,18 @@ class ControlPlane:
 
     def send(self, process: str, epoch: bytes, message: FromRouter) -> None:
         """Sends without waiting; if that is impossible the process is reported closed."""
-        frames = [identity(process, epoch), control.encode(message)]
-        sent: Any = self._socket.send_multipart(frames, zmq.NOBLOCK)
-        error = sent.exception() if sent.done() else None
-        if error is not None:
+        try:
+            self._socket.send_multipart([identity(process, epoch), control.encode(message)], zmq.NOBLOCK)
+        except zmq.ZMQError as error:
             log.info("can't send to %s: %s", process, error)
             asyncio.get_running_loop().call_soon(self._handlers.on_closed, process, epoch)
+        if self._reader is not None:
+            self._reader.again()
 
     def subscribe(self, action: Subscribe) -> None:
         """Follows a process' KV events until `unsubscribe`."""
         self.unsubscribe(action.process, action.epoch)
-        socket = self._bounds(self._plain.socket(zmq.SUB))
+        socket = self._bounded(self._plain.socket(zmq.SUB))
         try:
             socket.setsockopt(zmq.SUBSCRIBE, b"")
             socket.connect(action.endpoints.events)
@@ -184,7 +175,7 @@ class ControlPlane:
 
     async def _replay(self, action: Replay) -> None:
         process, epoch = action.process, action.epoch
-        socket = self._bounded(zmq.DEALER)
+        socket = self._bounded(self._context.socket(zmq.DEALER))
         complete = False
         try:
             socket.connect(action.endpoints.replay)
@@ -211,5 +202,7 @@ class ControlPlane:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
+        if self._reader is not None:
+            self._reader.close()
         self._socket.close(linger=LAST_WORDS_MS)
         self._context.term()

@@ -122,7 +122,6 @@ class RouterServer:
         host = self._config.router.host
         control = self._control = ControlPlane(host, self._config.router.control_port, handlers)
         server = self._grpc_server()
-        receiver: asyncio.Task[None] | None = None
         try:
             self.control_port = control.bind()
             self.grpc_port = self._listen(server)
@@ -130,18 +129,15 @@ class RouterServer:
                 self.metrics.serve(host, self._config.router.metrics_port)
             await self._show_health(force=True)
             await server.start()
-            receiver = asyncio.create_task(control.run())
+            control.listen()
             log.info(
                 "model %s: gRPC on %s:%d, control on %s:%d", self.model, host, self.grpc_port, host, self.control_port
             )
             self.started.set()
-            await self._tick_until(stop, receiver)
+            await self._tick_until(stop)
             await self._drain()
         finally:
             await server.stop(grace=1.0)
-            if receiver is not None:
-                receiver.cancel()
-                await asyncio.gather(receiver, return_exceptions=True)
             await control.close()
             self.metrics.close()
             self._executor.shutdown(cancel_futures=True)
@@ -169,11 +165,9 @@ class RouterServer:
             raise ConfigError(message)
         return bound
 
-    async def _tick_until(self, stop: threading.Event, receiver: asyncio.Task[None]) -> None:
+    async def _tick_until(self, stop: threading.Event) -> None:
         refresh_at_s = 0.0
         while not stop.is_set():
-            if receiver.done():
-                receiver.result()
             time_s = now_s()
             self._tick(time_s)
             await self._show_health()
