@@ -23,14 +23,12 @@ class _Own:
     serial: int
     num_tokens: int
     num_sequences: int
-    at_s: float
 
 
 @dataclass(slots=True)
 class _Account:
     serial: int = 0
     report: Load = field(default_factory=Load)
-    reported_s: float = 0.0
     own: dict[Fence, _Own] = field(default_factory=dict)
 
 
@@ -48,11 +46,10 @@ class Ledger:
         """A worker is lost: its account closes."""
         self._accounts.pop(process, None)
 
-    def dispatched(self, process: str, fence: Fence, num_tokens: int, num_sequences: int, now_s: float) -> None:
-        """`num_tokens` have to be computed there."""
+    def dispatched(self, process: str, fence: Fence, num_tokens: int, num_sequences: int) -> None:
         account = self._accounts[process]
         account.serial += 1
-        account.own[fence] = _Own(account.serial, num_tokens, num_sequences, now_s)
+        account.own[fence] = _Own(account.serial, num_tokens, num_sequences)
 
     def ended(self, process: str, fence: Fence) -> None:
         """A dispatch is over, whatever way. Unknown ones are ignored."""
@@ -60,27 +57,22 @@ class Ledger:
         if account is not None:
             account.own.pop(fence, None)
 
-    def reported(self, process: str, load: Load, now_s: float) -> None:
+    def reported(self, process: str, load: Load) -> None:
         """A heartbeat's load: dispatches up to `num_dispatches` are in it and are not counted twice."""
         account = self._accounts.get(process)
         if account is None:
             return
         account.report = load
-        account.reported_s = now_s
         for fence in [fence for fence, own in account.own.items() if own.serial <= load.num_dispatches]:
             del account.own[fence]
 
-    def load(self, process: str, now_s: float) -> WorkerLoad:
-        """What was there at the last report and came since, less what the worker has computed meanwhile at its price."""
+    def load(self, process: str) -> WorkerLoad:
         account = self._accounts[process]
-        report, at_s = account.report, account.reported_s
-        tokens, token_s = float(report.waiting_tokens), report.prices.token_s
-        num_sequences = report.num_waiting + report.num_running
-        for own in account.own.values():  # in the order in which they were sent
-            tokens = _left(tokens, own.at_s - at_s, token_s) + own.num_tokens
-            at_s = own.at_s
-            num_sequences += own.num_sequences
-        return WorkerLoad(round(_left(tokens, now_s - at_s, token_s)), num_sequences)
+        report = account.report
+        return WorkerLoad(
+            report.waiting_tokens + sum(own.num_tokens for own in account.own.values()),
+            report.num_waiting + report.num_running + sum(own.num_sequences for own in account.own.values()),
+        )
 
     def num_unreported(self) -> int:
         """Dispatches that no report includes yet; 0 when the cluster is idle."""
@@ -88,8 +80,3 @@ class Ledger:
 
     def processes(self) -> set[str]:
         return set(self._accounts)
-
-
-def _left(tokens: float, seconds: float, token_s: float) -> float:
-    """Of work that went on for so long; without a price nothing is known to be done."""
-    return max(0.0, tokens - seconds / token_s) if token_s and seconds > 0 else tokens

@@ -55,7 +55,7 @@ class Planner:
         prefill = record.prefill()
         if prefill is not None:
             return self._dispatch_decode(
-                record, self._place(record, group, record.request.prompt, True, now_s), prefill, now_s
+                record, self._place(record, group, record.request.prompt, True), prefill, now_s
             )
         whole = len(uncovered) == len(record.unfinished()) and all(
             len(record.samples[i].tokens) <= 1 for i in uncovered
@@ -76,7 +76,7 @@ class Planner:
 
     def _dispatch_whole(self, record: Record, group: RoutingGroup, now_s: float) -> list[Action]:
         """All samples from the prompt on: hand-over, or prefill here."""
-        placement = self._place(record, group, record.request.prompt, record.prefill_here_only, now_s)
+        placement = self._place(record, group, record.request.prompt, record.prefill_here_only)
         record.placements.append(placement)
         if placement.prefill is None:
             return [self._send(record, placement.decode, "decode", placement, now_s, prefill_here=True)]
@@ -96,13 +96,11 @@ class Planner:
 
     def _dispatch_continuation(self, record: Record, group: RoutingGroup, index: int, now_s: float) -> list[Action]:
         tokens = (*record.request.prompt, *record.samples[index].tokens)
-        placement = self._place(record, group, tokens, True, now_s)
+        placement = self._place(record, group, tokens, True)
         record.placements.append(placement)
         return [self._send(record, placement.decode, "decode", placement, now_s, tokens, index, prefill_here=True)]
 
-    def _place(
-        self, record: Record, group: RoutingGroup, tokens: Sequence[int], prefill_here_only: bool, now_s: float
-    ) -> Placement:
+    def _place(self, record: Record, group: RoutingGroup, tokens: Sequence[int], prefill_here_only: bool) -> Placement:
         keys = record.keys
         if len(tokens) != len(record.request.prompt):
             keys = prompt_keys(_root(group), tokens, group.block_size).full
@@ -112,8 +110,8 @@ class Planner:
             block_size=group.block_size,
             slab_bytes=next((m.hello.capacity.slab_bytes for m in decodes), 0),
             hits=self._reachable(self._index.longest_hits(keys), group),
-            prefills=[self._candidate(m, now_s) for m in self._preferred(record, self._membership.workers("prefill"))],
-            decodes=[self._candidate(m, now_s) for m in self._preferred(record, decodes)],
+            prefills=[self._candidate(m) for m in self._preferred(record, self._membership.workers("prefill"))],
+            decodes=[self._candidate(m) for m in self._preferred(record, decodes)],
             rng=self._rng,
             prefill_here_only=prefill_here_only,
         )
@@ -132,8 +130,8 @@ class Planner:
 
         return {place: num_blocks for place, num_blocks in hits.items() if serves(place)}
 
-    def _candidate(self, member: Member, now_s: float) -> Candidate:
-        load = self._ledger.load(member.name, now_s)
+    def _candidate(self, member: Member) -> Candidate:
+        load = self._ledger.load(member.name)
         report = member.heartbeat.load if member.heartbeat is not None else None
         return Candidate(
             process=member.name,
@@ -179,9 +177,8 @@ class Planner:
             predicted_ttft_s=placement.predicted_ttft_s,
             waits=prefill is not None,
         )
-        # What a hand-over brings is not computed there.
-        uncached = 0 if prefill is not None else max(1, len(token_ids) - placement.hit_tokens)
-        self._ledger.dispatched(process, fence, uncached, num_samples, now_s)
+        uncached = max(1, len(token_ids) - placement.hit_tokens)
+        self._ledger.dispatched(process, fence, uncached, num_samples)
         assert record.keys_root is not None
         message = Dispatch(
             fence=fence,

@@ -361,7 +361,7 @@ class RouterCore:
 
     def _on_heartbeat(self, message: Heartbeat, now_s: float) -> list[Action]:
         self.membership.heartbeat(message, now_s)
-        self.ledger.reported(message.process, message.load, now_s)
+        self.ledger.reported(message.process, message.load)
         return self._replay(
             message.process, self.index.on_announced(message.process, message.epoch, message.events_seq, now_s)
         )
