@@ -92,6 +92,10 @@ class Map {
     sweep();
     if (held_.size() <= place) held_.resize(place + 1);
     uint32_t index = find(key);
+    if (index != kNone && settled(index) == 0) {  // nobody held it any more: it comes anew
+      erase(index);
+      index = kNone;
+    }
     if (index == kNone) {
       if (num_nodes_ >= max_keys_) sweep(kSweptForRoom);
       while (num_nodes_ >= max_keys_) drop_oldest();
