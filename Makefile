@@ -3,8 +3,8 @@
 #   make test                the tests, at most ten minutes      make test-full   the slow ones too
 #   make check               format, lint, types, import arrows, generated code
 #   make proto               regenerate protos/tandem_pb2*       make clean       remove what was built
-#   make peers               what `tandem bench … --against` compares with (some minutes, 6 GB); `make peers-engine` and
-#                            `make peers-transfer` install those of `bench engine`, and of `bench transfer` and `bench pool`
+#   make peers               what `tandem bench … --against` compares with (some minutes, 6 GB); `make peers-engine`,
+#                            `peers-transfer` and `peers-router` install those of `bench engine`, `transfer` and `pool`, `router`
 
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c

@@ -19,7 +19,7 @@ _Hashes = Annotated[list[BlockHash], Meta(max_length=65_536)]
 _Tokens = Annotated[list[Annotated[int, Meta(ge=0, lt=2**32)]], Meta(max_length=4_194_304)]
 
 
-class Stored(Struct, tag="BlockStored", tag_field="type", gc=False):
+class Stored(Struct, gc=False):
     """Blocks after `parent_block_hash`, `block_size` tokens each, whose tokens are all of `token_ids` in order. `extra_keys` has
     for each block what else decides its content (adapter, images, salt); `group_idx` is 0 or None for the attention that sees
     everything."""
@@ -35,7 +35,7 @@ class Stored(Struct, tag="BlockStored", tag_field="type", gc=False):
     group_idx: int | None = None
 
 
-class Removed(Struct, tag="BlockRemoved", tag_field="type", gc=False):
+class Removed(Struct, gc=False):
     """Blocks can no longer be read in `medium`."""
 
     block_hashes: _Hashes
@@ -43,29 +43,31 @@ class Removed(Struct, tag="BlockRemoved", tag_field="type", gc=False):
     group_idx: int | None = None
 
 
-class Cleared(Struct, tag="AllBlocksCleared", tag_field="type", gc=False):
+class Cleared(Struct, gc=False):
     """Nothing is held any more."""
 
 
-class _StoredArray(Struct, tag="BlockStored", array_like=True, gc=False):
-    block_hashes: _Hashes
-    parent_block_hash: BlockHash | None
-    token_ids: _Tokens
-    block_size: Annotated[int, Meta(ge=1, le=65_535)]
-    lora_id: int | None = None
-    medium: str | None = None
-    lora_name: str | None = None
-    extra_keys: list[Any] | None = None
-    group_idx: int | None = None
+class _StoredMap(Stored, tag="BlockStored", tag_field="type", gc=False):
+    pass
 
 
-class _RemovedArray(Struct, tag="BlockRemoved", array_like=True, gc=False):
-    block_hashes: _Hashes
-    medium: str | None = None
-    group_idx: int | None = None
+class _RemovedMap(Removed, tag="BlockRemoved", tag_field="type", gc=False):
+    pass
 
 
-class _ClearedArray(Struct, tag="AllBlocksCleared", array_like=True, gc=False):
+class _ClearedMap(Cleared, tag="AllBlocksCleared", tag_field="type", gc=False):
+    pass
+
+
+class _StoredArray(Stored, tag="BlockStored", array_like=True, gc=False):
+    pass
+
+
+class _RemovedArray(Removed, tag="BlockRemoved", array_like=True, gc=False):
+    pass
+
+
+class _ClearedArray(Cleared, tag="AllBlocksCleared", array_like=True, gc=False):
     pass
 
 
@@ -77,7 +79,9 @@ class _Batch(Struct, array_like=True, gc=False):
 ForeignEvent = Stored | Removed | Cleared
 
 _batches = msgspec.msgpack.Decoder(_Batch)
-_maps: msgspec.msgpack.Decoder[ForeignEvent] = msgspec.msgpack.Decoder(ForeignEvent)
+_maps: msgspec.msgpack.Decoder[_StoredMap | _RemovedMap | _ClearedMap] = msgspec.msgpack.Decoder(
+    _StoredMap | _RemovedMap | _ClearedMap
+)
 _arrays: msgspec.msgpack.Decoder[_StoredArray | _RemovedArray | _ClearedArray] = msgspec.msgpack.Decoder(
     _StoredArray | _RemovedArray | _ClearedArray
 )
@@ -94,13 +98,6 @@ def decode_foreign_batch(payload: bytes) -> Sequence[ForeignEvent]:
 
 
 def _event(raw: Raw) -> ForeignEvent:
-    first = memoryview(raw)[0] if len(memoryview(raw)) else 0
-    if 0x80 <= first <= 0x8F or first in (0xDE, 0xDF):  # a map
-        return _maps.decode(raw)
-    match _arrays.decode(raw):
-        case _StoredArray() as event:
-            return Stored(**{name: getattr(event, name) for name in Stored.__struct_fields__})
-        case _RemovedArray(block_hashes=hashes, medium=medium, group_idx=group):
-            return Removed(hashes, medium, group)
-        case _:
-            return Cleared()
+    view = memoryview(raw)
+    is_map = len(view) > 0 and (0x80 <= view[0] <= 0x8F or view[0] in (0xDE, 0xDF))
+    return _maps.decode(raw) if is_map else _arrays.decode(raw)

@@ -180,7 +180,8 @@ class Policy:
             process=worker.process,
             prefill_here=here,
             hit_tokens=hit_tokens,
-            queue_s=prices.prefill_s(worker.waiting_tokens, 0) if worker.waiting_tokens else 0.0,
+            # Those who wait are many prompts, taken to be as long as this one: none attends to another's tokens.
+            queue_s=worker.waiting_tokens * (prices.token_s + prices.pair_s * shape.num_tokens / 2),
             fetch_s=fetch_s,
             compute_s=compute_s,
             handover_s=0.0,

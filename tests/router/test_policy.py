@@ -129,6 +129,11 @@ def test_a_suffix_costs_more_the_more_it_attends_to() -> None:
     assert round(after, 9) == round(0.01 + 0.1 + 1e-6 * (4_000_000 + 500_500), 9)
 
 
+def test_a_queue_costs_what_its_prompts_cost_one_by_one() -> None:
+    worker = Candidate("d0", 50_000, 9, prices=StepPrices(token_s=1e-4, pair_s=1e-7))
+    assert round(place(1_000, prefills=[], decodes=[worker]).chosen.queue_s, 9) == round(50_000 * (1e-4 + 5e-5), 9)
+
+
 def test_predictions_add_up_and_all_candidates_are_kept() -> None:
     prefills = [Candidate("p0", 100, 1, prices=StepPrices(token_s=0.001))]
     placement = place(1_000, prefills=prefills, decodes=[Candidate("d0", 0, 0, prices=StepPrices(token_s=0.002))])

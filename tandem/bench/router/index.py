@@ -1,7 +1,7 @@
 """The prefix index alone: how fast it finds the longest hits and takes events in, and its memory; beside NVIDIA Dynamo's.
 
-Owns the measuring. Ours runs in a child process, pinned to the core that the peer's call runs on too: so memory is of the index
-alone. Events come by ZeroMQ from another process, as workers send them: received, decoded, applied.
+Owns the measuring. Ours runs in a child process, so that its memory is the index's alone, on the core that the peer has too.
+Events come by ZeroMQ from another process, as workers send them: received, decoded, applied.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import time
 from collections.abc import Sequence
 from multiprocessing import get_context
 from multiprocessing.connection import Connection
-from typing import Annotated
+from typing import Annotated, Any
 
 import msgspec
 import psutil
@@ -140,23 +140,33 @@ def _events_per_s(request: Measure) -> float:
     theirs, mine = spawn.Pipe()
     publisher = spawn.Process(target=_publish, args=(theirs, request), daemon=True)
     publisher.start()
+    theirs.close()  # so that its end is noticed
+
+    def said() -> Any:
+        if not mine.poll(_EVENTS_S):
+            raise TandemError(f"the publisher said nothing for {_EVENTS_S:g} s")
+        return mine.recv()
+
     context = zmq.Context[zmq.Socket[bytes]]()
     socket = context.socket(zmq.SUB)
     try:
         socket.rcvhwm = 0
         socket.subscribe(b"")
-        socket.connect(mine.recv())
+        socket.rcvtimeo = int(_EVENTS_S * 1000)
+        socket.connect(said())
         index = PrefixIndex(2 * request.entries + 1)
         index.join(name_of(0), _EPOCH, "DEVICE", 0.0)
         index.on_replay_end(name_of(0), _EPOCH)
-        num_events: int = mine.recv()
+        num_events: int = said()
+        gives_up = time.monotonic() + _EVENTS_S
         while not socket.poll(10):
             mine.send("say something")
+            if time.monotonic() > gives_up:
+                raise TandemError(f"no event came for {_EVENTS_S:g} s")
         while socket.poll(200):
             socket.recv_multipart()
         mine.send("go")
-        if not socket.poll(int(_EVENTS_S * 1000)):
-            raise TandemError(f"no event came for {_EVENTS_S:g} s")
+        socket.poll(int(_EVENTS_S * 1000))
         began = time.perf_counter()
         for _ in range(num_events):
             _, seq, payload = socket.recv_multipart()
