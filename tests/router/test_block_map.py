@@ -144,6 +144,15 @@ def test_processes_that_go_are_gone_at_once_and_their_keys_make_room_later() -> 
     assert found.num_bytes < 1.5 * before
 
 
+@either
+def test_a_key_that_comes_back_is_as_young_as_its_return(kind: type[SomeMap]) -> None:
+    found = kind(3)
+    found.add(0, 0, [key(0)])
+    found.clear(0)
+    found.add(0, 0, [key(1), key(2), key(0), key(3)])
+    assert [hits(found, [key(number)])[-1] for number in range(4)] == [[0], [], [0], [0]], "the oldest one made room"
+
+
 def test_a_million_entries_take_less_memory_than_is_promised() -> None:
     """The shape of the bench: prompts that several hold, and tails of one each."""
     found, generator = BlockMap(10_000_000), random.Random(2)
