@@ -81,6 +81,7 @@ class Capacity(Struct, frozen=True):
     slab_bytes: Count = 0
     max_model_len: Count = 0
     max_running: Count = 0
+    max_step_tokens: Count = 0
     recompute_limit_tokens: Count = 0
 
 
@@ -143,6 +144,12 @@ class Load(Struct, frozen=True):
     num_running: Small = 0
     waiting_tokens: Count = 0
     """Tokens whose KV the waiting and running sequences still have to compute or fetch."""
+    waiting_pairs: Count = 0
+    """Pairs of such a token and one that it attends to."""
+    num_generating: Small = 0
+    """Sequences that generate, or will when what they fetch is there, forks to come included."""
+    context_tokens: Count = 0
+    """Tokens that those attend to."""
     free_blocks: Count = 0
     """Blocks that can be allocated now: free and cached without a reference or lease."""
     cached_blocks: Count = 0
@@ -151,6 +158,8 @@ class Load(Struct, frozen=True):
     """Measured, smoothed; 0 before the first measurement."""
     decode_step_s: Seconds = 0.0
     fetch_bytes_per_s: PerSecond = 0.0
+    disk_bytes_per_s: PerSecond = 0.0
+    """How fast a pool node reads its DISK tier."""
     prices: StepPrices = StepPrices()
 
 
@@ -274,7 +283,8 @@ class Dispatch(Struct, tag="dispatch", tag_field="t"):
     wait_source: str = ""
     """Name of the source that computes the missing keys right now; only it is asked to wait. Empty: nobody waits."""
     hold_s: Seconds = 10.0
-    priority: int = 0
+    due_s: Annotated[float, Meta(ge=-1e9, le=1e9)] = 0.0
+    """Seconds from receipt until its first token is due, less than 0 if it is late: prompts are computed in this order."""
     held_blocks: Annotated[list[Count], Meta(max_length=64)] = []
     """How many leading blocks each of `sources` is believed to hold; empty: not known."""
 

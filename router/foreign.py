@@ -7,12 +7,20 @@ their tokens alone determine get a key; all others are counted and left out. Pur
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from kvpool.keys import Key, chain_keys, tokens_as_bytes
 from protos.foreign_events import Cleared, ForeignEvent, Removed, Stored
 from protos.kv_events import AllBlocksCleared, BlockHash, BlockRemoved, BlockStored, Event
 
 MAX_NAMES = 1_000_000
+
+
+@dataclass(frozen=True, slots=True)
+class ForeignBatch:
+    """What one publication of another system's worker carries."""
+
+    events: Sequence[ForeignEvent]
 
 
 class ForeignNames:

@@ -20,7 +20,7 @@ from typing import Literal
 
 from kvpool.keys import Key
 from protos.control import DispatchRole, Fence, FinishReason, RoleReport, Sampling, TokenLogprobs, Tokens
-from router.policy import Placement
+from router.policy.base import Placement
 
 Outcome = Literal["completed", "failed", "cancelled"]
 MAX_RECENT = 256
@@ -37,7 +37,9 @@ class Request:
     sampling: Sampling
     n: int
     deadline_s: float
-    priority: int = 0
+    tenant: str = ""
+    batch: bool = False
+    """Of the class that is promised less: it waits while others are due sooner."""
 
 
 @dataclass(slots=True)
@@ -65,6 +67,7 @@ class DispatchRecord:
     progress_at_s: float
     """When it was sent, reported, last brought something new or was last asked."""
     predicted_ttft_s: float
+    sent_at_s: float
     waits: bool = False
     first_tokens_sent: bool = False
     ended: set[int] = field(default_factory=set)
@@ -110,6 +113,10 @@ class Record:
     avoid: set[tuple[str, bytes]] = field(default_factory=set)
     waiting_since_s: float | None = None
     plan_after_s: float = 0.0
+    due_s: float = 0.0
+    """When its first token is due."""
+    tpot_s: float = 0.0
+    """What its later tokens are promised to take each; 0: nothing."""
     first_token_at_s: float | None = None
 
     @property
@@ -213,6 +220,10 @@ class Journal:
         record = Record(request, now_s, [Sample() for _ in range(request.n)], request.sampling)
         self._records[request.request_id] = record
         return record
+
+    def drop(self, record: Record) -> None:
+        """A request that was refused before anything was done for it."""
+        del self._records[record.request_id]
 
     def find(self, fence: Fence, process: str, epoch: bytes) -> tuple[Record, DispatchRecord] | None:
         """The live dispatch of this fence at this process, or None: the message is late, or somebody else's."""

@@ -1,7 +1,7 @@
 """What a request lacks, as dispatches: where each goes, what it says.
 
 Owns the step from a record with samples that nobody generates to the dispatches that will: keys, placement, sources, fences and
-messages. Pure. It enters what it dispatches into record and ledger, and takes nothing out again; whether a request may be
+messages. Pure. It enters what it dispatches into record and fleet, and takes nothing out again; whether a request may be
 planned now, waits or ends is the router's (`router/router.py`, which also tells the three forms of dispatches).
 """
 
@@ -11,60 +11,86 @@ import random
 from collections.abc import Sequence
 
 from kvpool.keys import Key, prompt_keys, root_key, tokens_as_bytes
-from protos.control import Dispatch, DispatchRole, FirstTokens, RoutingGroup, Source, StepPrices
+from protos.control import Dispatch, DispatchRole, FirstTokens, RoutingGroup, Source
 from router.actions import Action, Send
+from router.admission import ROOM_S
+from router.fleet import Fleet, Work
 from router.journal import DispatchRecord, Record
-from router.ledger import Ledger
-from router.membership import Member, Membership
-from router.policy import Candidate, Placement, Policy
-from router.prefix_index import Place, PrefixIndex
+from router.membership import Membership
+from router.policy.base import Ask, Placement, Policy, SourcePlace
+from router.prefix_index import PrefixIndex
+
+EXPECTED_ANSWER_TOKENS = 256.0
+"""Before the first answer has ended."""
 
 
 class Planner:
-    """Dispatches for the records it is given. Reads membership and index; writes to ledger and record."""
+    """Dispatches for the records it is given. Reads membership and index; writes to fleet and record."""
 
     def __init__(
         self,
         *,
         membership: Membership,
         index: PrefixIndex,
-        ledger: Ledger,
+        fleet: Fleet,
         policy: Policy,
         rng: random.Random,
         hold_s: float,
     ) -> None:
         self._membership = membership
         self._index = index
-        self._ledger = ledger
+        self._fleet = fleet
         self._policy = policy
         self._rng = rng
         self._hold_s = hold_s
 
-    def dispatch(self, record: Record, group: RoutingGroup, now_s: float) -> list[Action]:
-        """Dispatches every unfinished sample that no live decode dispatch generates; nothing if there is none.
-
-        `group` is the served one and has a decode worker.
-        """
+    def keys(self, record: Record, group: RoutingGroup) -> tuple[Key, ...]:
+        """Of the prompt's full blocks, in the served group."""
         root = _root(group)
         if record.keys_root != root:
             record.keys_root = root
             record.keys = prompt_keys(root, record.request.prompt, group.block_size).full
+        return record.keys
+
+    def uncached_tokens(self, record: Record, group: RoutingGroup) -> int:
+        """Of the prompt, what no place is known to hold."""
+        hits = self._index.longest(self.keys(record, group))
+        longest = max((int(hits.counts[holder].sum()) for holder in hits.holders), default=0)
+        return max(1, len(record.request.prompt) - longest * group.block_size)
+
+    def dispatch(self, record: Record, group: RoutingGroup, now_s: float, wait: bool = True) -> list[Action] | None:
+        """Dispatches every unfinished sample that no live decode dispatch generates; nothing if there is none. None when its
+        workers have no room for it, if it may `wait`: ask again.
+
+        `group` is the served one and has a decode worker.
+        """
+        self.keys(record, group)
         uncovered = record.uncovered()
         if not uncovered:
             return []
         prefill = record.prefill()
         if prefill is not None:
             return self._dispatch_decode(
-                record, self._place(record, group, record.request.prompt, True), prefill, now_s
+                record, self._place(record, group, record.request.prompt, now_s, here=True), prefill, now_s
             )
         whole = len(uncovered) == len(record.unfinished()) and all(
             len(record.samples[i].tokens) <= 1 for i in uncovered
         )
         if whole and not record.first_tokens_known():
-            return self._dispatch_whole(record, group, now_s)
+            placement = self._place(record, group, record.request.prompt, now_s, record.prefill_here_only)
+            if wait and not has_room(placement):
+                return None
+            return self._dispatch_whole(record, placement, now_s)
         actions: list[Action] = []
         for index in uncovered:
-            actions += self._dispatch_continuation(record, group, index, now_s)
+            tokens = (*record.request.prompt, *record.samples[index].tokens)
+            placement = self._place(record, group, tokens, now_s, here=True)
+            if wait and not actions and not has_room(placement):
+                return None
+            record.placements.append(placement)
+            actions.append(
+                self._send(record, placement.decode, "decode", placement, now_s, tokens, index, prefill_here=True)
+            )
         return actions
 
     def first_tokens(self, record: Record) -> list[Action]:
@@ -74,9 +100,8 @@ class Planner:
         waiting = [dispatch for dispatch in record.live("decode") if dispatch.waits and not dispatch.first_tokens_sent]
         return [send_first_tokens(record, dispatch) for dispatch in waiting]
 
-    def _dispatch_whole(self, record: Record, group: RoutingGroup, now_s: float) -> list[Action]:
+    def _dispatch_whole(self, record: Record, placement: Placement, now_s: float) -> list[Action]:
         """All samples from the prompt on: hand-over, or prefill here."""
-        placement = self._place(record, group, record.request.prompt, record.prefill_here_only)
         record.placements.append(placement)
         if placement.prefill is None:
             return [self._send(record, placement.decode, "decode", placement, now_s, prefill_here=True)]
@@ -94,58 +119,49 @@ class Planner:
             *self.first_tokens(record),
         ]
 
-    def _dispatch_continuation(self, record: Record, group: RoutingGroup, index: int, now_s: float) -> list[Action]:
-        tokens = (*record.request.prompt, *record.samples[index].tokens)
-        placement = self._place(record, group, tokens, True)
-        record.placements.append(placement)
-        return [self._send(record, placement.decode, "decode", placement, now_s, tokens, index, prefill_here=True)]
-
-    def _place(self, record: Record, group: RoutingGroup, tokens: Sequence[int], prefill_here_only: bool) -> Placement:
+    def _place(self, record: Record, group: RoutingGroup, tokens: Sequence[int], now_s: float, here: bool) -> Placement:
         keys = record.keys
         if len(tokens) != len(record.request.prompt):
             keys = prompt_keys(_root(group), tokens, group.block_size).full
-        decodes = self._membership.workers("decode")
-        placement = self._policy.place(
+        num_samples = record.request.n if len(tokens) == len(record.request.prompt) else 1
+        ask = Ask(
             num_tokens=len(tokens),
             block_size=group.block_size,
-            slab_bytes=next((m.hello.capacity.slab_bytes for m in decodes), 0),
-            hits=self._reachable(self._index.longest_hits(keys), group),
-            prefills=[self._candidate(m) for m in self._preferred(record, self._membership.workers("prefill"))],
-            decodes=[self._candidate(m) for m in self._preferred(record, decodes)],
-            rng=self._rng,
-            prefill_here_only=prefill_here_only,
+            slab_bytes=self._slab_bytes(),
+            keys=keys,
+            answer_tokens=num_samples * self._answer_tokens(record),
+            num_samples=num_samples,
+            due_s=record.due_s,
+            tpot_s=record.tpot_s,
+            prefill_here_only=here,
+            avoid=self._failed(record),
         )
+        placement = self._policy.place(ask, self._index.longest(keys), self._fleet, now_s, self._rng)
         assert placement is not None, "planned without a decode worker"
         return placement
 
-    @staticmethod
-    def _preferred(record: Record, members: list[Member]) -> list[Member]:
-        """Without those that failed this request, unless nobody else is there."""
-        return [m for m in members if (m.name, m.epoch) not in record.avoid] or members
+    def _answer_tokens(self, record: Record) -> float:
+        """Of one sample, expected."""
+        return min(record.sampling.max_tokens, self._fleet.answer_tokens or EXPECTED_ANSWER_TOKENS)
 
-    def _reachable(self, hits: dict[Place, int], group: RoutingGroup) -> dict[Place, int]:
-        def serves(place: Place) -> bool:
-            member = self._membership.get(place.process)
-            return member is not None and member.hello.group == group
+    def _slab_bytes(self) -> int:
+        members = self._membership.workers("decode")
+        return next((member.hello.capacity.slab_bytes for member in members), 0)
 
-        return {place: num_blocks for place, num_blocks in hits.items() if serves(place)}
-
-    def _candidate(self, member: Member) -> Candidate:
-        load = self._ledger.load(member.name)
-        report = member.heartbeat.load if member.heartbeat is not None else None
-        return Candidate(
-            process=member.name,
-            waiting_tokens=load.waiting_tokens,
-            num_sequences=load.num_sequences,
-            prices=report.prices if report else StepPrices(),
-            fetch_bytes_per_s=report.fetch_bytes_per_s if report else 0.0,
-            decode_step_s=report.decode_step_s if report else 0.0,
+    def _failed(self, record: Record) -> frozenset[int]:
+        """The workers that have failed this request."""
+        if not record.avoid:
+            return frozenset()
+        members = (
+            self._membership.get(name) for name, epoch in record.avoid if self._membership.is_member(name, epoch)
         )
+        numbers = (self._fleet.number(member.name) for member in members if member is not None)
+        return frozenset(number for number in numbers if number is not None)
 
     def _send(
         self,
         record: Record,
-        process: str,
+        number: int,
         role: DispatchRole,
         placement: Placement,
         now_s: float,
@@ -155,16 +171,18 @@ class Planner:
         prefill: DispatchRecord | None = None,
         prefill_here: bool = False,
     ) -> Action:
-        """One dispatch: recorded in journal and ledger, and the message. `index` None is all samples."""
+        """One dispatch: recorded in journal and fleet, and the message. `index` None is all samples."""
+        process = self._fleet.names[number]
         member = self._membership.get(process)
         assert member is not None, f"{process} was placed and is no member"
         token_ids = record.request.prompt if tokens is None else tokens
         places = placement.prefill_sources if role == "prefill" else placement.decode_sources
-        sources = [source for place in places if (source := self._source(place)) is not None]
+        known = [(source, place) for place in places if (source := self._source(place)) is not None]
         if prefill is not None:
-            sources = [source for source in sources if source.process != prefill.process]
-            at_prefill = self._source(Place(prefill.process, "DEVICE"))
-            sources += [at_prefill] if at_prefill is not None else []
+            at_prefill = SourcePlace(self._fleet.number(prefill.process) or 0, "DEVICE", 0)
+            known = [(source, place) for source, place in known if source.process != prefill.process]
+            source = self._source(at_prefill)
+            known += [(source, at_prefill)] if source is not None else []
         fence = record.new_fence(role)
         num_samples = record.request.n if index is None else 1
         record.dispatches[fence] = record.sent[fence] = DispatchRecord(
@@ -175,10 +193,10 @@ class Planner:
             n=num_samples,
             progress_at_s=now_s,
             predicted_ttft_s=placement.predicted_ttft_s,
+            sent_at_s=now_s,
             waits=prefill is not None,
         )
-        uncached = max(1, len(token_ids) - placement.hit_tokens)
-        self._ledger.dispatched(process, fence, uncached, num_samples)
+        self._fleet.dispatched(number, fence, self._work(record, role, placement, token_ids, num_samples), now_s)
         assert record.keys_root is not None
         message = Dispatch(
             fence=fence,
@@ -187,20 +205,48 @@ class Planner:
             num_prompt_tokens=len(record.request.prompt),
             sampling=record.sampling,
             n=num_samples,
-            sources=sources,
+            sources=[source for source, _ in known],
             deadline_s=max(0.0, record.request.deadline_s - now_s),
             index=index or 0,
             prefill_here=prefill_here,
             wait_source=prefill.process if prefill is not None else "",
             hold_s=self._hold_s,
-            priority=record.request.priority,
-            held_blocks=[placement.hits.get(Place(source.process, source.tier), 0) for source in sources],
+            due_s=record.due_s - now_s,
+            held_blocks=[place.num_blocks for _, place in known],
         )
         return Send(process, member.epoch, message)
 
-    def _source(self, place: Place) -> Source | None:
-        member = self._membership.get(place.process)
+    def _work(
+        self, record: Record, role: DispatchRole, placement: Placement, tokens: Sequence[int], num_samples: int
+    ) -> Work:
+        """What this dispatch means to its worker. The prompt is computed by the one that draws the first token."""
+        computes = role == "prefill" or placement.prefill is None
+        generates = role == "decode"
+        suffix = len(tokens) - placement.hit_tokens if computes else 0
+        answer = self._answer_tokens(record)
+        wanted = placement.prefill_sources if role == "prefill" else placement.decode_sources
+        source = wanted[0] if wanted and computes and placement.chosen.fetch_s else None
+        block_size = self._membership.served_group.block_size if self._membership.served_group is not None else 1
+        num_blocks = -int(-(len(tokens) + generates * answer) // block_size)
+        return Work(
+            num_tokens=suffix,
+            num_pairs=suffix * (placement.hit_tokens + (suffix + 1) / 2),
+            num_sequences=num_samples if generates else 0,
+            context_tokens=num_samples * (len(tokens) + answer / 2) if generates else 0.0,
+            num_blocks=num_blocks,
+            source=-1 if source is None else source.number,
+            num_bytes=0.0 if source is None else float(source.num_blocks * self._slab_bytes()),
+            due_s=record.due_s,
+        )
+
+    def _source(self, place: SourcePlace) -> Source | None:
+        member = self._membership.get(self._fleet.names[place.number])
         return member.source(place.tier) if member is not None else None
+
+
+def has_room(placement: Placement) -> bool:
+    """Whether its workers can take it now."""
+    return placement.chosen.queue_s <= ROOM_S and placement.chosen.room_s <= 0.0
 
 
 def send_first_tokens(record: Record, dispatch: DispatchRecord) -> Action:

@@ -1,22 +1,25 @@
 """The prefix index: which places hold which blocks, by key.
 
-Owns the order of each process' KV events, by their sequence numbers, and the names of processes; what they hold is the
-`BlockMap`'s. Pure: it tells its caller when batches are missing, and never asks for them itself. It may be behind the truth: a
+Owns the order of each process' KV events, by their sequence numbers; what they hold is the `BlockMap`'s, by the number that the
+fleet gave each. Pure: it tells its caller when batches are missing, and never asks for them itself. It may be behind the truth: a
 hit that is gone is a fetch's miss.
+
+A key says how many tokens its block has, so processes with other block sizes share the map without meeting: a query finds those
+whose root and block size its keys were made with.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
 
 import numpy as np
 
 from kvpool.keys import Key
 from protos.control import Tier
 from protos.kv_events import AllBlocksCleared, BlockRemoved, BlockStored, Event, EventBatch
-from router.block_map import NUM_TIERS, new_block_map
+from router.block_map import NUM_TIERS, Counts, new_block_map
+from router.foreign import ForeignBatch, ForeignNames
 
 MAX_HELD_BATCHES = 1024
 REPLAY_RETRY_S = 10.0
@@ -25,12 +28,16 @@ that says when a replay breaks off, this is for one whose end is never said."""
 _MEDIA = {"DEVICE": 0, "HOST": 1, "DISK": 2, "GPU": 0, "CPU": 1, "STORAGE": 2}
 """Tiers by their name in events, ours and vLLM's."""
 
+Batch = EventBatch | ForeignBatch
 
-class Place(NamedTuple):
-    """Where a block can be fetched: one tier of one process."""
 
-    process: str
-    tier: Tier
+@dataclass(frozen=True, slots=True)
+class Hits:
+    """The longest hits of a prompt. `counts` is `[num_processes, NUM_TIERS]`: leading blocks, each in the first of a process'
+    tiers that has it. `holders` are the processes that have any."""
+
+    counts: Counts
+    holders: Sequence[int]
 
 
 @dataclass(slots=True)
@@ -42,12 +49,14 @@ class _Feed:
     """Of the process, in the map."""
     tier: int
     """Where its blocks are when an event doesn't say."""
+    names: ForeignNames | None = None
+    """What a worker of another system calls its blocks; its batches are foreign ones."""
     block_size: int = 0
     """Tokens of its blocks, as its first event said; 0 before."""
     next_seq: int = 0
     replay_since_s: float | None = None
     """When the running replay was asked for or brought its last batch; None: none runs."""
-    held: dict[int, EventBatch] = field(default_factory=dict)
+    held: dict[int, Batch] = field(default_factory=dict)
     announced_seq: int = -1
     replayed_seq: int | None = None
     """The last batch of the running replay. Those of a snapshot all carry one number, and all count."""
@@ -60,12 +69,10 @@ class PrefixIndex:
         self._map = new_block_map(max_keys)
         self._feeds: dict[str, _Feed] = {}
         self._numbers: dict[str, int] = {}
-        self._names: list[str] = []
-        """By number; "" is free."""
         self._counts = np.zeros((0, NUM_TIERS), dtype=np.int32)
         self.num_rejected = 0
-        """Batches out of order or of another epoch, and events of another block size or with names that are no keys: what of
-        them means nothing here was left out."""
+        """Frames that are no batch, batches out of order or of another epoch, and events of another block size or with names
+        that are or get no keys: what of them means nothing here was left out."""
 
     def __len__(self) -> int:
         """Keys that somebody holds."""
@@ -93,30 +100,32 @@ class PrefixIndex:
         """Blocks of a process, counted once for each tier."""
         return self._map.num_held(self._numbers[process]) if process in self._numbers else 0
 
-    def join(self, process: str, epoch: bytes, tier: Tier, now_s: float) -> int:
-        """A process joined: forgets what an older epoch of it held. Returns the sequence number to replay from."""
+    def join(
+        self, process: str, number: int, epoch: bytes, tier: Tier, now_s: float, names: ForeignNames | None = None
+    ) -> int:
+        """A process joined, of a number that nobody else has: forgets what an older epoch of it held. Returns the sequence number
+        to replay from. With `names` its batches are another system's."""
         self.forget(process)
-        number = self._names.index("") if "" in self._names else len(self._names)
-        if number == len(self._names):
-            self._names.append("")
-            self._counts = np.zeros((len(self._names), NUM_TIERS), dtype=np.int32)
-        self._names[number] = process
+        self.expect(number)
         self._numbers[process] = number
-        self._feeds[process] = _Feed(epoch, number, _MEDIA[tier], replay_since_s=now_s)
+        self._feeds[process] = _Feed(epoch, number, _MEDIA[tier], names, replay_since_s=now_s)
         return 0
+
+    def expect(self, number: int) -> None:
+        """A process of that number may join: hits have a row for it from now on."""
+        if number >= len(self._counts):
+            self._counts = np.zeros((max(16, 2 * number), NUM_TIERS), dtype=np.int32)
 
     def forget(self, process: str) -> None:
         """A process is gone: so are its places, at once."""
         if self._feeds.pop(process, None) is not None:
             number = self._numbers.pop(process)
             self._map.clear(number)
-            self._names[number] = ""
 
-    def on_batch(self, process: str, epoch: bytes, seq: int, batch: EventBatch, now_s: float) -> int | None:
+    def on_batch(self, process: str, epoch: bytes, seq: int, batch: Batch, now_s: float) -> int | None:
         """Takes a live batch. Returns the sequence number to replay from when batches before this one are missing."""
-        feed = self._feeds.get(process)
-        if feed is None or feed.epoch != epoch or (batch.epoch is not None and batch.epoch != epoch):
-            self.num_rejected += 1
+        feed = self._speaker(process, epoch, batch)
+        if feed is None:
             return None
         if seq < feed.next_seq:
             self.num_rejected += 1
@@ -129,19 +138,18 @@ class PrefixIndex:
             feed.held[seq] = batch
         return self._ask(feed, now_s)
 
-    def on_replay(self, process: str, epoch: bytes, seq: int, batch: EventBatch, now_s: float) -> None:
+    def on_replay(self, process: str, epoch: bytes, seq: int, batch: Batch, now_s: float) -> None:
         """Takes a replayed batch. One past the next means that the process has forgotten those between: what we knew of it
         is stale then, and starts again from here (a snapshot, as `protos/kv_events.py` says)."""
-        feed = self._feeds.get(process)
-        if feed is None or feed.epoch != epoch or (batch.epoch is not None and batch.epoch != epoch):
-            self.num_rejected += 1
+        feed = self._speaker(process, epoch, batch)
+        if feed is None:
             return
         feed.replay_since_s = now_s
         if seq < feed.next_seq and seq != feed.replayed_seq:
             self.num_rejected += 1
             return
         if seq > feed.next_seq:
-            self._map.clear(feed.number)
+            self._clear(feed)
         self._apply(feed, batch)
         feed.next_seq = seq + 1
         feed.replayed_seq = seq
@@ -157,6 +165,37 @@ class PrefixIndex:
         feed.replay_since_s = feed.replayed_seq = None
         self._apply_held(feed)
 
+    def ask(self, process: str, epoch: bytes, now_s: float) -> int | None:
+        """The sequence number to replay from, for who wants to know whether there is more; None while a replay runs."""
+        feed = self._feeds.get(process)
+        return None if feed is None or feed.epoch != epoch else self._ask(feed, now_s)
+
+    def lacks(self, process: str, epoch: bytes) -> bool:
+        """Whether batches of it are held back because earlier ones are missing."""
+        feed = self._feeds.get(process)
+        return feed is not None and feed.epoch == epoch and bool(feed.held)
+
+    def skip(self, process: str, epoch: bytes) -> None:
+        """The missing batches can't be had any more: what we knew of the process is stale, and it starts again with the first
+        batch that is held back."""
+        feed = self._feeds.get(process)
+        if feed is not None and feed.epoch == epoch and feed.held:
+            self._clear(feed)
+            feed.next_seq = min(feed.held)
+            self._apply_held(feed)
+
+    def reject(self) -> None:
+        """Counts a frame of somebody's events that was none."""
+        self.num_rejected += 1
+
+    def assume(self, number: int, keys: Sequence[Key]) -> None:
+        """The process of that number, which publishes nothing, is taken to hold `keys` (on DEVICE) until `unassume`."""
+        self._map.add(number, 0, keys)
+
+    def unassume(self, number: int, keys: Sequence[Key]) -> None:
+        """It is not any more."""
+        self._map.remove(number, 0, keys)
+
     def on_announced(self, process: str, epoch: bytes, events_seq: int, now_s: float) -> int | None:
         """Takes the last sequence number of a heartbeat. What the heartbeat before it announced must be here by now, else
         returns the sequence number to replay from."""
@@ -167,15 +206,18 @@ class PrefixIndex:
         feed.announced_seq = events_seq
         return self._ask(feed, now_s) if overdue else None
 
-    def longest_hits(self, keys: Sequence[Key]) -> dict[Place, int]:
-        """For each process that holds `keys[0]`: how many leading keys it holds, in whatever tiers. The place is the slowest
-        of those that are needed for it."""
-        hits: dict[Place, int] = {}
-        for number in self._map.longest(keys, self._counts):
-            device, host, disk = self._counts[number].tolist()
-            tier: Tier = "DISK" if disk else "HOST" if host else "DEVICE"
-            hits[Place(self._names[number], tier)] = device + host + disk
-        return hits
+    def longest(self, keys: Sequence[Key]) -> Hits:
+        """Who holds `keys[0]`, and how many leading keys, in whatever tiers. Good until the next call."""
+        return Hits(self._counts, self._map.longest(keys, self._counts))
+
+    def _speaker(self, process: str, epoch: bytes, batch: Batch) -> _Feed | None:
+        """Whose batch it is; None, and counted, if not this epoch's."""
+        feed = self._feeds.get(process)
+        said = batch.epoch if isinstance(batch, EventBatch) else None
+        if feed is None or feed.epoch != epoch or said not in (None, epoch):
+            self.num_rejected += 1
+            return None
+        return feed
 
     @staticmethod
     def _ask(feed: _Feed, now_s: float) -> int | None:
@@ -199,9 +241,22 @@ class PrefixIndex:
         for seq in [seq for seq in feed.held if seq < feed.next_seq]:
             del feed.held[seq]
 
-    def _apply(self, feed: _Feed, batch: EventBatch) -> None:
-        for event in batch.events:
+    def _clear(self, feed: _Feed) -> None:
+        """It holds nothing that we know of, and what we don't know of has no name."""
+        self._map.clear(feed.number)
+        if feed.names is not None:
+            feed.names.clear()
+
+    def _apply(self, feed: _Feed, batch: Batch) -> None:
+        for event in batch.events if isinstance(batch, EventBatch) else self._translated(feed, batch):
             self._apply_event(feed, event)
+
+    def _translated(self, feed: _Feed, batch: ForeignBatch) -> Sequence[Event]:
+        assert feed.names is not None, "a foreign batch of a process that joined without names"
+        before = feed.names.num_rejected
+        events = feed.names.translate(batch.events)
+        self.num_rejected += feed.names.num_rejected - before
+        return events
 
     def _apply_event(self, feed: _Feed, event: Event) -> None:
         before = self._map.num_ignored

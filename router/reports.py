@@ -98,6 +98,8 @@ def cluster(core: RouterCore, model: str, now_s: float) -> tandem_pb2.GetCluster
         num_requests_failed=outcomes["failed"],
         num_requests_cancelled=outcomes["cancelled"],
         ready=core.ready,
+        num_waiting_requests=core.num_waiting,
+        num_requests_left_waiting=core.num_left_waiting,
     )
 
 
@@ -159,8 +161,8 @@ def audit(core: RouterCore, answering: Set[str], now_s: float) -> tandem_pb2.Aud
     members = {member.name for member in core.membership}
     dead = sorted(core.index.processes() - members)
     check("the index holds nothing of dead processes", not dead, f"{len(core.index)} keys, dead holders: {dead}")
-    dead = sorted(core.ledger.processes() - members)
-    check("the ledger has no account of a dead process", not dead, f"dead accounts: {dead}")
+    dead = sorted(core.fleet.processes() - members)
+    check("the fleet has no account of a dead process", not dead, f"dead accounts: {dead}")
     misplaced = [
         dispatch.process
         for record in core.journal
@@ -171,8 +173,8 @@ def audit(core: RouterCore, answering: Set[str], now_s: float) -> tandem_pb2.Aud
     if active:
         check("an idle cluster holds nothing", True, f"not idle: {len(active)} requests are active")
         return tandem_pb2.AuditResponse(ok=all(item.ok for item in checks), checks=checks)
-    unreported, closing = core.ledger.num_unreported(), core.num_closing
-    check("an idle ledger is empty", unreported == 0, f"{unreported} dispatches without a report")
+    dispatched, closing = core.fleet.num_dispatched(), core.num_closing
+    check("an idle fleet has no dispatches", dispatched == 0, f"{dispatched} dispatches that have not ended")
     check("every abort is confirmed", closing == 0, f"{closing} aborts are not confirmed yet")
     loads = {m.name: m.heartbeat.load if m.heartbeat is not None else Load() for m in core.membership}
     busy = {name: load.num_running + load.num_waiting for name, load in loads.items()}

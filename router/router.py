@@ -1,7 +1,7 @@
 """RouterCore: requests and messages in, actions out.
 
-Owns the life of every request, through membership, index, ledger, policy and journal. Pure: no socket, no clock, no task; its
-shell (`router/server.py`) does what it returns, in order.
+Owns the life of every request, through membership, index, fleet, admission, policy and journal. Pure: no socket, no clock, no
+task; its shell (`router/server.py`) does what it returns, in order.
 
 A request's dispatches take one of three forms:
 
@@ -49,6 +49,7 @@ from protos.control import (
     Refused,
     Resend,
     RoleReport,
+    RoutingGroup,
     Tokens,
     ToRouter,
     Welcome,
@@ -65,11 +66,13 @@ from router.actions import (
     TokensEvent,
     Unsubscribe,
 )
+from router.admission import BATCH, INTERACTIVE, Admission, Held, Promise
+from router.fleet import Fleet
 from router.journal import PROBE_S, Accepted, DispatchRecord, Gap, Journal, Outcome, Record, Request, Run
-from router.ledger import Ledger
 from router.membership import Changed, Joined, Lost, Member, Membership, Rejected, own_tier
-from router.planner import Planner, send_first_tokens
-from router.policy import Policy
+from router.planner import EXPECTED_ANSWER_TOKENS, Planner, send_first_tokens
+from router.policy.base import Policy
+from router.policy.seconds import PredictedSeconds
 from router.prefix_index import PrefixIndex
 from tandem.errors import (
     Cancelled,
@@ -113,6 +116,10 @@ class Settings:
     """How long a request waits for a worker that could serve it."""
     max_jitter_s: float = 0.1
     """Re-dispatches after a death are spread over so long, so that they don't all fall on the survivor at once."""
+    interactive: Promise = INTERACTIVE
+    batch: Promise = BATCH
+    reject_late: bool = False
+    """Requests whose promise can't be kept are refused at once."""
 
 
 @dataclass(slots=True)
@@ -138,13 +145,14 @@ class RouterCore:
             model=settings.model,
         )
         self.index = PrefixIndex()
-        self.ledger = Ledger()
+        self.fleet = Fleet()
+        self.admission = Admission()
         self.journal = Journal()
         self._planner = Planner(
             membership=self.membership,
             index=self.index,
-            ledger=self.ledger,
-            policy=policy or Policy(),
+            fleet=self.fleet,
+            policy=policy or PredictedSeconds(),
             rng=rng,
             hold_s=settings.hold_s,
         )
@@ -152,6 +160,8 @@ class RouterCore:
         self._waiting: dict[str, None] = {}
         self._closing: dict[Fence, _Closing] = {}
         self._keepalive_at_s = 0.0
+        self.num_left_waiting = 0
+        """Requests that ended while they waited for a worker or for room."""
 
     # --- what the shell reads ------------------------------------------------------------------------------------------
 
@@ -167,8 +177,8 @@ class RouterCore:
 
     @property
     def num_waiting(self) -> int:
-        """Requests that wait for a worker."""
-        return len(self._waiting)
+        """Requests that wait for a worker, or for room at one."""
+        return len(self._waiting) + len(self.admission)
 
     def max_model_len(self) -> int:
         """Tokens of prompt and answer together; 0 while no worker has said its limit and none is configured."""
@@ -183,11 +193,23 @@ class RouterCore:
         Raises Overloaded if too many are active and InvalidRequest if the prompt is longer than the context.
         """
         if len(self.journal) >= self.settings.max_active_requests:
+            retry_s = self._retry_s()
             raise Overloaded(
-                f"{len(self.journal)} requests are active, the limit is {self.settings.max_active_requests}; retry in 1 s"
+                f"{len(self.journal)} requests are active, the limit is {self.settings.max_active_requests}; retry in "
+                f"{retry_s:.1f} s",
+                retry_s,
             )
         self._check_context(request)
         record = self.journal.open(request, now_s)
+        late_s = self._late_s(record, now_s) if self.settings.reject_late else 0.0
+        if late_s > 0.0:
+            self.journal.drop(record)
+            promise_s = self._promise_s(record)
+            raise Overloaded(
+                f"its first token is predicted after {promise_s + late_s:.1f} s, the promise is {promise_s:.1f} s; retry in "
+                f"{late_s:.1f} s",
+                late_s,
+            )
         return self._plan(record, now_s)
 
     def cancel(self, request_id: str, now_s: float, error: TandemError | None = None) -> list[Action]:
@@ -215,7 +237,7 @@ class RouterCore:
                 ack = Ack(fence=dispatch.fence, index=index, position=position, final=True)
                 actions.append(Send(dispatch.process, dispatch.epoch, ack))
                 dispatch.ended.add(index)
-        self._release_ended(record)
+        self._release_ended(record, now_s)
         return actions
 
     # --- messages ------------------------------------------------------------------------------------------------------
@@ -279,6 +301,7 @@ class RouterCore:
             waiting = self.journal.get(request_id)
             if waiting is not None and now_s >= waiting.plan_after_s:
                 actions += self._plan(waiting, now_s)
+        actions += self._release(now_s)
         return actions + self._probe(now_s) + self._repeat_aborts(now_s)
 
     # --- members -------------------------------------------------------------------------------------------------------
@@ -305,6 +328,9 @@ class RouterCore:
                     actions.append(Send(member.name, member.epoch, self._welcome()))
                     if endpoints_changed:
                         actions += self._follow(member, 0)
+                    if group_changed:
+                        self.fleet.regroup(member.name, member.hello.group)
+                        self.fleet.serve(self.membership.served_group)
                     if group_changed or member.role == "pool":
                         actions += self._tell_peers()
                 case Joined(member=member):
@@ -323,9 +349,12 @@ class RouterCore:
         ]
 
     def _on_joined(self, member: Member, now_s: float) -> list[Action]:
-        if member.role != "pool":
-            self.ledger.join(member.name)
-        from_seq = self.index.join(member.name, member.epoch, own_tier(member.role), now_s)
+        hello = member.hello
+        number = self.fleet.join(
+            member.name, member.role, hello.endpoints.machine_id, hello.capacity, hello.group, now_s
+        )
+        self.fleet.serve(self.membership.served_group)
+        from_seq = self.index.join(member.name, number, member.epoch, own_tier(member.role), now_s)
         actions: list[Action] = [
             Send(member.name, member.epoch, self._welcome()),
             *self._follow(member, from_seq),
@@ -335,11 +364,12 @@ class RouterCore:
             record = self.journal.get(request_id)
             if record is not None and now_s >= record.plan_after_s:
                 actions += self._plan(record, now_s)
-        return actions
+        return actions + self._release(now_s)
 
     def _on_lost(self, lost: Lost, now_s: float) -> list[Action]:
         self.index.forget(lost.name)
-        self.ledger.forget(lost.name)
+        self.fleet.forget(lost.name)
+        self.fleet.serve(self.membership.served_group)
         for fence in [fence for fence, closing in self._closing.items() if closing.process == lost.name]:
             del self._closing[fence]
         actions: list[Action] = [Unsubscribe(lost.name, lost.epoch, lost.reason), *self._tell_peers()]
@@ -361,10 +391,9 @@ class RouterCore:
 
     def _on_heartbeat(self, message: Heartbeat, now_s: float) -> list[Action]:
         self.membership.heartbeat(message, now_s)
-        self.ledger.reported(message.process, message.load)
-        return self._replay(
-            message.process, self.index.on_announced(message.process, message.epoch, message.events_seq, now_s)
-        )
+        self.fleet.reported(message.process, message.load, message.links, message.step_age_s, now_s)
+        from_seq = self.index.on_announced(message.process, message.epoch, message.events_seq, now_s)
+        return [*self._replay(message.process, from_seq), *self._release(now_s)]
 
     def _replay(self, process: str, from_seq: int | None) -> list[Action]:
         member = self.membership.get(process)
@@ -400,6 +429,9 @@ class RouterCore:
             dispatch.probe_after_s = PROBE_S
             if record.first_token_at_s is None:
                 record.first_token_at_s = now_s
+                self._learn_overhead(record, dispatch, now_s)
+            if verdict.finish_reason is not None:
+                self.fleet.answered(len(record.samples[index].tokens))
             event = TokensEvent(index, verdict.position, verdict.token_ids, verdict.logprobs, verdict.finish_reason)
             actions.append(Emit(record.request_id, event))
             if verdict.position == 0:
@@ -407,7 +439,7 @@ class RouterCore:
             if verdict.final and not record.unfinished():
                 return actions + self._end(record, None, now_s)
         if verdict.final:
-            self._release_ended(record)
+            self._release_ended(record, now_s)
         return actions
 
     def _on_report(self, process: str, epoch: bytes, message: RoleReport, now_s: float) -> list[Action]:
@@ -417,10 +449,11 @@ class RouterCore:
             return []
         if len(record.runs) < MAX_RUNS and all(run.report.fence != message.fence for run in record.runs):
             record.runs.append(Run(process, dispatch.predicted_ttft_s, message, now_s))
+        self.fleet.computed(process, message.fence, now_s)
         if message.fence not in record.dispatches:
             return []
         dispatch.progress_at_s = now_s
-        return self._hand_over(record, dispatch, now_s)
+        return [*self._hand_over(record, dispatch, now_s), *self._release(now_s)]
 
     def _hand_over(self, record: Record, dispatch: DispatchRecord, now_s: float) -> list[Action]:
         """A dispatch gave a sign of having its KV. Decode's is the end of the prefill role, once that has drawn."""
@@ -429,11 +462,11 @@ class RouterCore:
             return [self._abort(record, prefill, "handed over", now_s)]
         return []
 
-    def _release_ended(self, record: Record) -> None:
+    def _release_ended(self, record: Record, now_s: float) -> None:
         """Forgets decode dispatches whose worker knows the end of every sample: it holds nothing of them any more."""
         for dispatch in record.live("decode"):
             if len(dispatch.ended) == dispatch.n:
-                self._forget(record, dispatch)
+                self._forget(record, dispatch, now_s)
 
     def _on_failed(self, process: str, epoch: bytes, message: Failed, now_s: float) -> list[Action]:
         self._closing.pop(message.fence, None)
@@ -442,7 +475,7 @@ class RouterCore:
             return []
         record, dispatch = found
         role = dispatch.fence.role
-        self._forget(record, dispatch)
+        self._forget(record, dispatch, now_s)
         error = error_from_code(message.code, f"{role} at {process}: {message.message}")
         if message.code not in RETRYABLE:
             return self._end(record, error, now_s)
@@ -465,7 +498,7 @@ class RouterCore:
         if found is None:
             return []
         record, dispatch = found
-        self._forget(record, dispatch)
+        self._forget(record, dispatch, now_s)
         error = WorkerLost(f"{fence.role} at {process}: it dropped the dispatch by itself")
         return self._after_failure(record, {fence.role}, error, now_s)
 
@@ -493,23 +526,25 @@ class RouterCore:
     def _end(self, record: Record, error: TandemError | None, now_s: float) -> list[Action]:
         """The one place where a request ends: every dispatch released, one terminal event."""
         actions: list[Action] = []
-        self._release_ended(record)
+        self._release_ended(record, now_s)
         for dispatch in list(record.dispatches.values()):
             actions.append(self._abort(record, dispatch, "the request has ended", now_s))
+        self.num_left_waiting += record.request_id in self._waiting or record.request_id in self.admission
         self._waiting.pop(record.request_id, None)
+        self.admission.remove(record.request_id)
         outcome: Outcome = "completed"
         if error is not None:
             outcome = "cancelled" if isinstance(error, Cancelled) else "failed"
         summary = self.journal.close(record, outcome, "" if error is None else str(error), now_s)
         event = CompletedEvent(summary) if error is None else FailedEvent(error)
-        return [*actions, Emit(record.request_id, event)]
+        return [*actions, Emit(record.request_id, event), *self._release(now_s)]
 
-    def _forget(self, record: Record, dispatch: DispatchRecord) -> None:
+    def _forget(self, record: Record, dispatch: DispatchRecord, now_s: float) -> None:
         del record.dispatches[dispatch.fence]
-        self.ledger.ended(dispatch.process, dispatch.fence)
+        self.fleet.ended(dispatch.process, dispatch.fence, now_s)
 
     def _abort(self, record: Record, dispatch: DispatchRecord, reason: str, now_s: float) -> Action:
-        self._forget(record, dispatch)
+        self._forget(record, dispatch, now_s)
         self._closing[dispatch.fence] = _Closing(
             dispatch.process, dispatch.epoch, reason, now_s + ABORT_RETRY_S, ABORT_TRIES
         )
@@ -555,10 +590,10 @@ class RouterCore:
             )
 
     def _plan(self, record: Record, now_s: float) -> list[Action]:
-        """Dispatches whatever this request lacks; puts it into the waiting line when that is not possible now."""
+        """Dispatches whatever this request lacks when there is room for it; without any worker that could serve it, it waits for
+        one."""
         group = self.membership.served_group
-        decodes = self.membership.workers("decode")
-        if group is None or not decodes or now_s < record.plan_after_s:
+        if group is None or not len(self.fleet.decodes) or now_s < record.plan_after_s:
             return self._wait(record, now_s)
         self._waiting.pop(record.request_id, None)
         record.waiting_since_s = None
@@ -573,7 +608,98 @@ class RouterCore:
                 record.sampling = msgspec.structs.replace(
                     record.sampling, max_tokens=min(record.sampling.max_tokens, room)
                 )
-        return self._planner.dispatch(record, group, now_s)
+        if record.prefill() is not None or not record.uncovered():
+            return self._planner.dispatch(record, group, now_s, wait=False) or []
+        if record.request_id not in self.admission:
+            self._line_up(record, group, now_s)
+        return self._release(now_s)
+
+    def _line_up(self, record: Record, group: RoutingGroup, now_s: float) -> None:
+        """Into the line for room. One that was dispatched before keeps its place."""
+        again = bool(record.sent)
+        uncached = self._planner.uncached_tokens(record, group)
+        promise = self._promise(record)
+        record.tpot_s = promise.tpot_s
+        held = self.admission.add(
+            record.request_id,
+            record.request.tenant,
+            promise.first_token_s(uncached),
+            self._work_s(uncached, len(record.request.prompt)),
+            self._num_computing(),
+            now_s,
+            record.due_s if again else None,
+        )
+        record.due_s = held.due_s
+
+    def _release(self, now_s: float) -> list[Action]:
+        """Dispatches those in line for which there is room."""
+        if not self.admission:
+            return []
+        group = self.membership.served_group
+        actions: list[Action] = []
+        if group is None or not len(self.fleet.decodes):
+            for request_id in self.admission:
+                self.admission.remove(request_id)
+                record = self.journal.get(request_id)
+                actions += self._wait(record, now_s) if record is not None else []
+            return actions
+
+        def dispatch(held: Held) -> bool:
+            record = self.journal.get(held.request_id)
+            assert record is not None, "the line holds an ended request"
+            record.due_s = held.due_s
+            sent = self._planner.dispatch(record, group, now_s)
+            actions.extend(sent or [])
+            return sent is not None
+
+        self.admission.release(now_s, dispatch)
+        return actions
+
+    def _promise(self, record: Record) -> Promise:
+        return self.settings.batch if record.request.batch else self.settings.interactive
+
+    def _promise_s(self, record: Record) -> float:
+        group = self.membership.served_group
+        uncached = self._planner.uncached_tokens(record, group) if group is not None else len(record.request.prompt)
+        return self._promise(record).first_token_s(uncached)
+
+    def _num_computing(self) -> int:
+        """Workers that compute prompts."""
+        return len(self.fleet.prefills) or len(self.fleet.decodes)
+
+    def _work_s(self, num_tokens: int, num_prompt_tokens: int) -> float:
+        """What it takes to compute the last `num_tokens` of a prompt, at the first worker: they are taken to be alike."""
+        workers = self.fleet.workers
+        pairs = num_tokens * (num_prompt_tokens - num_tokens / 2)
+        return self.fleet.compute_s(int(workers[0]), num_tokens, pairs) if len(workers) else 0.0
+
+    def _late_s(self, record: Record, now_s: float) -> float:
+        """By how much a request that came now is predicted to miss its promise: what is due before it, by as many as compute."""
+        group = self.membership.served_group
+        if group is None or not len(self.fleet.workers):
+            return 0.0
+        uncached = self._planner.uncached_tokens(record, group)
+        promise_s = self._promise(record).first_token_s(uncached)
+        due_s = self.admission.due_s(record.request.tenant, promise_s, now_s)
+        waits_s, _ = self.fleet.waits_s(self.fleet.workers, due_s, now_s)
+        own_s = self._work_s(uncached, len(record.request.prompt))
+        queued_s = self.admission.ahead_s(due_s) / max(1, self._num_computing())
+        return float(waits_s.min()) + queued_s + own_s + self.fleet.overhead_s - promise_s
+
+    def _retry_s(self) -> float:
+        """When a place is predicted to be free: requests end about evenly."""
+        answer = self.fleet.answer_tokens or EXPECTED_ANSWER_TOKENS
+        steps = [self.fleet.step_s(number) for number in self.fleet.decodes.tolist()]
+        each_s = answer * (sum(steps) / len(steps)) if steps else 1.0
+        return max(0.1, each_s / max(1, len(self.journal)))
+
+    def _learn_overhead(self, record: Record, dispatch: DispatchRecord, now_s: float) -> None:
+        """What the first token took beyond what was predicted, where nothing was waited for: messages and the like."""
+        placement = record.placements[-1] if record.placements else None
+        if placement is None or len(record.placements) != 1 or placement.chosen.queue_s > 0.0:
+            return
+        beyond_s = now_s - dispatch.sent_at_s - (placement.chosen.ttft_s - placement.chosen.overhead_s)
+        self.fleet.took_longer(beyond_s)
 
     def _wait(self, record: Record, now_s: float) -> list[Action]:
         if record.waiting_since_s is None:

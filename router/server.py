@@ -27,6 +27,7 @@ from protos import tandem_pb2, tandem_pb2_grpc
 from protos.control import ToRouter
 from protos.kv_events import EventBatch
 from router.actions import Action, Emit, Replay, Send, Subscribe, TokensEvent, Unsubscribe
+from router.admission import Promise
 from router.answer import Answer
 from router.control_plane import ControlPlane, Handlers
 from router.journal import Request, Summary
@@ -35,7 +36,7 @@ from router.reports import audit, cluster, completed
 from router.router import RouterCore, Settings
 from router.validation import Validator, prompt_bytes
 from tandem.clock import now_s
-from tandem.config import Config
+from tandem.config import Config, PromiseConfig
 from tandem.errors import ConfigError, Overloaded, TandemError, Unavailable
 from tandem.model_files import default_model_name, resolve_model
 from tandem.tokenizer.tokenizer import Tokenizer, load_tokenizer
@@ -47,6 +48,9 @@ REFRESH_S = 1.0
 DRAIN_S = 5.0
 LONG_PROMPT_BYTES = 4096
 SERVICE = "tandem.v1.Tandem"
+TENANT_METADATA = "tandem-tenant"
+"""By which the line for room is shared fairly. Who may call may claim any: it decides nothing else."""
+MAX_TENANT_CHARS = 128
 
 P = ParamSpec("P")
 
@@ -55,6 +59,10 @@ def run(config: Config, name: str, stop: threading.Event) -> None:
     """Serves as router `name` until `stop` is set, then drains. Raises TandemError if a port is in use or there is no model."""
     tokenizer = load_tokenizer(resolve_model(config.model.path))
     asyncio.run(RouterServer(config, tokenizer).serve(stop))
+
+
+def _promise(config: PromiseConfig) -> Promise:
+    return Promise(config.ttft_s, config.ttft_per_1k_tokens_s / 1000.0, config.tpot_s)
 
 
 def _logged(handler: Callable[P, None]) -> Callable[P, None]:
@@ -93,6 +101,9 @@ class RouterServer:
                 max_active_requests=config.limits.max_active_requests,
                 max_model_len=config.model.max_len,
                 hold_s=config.transfer.hold_s,
+                interactive=_promise(settings.interactive),
+                batch=_promise(settings.batch),
+                reject_late=settings.reject_late,
             ),
             random.Random(secrets.randbits(64)),
         )
@@ -247,10 +258,10 @@ class RouterServer:
     # --- requests ------------------------------------------------------------------------------------------------------
 
     async def generate(
-        self, request: tandem_pb2.GenerateRequest, budget_s: float | None
+        self, request: tandem_pb2.GenerateRequest, budget_s: float | None, tenant: str = ""
     ) -> AsyncIterator[tandem_pb2.GenerateResponse]:
-        """Serves one request. Raises the TandemError with which it ends, if it does not complete. Closing the iterator early
-        cancels the request."""
+        """Serves one request. `tenant` is who shares fairly with others. Raises the TandemError with which it ends, if it does
+        not complete. Closing the iterator early cancels the request."""
         arrived_s = now_s()
         limits = self._config.limits
         if self._stopping:
@@ -272,7 +283,9 @@ class RouterServer:
         self.answers[request_id] = answer
         ended = False
         try:
-            core_request = Request(request_id, prompt, asked.sampling, asked.n, arrived_s + budget_s)
+            core_request = Request(
+                request_id, prompt, asked.sampling, asked.n, arrived_s + budget_s, tenant=tenant, batch=request.batch
+            )
             self._do(self.core.submit(core_request, now_s()))
             accepted = tandem_pb2.Accepted(
                 request_id=request_id, seed=asked.sampling.seed, num_prompt_tokens=len(prompt)
@@ -329,7 +342,9 @@ class _Servicer(tandem_pb2_grpc.TandemServicer):
         request: tandem_pb2.GenerateRequest,
         context: grpc.aio.ServicerContext[tandem_pb2.GenerateRequest, tandem_pb2.GenerateResponse],
     ) -> None:
-        responses = self._server.generate(request, context.time_remaining())
+        metadata = dict(context.invocation_metadata() or ())
+        tenant = str(metadata.get(TENANT_METADATA, ""))[:MAX_TENANT_CHARS]
+        responses = self._server.generate(request, context.time_remaining(), tenant)
         patience_s = self._server.client_patience_s
         try:
             async for response in responses:

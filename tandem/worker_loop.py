@@ -403,6 +403,7 @@ class _TransferThread:
                 slab_bytes=self._parts.layout.slab_bytes,
                 max_model_len=limits.max_model_len,
                 max_running=limits.max_running,
+                max_step_tokens=limits.max_step_tokens,
                 recompute_limit_tokens=limits.recompute_limit_tokens,
             ),
             group=self._parts.group,

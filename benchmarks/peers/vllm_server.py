@@ -1,7 +1,7 @@
 """vLLM's OpenAI server as a peer: prefix caching, token ids for prompts and answers, no tokenizer.
 
 Runs in `.peers/vllm` (`make peers`), starts the server and ends it when stdin ends, which it does when the parent is gone,
-however it went. Standard library alone.
+however it went. Arguments that it doesn't know are the server's. Standard library alone.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def main() -> int:
     parser.add_argument("--cpus", required=True, help="comma-separated; as many threads compute")
     parser.add_argument("--max-len", required=True)
     parser.add_argument("--kv-gib", required=True)
-    options = parser.parse_args()
+    options, more = parser.parse_known_args()
     os.sched_setaffinity(0, [int(cpu) for cpu in options.cpus.split(",")])
     environment = {key: value for key, value in os.environ.items() if not key.startswith(("OMP_", "KMP_", "GOMP_"))}
     environment |= {
@@ -43,7 +43,7 @@ def main() -> int:
         "--host", "127.0.0.1", "--port", options.port,
         "--dtype", "bfloat16", "--max-model-len", options.max_len, "--max-num-seqs", str(MAX_SEQS),
         "--block-size", str(BLOCK_SIZE), "--enable-prefix-caching", "--enable-prompt-tokens-details",
-        "--skip-tokenizer-init", "--disable-uvicorn-access-log",
+        "--skip-tokenizer-init", "--disable-uvicorn-access-log", *more,
     ]  # fmt: skip
     server = subprocess.Popen(command, env=environment, stdin=subprocess.DEVNULL)
     ending = threading.Event()

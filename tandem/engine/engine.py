@@ -232,10 +232,19 @@ class Engine:
     def loads(self) -> dict[int, Load]:
         """This worker's load by router: the same for all but for the number of dispatches taken in from each."""
         stats = self._pool.stats()
+        to_compute = self._to_compute()
+        generating = [
+            sequence
+            for sequence in (*self.scheduler.waiting, *self.scheduler.holding)
+            if sequence.job.dispatch.fence.role == "decode"
+        ]
         load = Load(
             num_waiting=len(self.scheduler.waiting),
             num_running=self.scheduler.num_running,
-            waiting_tokens=sum(sequence.num_missing_tokens for sequence in self._to_compute()),
+            waiting_tokens=sum(sequence.num_missing_tokens for sequence in to_compute),
+            waiting_pairs=sum(sequence.num_missing_pairs for sequence in to_compute),
+            num_generating=sum(sequence.num_future for sequence in generating),
+            context_tokens=sum(sequence.num_future * sequence.num_tokens for sequence in generating),
             free_blocks=stats.allocatable,
             cached_blocks=stats.cached,
             leased_blocks=stats.leased,

@@ -62,7 +62,7 @@ class Jobs:
         except InvalidRequest as error:
             self._outbox.reply(router, Failed(dispatch.fence, error.code, str(error)))
             return
-        job = Job(dispatch, router, self._num_arrivals, now_s, now_s + dispatch.deadline_s)
+        job = Job(dispatch, router, self._num_arrivals, now_s, now_s + dispatch.deadline_s, now_s + dispatch.due_s)
         self._num_arrivals += 1
         draws = dispatch.fence.role == "prefill" or dispatch.prefill_here
         chain = KeyChain(dispatch.root, self._limits.block_size, tokens)

@@ -95,9 +95,9 @@ class Scheduler:
 
         Sets `block_table`, `num_computed_tokens` and `num_published_blocks`; the caller sets the state. A sequence that
         draws keeps at least its last token to compute. None when nothing waits or there is no room for the first in line:
-        nobody overtakes, so nobody starves. Without anything to fetch it waits until a step has room for it: till then blocks
-        would lie reserved for nothing, and a prefix that is being computed just now would be missed. With something to fetch it
-        is admitted ahead of its turn.
+        nobody overtakes who is not due before it, so nobody starves. Without anything to fetch it waits until a step has room for
+        it: till then blocks would lie reserved for nothing, and a prefix that is being computed just now would be missed. With
+        something to fetch it is admitted ahead of its turn.
         """
         if not self._waiting:
             return None
@@ -105,7 +105,7 @@ class Scheduler:
         limit = self._max_running + (MAX_AHEAD if sequence.may_fetch else 0)
         if self._holding and self.num_running + sequence.num_future > limit:
             return None
-        if not sequence.may_fetch and self._backlog_tokens >= self._max_step_tokens:
+        if not sequence.may_fetch and self._backlog_tokens(sequence) >= self._max_step_tokens:
             return None
         num_full = (sequence.num_tokens - sequence.draws) // self._block_size
         hits = self._pool.match(sequence.chain.keys[:num_full])
@@ -129,10 +129,13 @@ class Scheduler:
         """Sequences that hold blocks for work still to do here, forks to come included."""
         return sum(sequence.num_future for sequence in self._holding if sequence.state is not State.HELD)
 
-    @property
-    def _backlog_tokens(self) -> int:
-        """Tokens that running sequences have still to compute."""
-        return sum(sequence.num_missing_tokens for sequence in self._holding if sequence.state is State.RUNNING)
+    def _backlog_tokens(self, newcomer: Sequence) -> int:
+        """Tokens that running sequences have still to compute before it would be its turn."""
+        return sum(
+            sequence.num_missing_tokens
+            for sequence in self._holding
+            if sequence.state is State.RUNNING and sequence.order < newcomer.order
+        )
 
     def _running(self) -> list[Sequence]:
         """The sequences that may run, the oldest up to the limit."""

@@ -44,6 +44,8 @@ class Job:
     arrival: int
     received_s: float
     deadline_s: float
+    due_s: float
+    """When its first token is due: its place in line."""
     samples: dict[int, Sequence] = field(default_factory=dict)
     aborting: bool = False
     """It ends as soon as its fetches are over."""
@@ -129,13 +131,19 @@ class Sequence:
         return len(self.tokens) - self.num_computed_tokens
 
     @property
+    def num_missing_pairs(self) -> int:
+        """Pairs of such a token and one that it attends to."""
+        missing = self.num_missing_tokens
+        return missing * self.num_computed_tokens + missing * (missing + 1) // 2
+
+    @property
     def num_generated_tokens(self) -> int:
         return len(self.tokens) - self.job.dispatch.num_prompt_tokens
 
     @property
-    def order(self) -> tuple[int, int]:
-        """The total order of sequences: the first in it is never preempted."""
-        return (self.job.arrival, self.index)
+    def order(self) -> tuple[float, int, int]:
+        """The total order of sequences, by when their first token is due: the first in it is never preempted."""
+        return (self.job.due_s, self.job.arrival, self.index)
 
     @property
     def num_future(self) -> int:

@@ -128,7 +128,7 @@ def test_a_request_goes_through_hand_over_to_one_terminal_event() -> None:
     assert completed.summary.num_generated_tokens == 3
     assert sent(actions, Abort) == []
     assert len(bench.core.journal) == 0
-    assert bench.core.ledger.num_unreported() == 0
+    assert bench.core.fleet.num_dispatched() == 0
 
 
 def test_hits_elsewhere_are_sources_before_the_prefill_worker() -> None:
@@ -543,13 +543,13 @@ def test_prefill_gives_its_first_token_alone() -> None:
     assert bench.say("p0", Tokens(P, 0, 0, [7, 8])) == []
 
 
-def test_a_lost_worker_leaves_nothing_in_index_and_ledger() -> None:
+def test_a_lost_worker_leaves_nothing_in_index_and_fleet() -> None:
     bench = Bench(("d0", "decode"))
     bench.core.on_replay_end("d0", EPOCH, True)
     bench.core.on_events("d0", EPOCH, 0, EventBatch(0.0, [BlockStored([b"k" * 16], None, [], 4)]), bench.now_s)
     bench.core.on_closed("d0", EPOCH, bench.now_s)
     assert bench.core.index.processes() == set()
-    assert bench.core.ledger.processes() == set()
+    assert bench.core.fleet.processes() == set()
 
 
 def test_a_decode_worker_lost_during_the_hand_over_is_replaced_and_prefill_goes_on() -> None:

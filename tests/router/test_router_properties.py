@@ -372,7 +372,7 @@ class World:
         assert len(core.journal) == 0
         assert core.num_waiting == 0
         assert core.num_closing == 0
-        assert core.ledger.num_unreported() == 0
+        assert core.fleet.num_dispatched() == 0
         for worker in self.workers:
             assert not worker.dispatches, f"{worker.name} still holds {list(worker.dispatches)}"
 

@@ -16,7 +16,7 @@ from tandem.errors import Cancelled
 from tests.system.harness import RunningCluster, leftovers, wait_until
 
 NUM_REQUESTS = 200
-NUM_CLIENTS = 16
+NUM_CLIENTS = 24
 NUM_WARM_UP = 40
 # The last requests come one at a time and leave during their prefill, which is over too soon to be met by chance.
 NUM_IN_PREFILL = 20
@@ -39,7 +39,7 @@ def test_200_requests_a_third_of_them_cancelled_leave_nothing_behind(tmp_path: P
     # Small workers, so that requests queue, compete for blocks and are preempted.
     sizes = {
         "prefill": {"arena_bytes": 368_640 * 400, "max_running": 12, "max_step_tokens": 64},
-        "decode": {"arena_bytes": 368_640 * 220, "max_running": 12},
+        "decode": {"arena_bytes": 368_640 * 220, "max_running": 12, "max_step_tokens": 64},
         "pool": {"host_bytes": 368_640 * 300},
     }
     running = RunningCluster(tmp_path, sizes)
@@ -102,6 +102,7 @@ def test_200_requests_a_third_of_them_cancelled_leave_nothing_behind(tmp_path: P
         assert seen.num_requests_finished + seen.num_requests_cancelled == NUM_REQUESTS
         assert seen.num_requests_failed == 0
         phases = dict.fromkeys(("waiting", "fetching", "prefill", "decode"), 0)
+        phases["waiting"] = seen.num_requests_left_waiting
         for process in seen.processes:
             for phase in phases:
                 phases[phase] += process.counters[f"aborted_{phase}"]

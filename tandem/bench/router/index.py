@@ -92,7 +92,7 @@ def latencies(index: PrefixIndex, queries: Sequence[Sequence[Key]]) -> tuple[flo
     began = time.perf_counter()
     for keys in queries:
         before = time.perf_counter_ns()
-        index.longest_hits(keys)
+        index.longest(keys)
         took.append((time.perf_counter_ns() - before) / 1e3)
     return len(queries) / (time.perf_counter() - began), took
 
@@ -110,16 +110,16 @@ def _measured(request: Measure) -> Found:
     before = process.memory_info().rss
     index = PrefixIndex(2 * request.entries + 1)
     for worker in range(request.workers):
-        index.join(name_of(worker), _EPOCH, "DEVICE", 0.0)
+        index.join(name_of(worker), worker, _EPOCH, "DEVICE", 0.0)
         index.on_replay_end(name_of(worker), _EPOCH)
     seqs = [0] * request.workers
     for worker, batch in events:
         index.on_batch(name_of(worker), _EPOCH, seqs[worker], batch, 0.0)
         seqs[worker] += 1
     bytes_per_entry = (process.memory_info().rss - before) / index.num_entries
-    found = index.longest_hits(hits[0])
-    if max(found.values()) != 96 or len(found) != min(request.holders, request.workers):
-        raise TandemError(f"a prompt and a tail of it were found as {found}")
+    found = index.longest(hits[0])
+    if found.counts.sum(axis=1).max() != 96 or len(found.holders) != min(request.holders, request.workers):
+        raise TandemError(f"a prompt and a tail of it were found at {found.holders}")
     latencies(index, hits[:1000])
     hits_per_s, took = latencies(index, hits)
     misses_per_s, _ = latencies(index, misses)
@@ -155,7 +155,7 @@ def _events_per_s(request: Measure) -> float:
         socket.rcvtimeo = int(_EVENTS_S * 1000)
         socket.connect(said())
         index = PrefixIndex(2 * request.entries + 1)
-        index.join(name_of(0), _EPOCH, "DEVICE", 0.0)
+        index.join(name_of(0), 0, _EPOCH, "DEVICE", 0.0)
         index.on_replay_end(name_of(0), _EPOCH)
         num_events: int = said()
         gives_up = time.monotonic() + _EVENTS_S

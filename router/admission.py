@@ -1,0 +1,167 @@
+"""The line of requests that wait for room: who is next.
+
+Owns the order, and nothing of where anything goes: a request is held here until a worker has room for it (late binding), so that
+one that comes later and is more urgent can overtake, and the choice of its workers is made when it can start. Pure.
+
+    order       by the point in time at which its first token is due: `tag + promise`. A class' promise is long or short; a long
+                uncached prompt is promised later. Nothing starves: what comes later is due later, too
+    fair share  `tag` is the arrival, or, for a tenant that asks for more than its share, when its share would have served what it
+                asked for before (virtual clock; Zhang, *VirtualClock*, SIGCOMM 1990): it queues behind itself, not before others
+    too late    what can't keep its promise any more gives way to those who still can: it is put back once, by its promise
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+LOOK_AHEAD = 4
+"""So many are tried while the first one finds no room."""
+ROOM_S = 0.1
+"""A worker has room for another prompt when those it has are predicted to be computed within this: it never idles, and what
+comes later can still go before what waits."""
+
+
+@dataclass(frozen=True, slots=True)
+class Promise:
+    """What a class of requests is promised. 0 for `tpot_s`: nothing."""
+
+    ttft_s: float
+    ttft_per_token_s: float = 0.0
+    """For each prompt token that has to be computed."""
+    tpot_s: float = 0.0
+
+    def first_token_s(self, uncached_tokens: float) -> float:
+        return self.ttft_s + self.ttft_per_token_s * uncached_tokens
+
+
+INTERACTIVE = Promise(ttft_s=2.0, ttft_per_token_s=1e-3)
+BATCH = Promise(ttft_s=60.0, ttft_per_token_s=1e-3)
+"""Where nothing else is promised: an order, not a limit."""
+
+
+@dataclass(slots=True)
+class Held:
+    """One that waits. `work_s` is what its prefill takes, about; `promise_s` from its arrival to its first token."""
+
+    request_id: str
+    tenant: str
+    arrived_s: float
+    promise_s: float
+    work_s: float
+    due_s: float
+    """By which it is ordered."""
+    put_back: bool = False
+
+    @property
+    def promised_s(self) -> float:
+        """When its first token is due by its promise."""
+        return self.arrived_s + self.promise_s
+
+
+class Admission:
+    """Those that wait, by `due_s`."""
+
+    def __init__(self) -> None:
+        self._held: dict[str, Held] = {}
+        self._heap: list[tuple[float, int, str]] = []
+        self._tags: dict[str, float] = {}
+        self._num = 0
+        self.work_s = 0.0
+        """Of all that wait."""
+
+    def __len__(self) -> int:
+        return len(self._held)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(list(self._held))
+
+    def __contains__(self, request_id: str) -> bool:
+        return request_id in self._held
+
+    def due_s(self, tenant: str, promise_s: float, now_s: float) -> float:
+        """By when a request that came now would be ordered."""
+        return max(now_s, self._tags.get(tenant, now_s)) + promise_s
+
+    def add(
+        self,
+        request_id: str,
+        tenant: str,
+        promise_s: float,
+        work_s: float,
+        num_workers: int,
+        now_s: float,
+        due_s: float | None = None,
+    ) -> Held:
+        """A request came. `num_workers` compute prompts: a tenant's share is theirs, divided by those who wait. One that was
+        dispatched before keeps its `due_s`, and is not counted again."""
+        assert request_id not in self._held, f"{request_id} waits already"
+        if due_s is not None:
+            held = Held(request_id, tenant, due_s - promise_s, promise_s, work_s, due_s, put_back=True)
+            self._hold(held)
+            return held
+        tag = max(now_s, self._tags.get(tenant, now_s))
+        tenants = {held.tenant for held in self._held.values()} | {tenant} if len(self._tags) > 1 else {tenant}
+        self._tags[tenant] = tag + work_s * len(tenants) / max(1, num_workers)
+        held = Held(request_id, tenant, now_s, promise_s, work_s, tag + promise_s)
+        self._hold(held)
+        if len(self._tags) > 2 * len(self._held) + 64:
+            self._tags = {name: tag_s for name, tag_s in self._tags.items() if tag_s > now_s}
+        return held
+
+    def _hold(self, held: Held) -> None:
+        self._held[held.request_id] = held
+        self.work_s += held.work_s
+        self._push(held)
+
+    def put_back(self, request_id: str, now_s: float) -> None:
+        """Its promise can't be kept any more: it is due as if it came now. Once; later calls change nothing."""
+        held = self._held[request_id]
+        if not held.put_back:
+            held.put_back = True
+            held.due_s = now_s + held.promise_s
+            self._push(held)
+
+    def remove(self, request_id: str) -> None:
+        """It has been dispatched, or has ended. Unknown ones are ignored."""
+        held = self._held.pop(request_id, None)
+        if held is not None:
+            self.work_s = max(0.0, self.work_s - held.work_s) if self._held else 0.0
+
+    def first(self, limit: int) -> list[Held]:
+        """The first `limit` in line."""
+        found: list[Held] = []
+        entries: list[tuple[float, int, str]] = []
+        while self._heap and len(found) < limit:
+            entry = heapq.heappop(self._heap)
+            held = self._held.get(entry[2])
+            if held is None or held.due_s != entry[0]:
+                continue  # gone, or put back: it is in the heap again
+            entries.append(entry)
+            found.append(held)
+        for entry in entries:
+            heapq.heappush(self._heap, entry)
+        return found
+
+    def release(self, now_s: float, dispatch: Callable[[Held], bool]) -> None:
+        """Offers the first few in line to `dispatch`, which says whether there was room for one, until there is none. A request
+        whose workers are busy doesn't keep those behind it from others'."""
+        going = True
+        while going and self._held:
+            going = False
+            for held in self.first(LOOK_AHEAD):
+                if now_s > held.promised_s:
+                    self.put_back(held.request_id, now_s)
+                if dispatch(held):
+                    self.remove(held.request_id)
+                    going = True
+                    break
+
+    def ahead_s(self, due_s: float) -> float:
+        """What the prefills of those take that would go before one due then."""
+        return sum(held.work_s for held in self._held.values() if held.due_s <= due_s)
+
+    def _push(self, held: Held) -> None:
+        self._num += 1
+        heapq.heappush(self._heap, (held.due_s, self._num, held.request_id))
