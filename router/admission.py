@@ -18,9 +18,13 @@ from dataclasses import dataclass
 
 LOOK_AHEAD = 4
 """So many are tried while the first one finds no room."""
-ROOM_S = 0.1
+ROOM_S = 0.25
 """A worker has room for another prompt when those it has are predicted to be computed within this: it never idles, and what
 comes later can still go before what waits."""
+
+
+MIN_WAIT_S, MAX_WAIT_S = 0.01, 0.1
+"""A request that found no room is tried again after so long: predictions err, and workers come."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +57,8 @@ class Held:
     due_s: float
     """By which it is ordered."""
     put_back: bool = False
+    try_at_s: float = 0.0
+    """When its workers are predicted to have room: trying before is of no use."""
 
     @property
     def promised_s(self) -> float:
@@ -144,19 +150,27 @@ class Admission:
             heapq.heappush(self._heap, entry)
         return found
 
-    def release(self, now_s: float, dispatch: Callable[[Held], bool]) -> None:
-        """Offers the first few in line to `dispatch`, which says whether there was room for one, until there is none. A request
-        whose workers are busy doesn't keep those behind it from others'."""
+    def release(self, now_s: float, dispatch: Callable[[Held], float]) -> None:
+        """Offers the first few in line to `dispatch`, which takes one (0), or says for how many seconds it is predicted to find
+        no room, until there is none. A request whose workers are busy doesn't keep those behind it from others'."""
         going = True
         while going and self._held:
             going = False
             for held in self.first(LOOK_AHEAD):
+                if now_s < held.try_at_s:
+                    continue
                 if now_s > held.promised_s:
                     self.put_back(held.request_id, now_s)
-                if dispatch(held):
+                full_s = dispatch(held)
+                if full_s <= 0.0:
                     self.remove(held.request_id)
                     going = True
                     break
+                held.try_at_s = now_s + min(max(full_s, MIN_WAIT_S), MAX_WAIT_S)
+
+    def next_try_s(self) -> float | None:
+        """When `release` may find room for one of the first in line; None: nobody waits."""
+        return min((held.try_at_s for held in self.first(LOOK_AHEAD)), default=None)
 
     def ahead_s(self, due_s: float) -> float:
         """What the prefills of those take that would go before one due then."""

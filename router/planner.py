@@ -13,11 +13,10 @@ from collections.abc import Sequence
 from kvpool.keys import Key, prompt_keys, root_key, tokens_as_bytes
 from protos.control import Dispatch, DispatchRole, FirstTokens, RoutingGroup, Source
 from router.actions import Action, Send
-from router.admission import ROOM_S
 from router.fleet import Fleet, Work
 from router.journal import DispatchRecord, Record
 from router.membership import Membership
-from router.policy.base import Ask, Placement, Policy, SourcePlace
+from router.policy.base import Ask, Placement, Policy, SourcePlace, full_for_s
 from router.prefix_index import PrefixIndex
 
 EXPECTED_ANSWER_TOKENS = 256.0
@@ -58,9 +57,9 @@ class Planner:
         longest = max((int(hits.counts[holder].sum()) for holder in hits.holders), default=0)
         return max(1, len(record.request.prompt) - longest * group.block_size)
 
-    def dispatch(self, record: Record, group: RoutingGroup, now_s: float, wait: bool = True) -> list[Action] | None:
-        """Dispatches every unfinished sample that no live decode dispatch generates; nothing if there is none. None when its
-        workers have no room for it, if it may `wait`: ask again.
+    def dispatch(self, record: Record, group: RoutingGroup, now_s: float, wait: bool = True) -> list[Action] | float:
+        """Dispatches every unfinished sample that no live decode dispatch generates; nothing if there is none. If it may `wait`
+        and its workers have no room for it: for how many seconds that is predicted to be so.
 
         `group` is the served one and has a decode worker.
         """
@@ -78,15 +77,15 @@ class Planner:
         )
         if whole and not record.first_tokens_known():
             placement = self._place(record, group, record.request.prompt, now_s, record.prefill_here_only)
-            if wait and not has_room(placement):
-                return None
+            if wait and (full_s := full_for_s(placement)) > 0.0:
+                return full_s
             return self._dispatch_whole(record, placement, now_s)
         actions: list[Action] = []
         for index in uncovered:
             tokens = (*record.request.prompt, *record.samples[index].tokens)
             placement = self._place(record, group, tokens, now_s, here=True)
-            if wait and not actions and not has_room(placement):
-                return None
+            if wait and not actions and (full_s := full_for_s(placement)) > 0.0:
+                return full_s
             record.placements.append(placement)
             actions.append(
                 self._send(record, placement.decode, "decode", placement, now_s, tokens, index, prefill_here=True)
@@ -242,11 +241,6 @@ class Planner:
     def _source(self, place: SourcePlace) -> Source | None:
         member = self._membership.get(self._fleet.names[place.number])
         return member.source(place.tier) if member is not None else None
-
-
-def has_room(placement: Placement) -> bool:
-    """Whether its workers can take it now."""
-    return placement.chosen.queue_s <= ROOM_S and placement.chosen.room_s <= 0.0
 
 
 def send_first_tokens(record: Record, dispatch: DispatchRecord) -> Action:

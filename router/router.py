@@ -609,7 +609,9 @@ class RouterCore:
                     record.sampling, max_tokens=min(record.sampling.max_tokens, room)
                 )
         if record.prefill() is not None or not record.uncovered():
-            return self._planner.dispatch(record, group, now_s, wait=False) or []
+            sent = self._planner.dispatch(record, group, now_s, wait=False)
+            assert not isinstance(sent, float), "it may not wait"
+            return sent
         if record.request_id not in self.admission:
             self._line_up(record, group, now_s)
         return self._release(now_s)
@@ -644,13 +646,15 @@ class RouterCore:
                 actions += self._wait(record, now_s) if record is not None else []
             return actions
 
-        def dispatch(held: Held) -> bool:
+        def dispatch(held: Held) -> float:
             record = self.journal.get(held.request_id)
             assert record is not None, "the line holds an ended request"
             record.due_s = held.due_s
             sent = self._planner.dispatch(record, group, now_s)
-            actions.extend(sent or [])
-            return sent is not None
+            if isinstance(sent, float):
+                return sent
+            actions.extend(sent)
+            return 0.0
 
         self.admission.release(now_s, dispatch)
         return actions

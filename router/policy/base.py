@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from kvpool.keys import Key
 from protos.control import Tier
+from router.admission import ROOM_S
 from router.fleet import Fleet
 from router.prefix_index import Hits
 
@@ -131,6 +132,11 @@ class Policy(Protocol):
 
     def place(self, ask: Ask, hits: Hits, fleet: Fleet, now_s: float, rng: random.Random) -> Placement | None:
         """Chooses workers and sources. None when the served group has no decode worker."""
+
+
+def full_for_s(placement: Placement) -> float:
+    """For how long its workers are predicted to have no room for it; 0: it can go now."""
+    return max(placement.chosen.queue_s - ROOM_S, placement.chosen.room_s, 0.0)
 
 
 def sources(hits: Hits, fleet: Fleet, more_than: int, but: Sequence[int]) -> tuple[SourcePlace, ...]:

@@ -10,7 +10,7 @@ import sys
 
 import typer
 
-from tandem.cli import bench, capacity, demo, doctor, generate, models, serve
+from tandem.cli import bench, capacity, demo, doctor, generate, models, serve, sim
 from tandem.errors import TandemError
 
 app = typer.Typer(
@@ -32,6 +32,7 @@ app.command()(doctor.doctor)
 app.command()(demo.demo)
 app.command()(capacity.capacity)
 app.add_typer(bench.app, name="bench")
+app.add_typer(sim.app, name="sim")
 
 
 def main() -> None:

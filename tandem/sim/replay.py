@@ -18,9 +18,9 @@ from numpy.typing import NDArray
 from kvpool.keys import Key
 from protos.control import Capacity, Fence, Load, Role, Tier
 from protos.kv_events import BlockRemoved, BlockStored, Event, EventBatch
-from router.admission import ROOM_S, Admission, Held, Promise
+from router.admission import Admission, Held, Promise
 from router.fleet import Fleet, Work
-from router.policy.base import Ask, Placement, Policy
+from router.policy.base import Ask, Placement, Policy, full_for_s
 from router.prefix_index import Hits, PrefixIndex
 from tandem.sim.presets import Preset
 from tandem.sim.trace import BLOCK_TOKENS
@@ -256,25 +256,18 @@ class Replay:
 
     def _release(self, now_s: float) -> None:
         admission = self._admission
-        wake_s = now_s + 10.0
 
-        def dispatch(held: Held) -> bool:
-            nonlocal wake_s
-            waits_s, _ = self._fleet.waits_s(self._fleet.workers, held.due_s, now_s)
-            least_s = float(waits_s.min())
-            if least_s > ROOM_S:
-                wake_s = min(wake_s, now_s + least_s - ROOM_S)
-                return False
+        def dispatch(held: Held) -> float:
             number = int(held.request_id)
             placement = self._place(number, held.due_s, now_s)
-            if placement.chosen.queue_s > ROOM_S or placement.chosen.room_s > 0:
-                wake_s = min(wake_s, now_s + max(0.01, placement.chosen.queue_s - ROOM_S))
-                return False
-            self._dispatch(number, placement, held.due_s, now_s)
-            return True
+            full_s = full_for_s(placement)
+            if full_s <= 0.0:
+                self._dispatch(number, placement, held.due_s, now_s)
+            return full_s
 
         admission.release(now_s, dispatch)
-        if len(admission) and (self._wake_at_s is None or wake_s < self._wake_at_s):
+        wake_s = admission.next_try_s()
+        if wake_s is not None and (self._wake_at_s is None or wake_s < self._wake_at_s):
             self._wake_at_s = wake_s
             self._push(wake_s, WAKE, 0)
 

@@ -57,9 +57,9 @@ def test_what_is_too_late_gives_way_once_to_those_who_are_not() -> None:
     line.add("fresh", "", 1.0, 0.1, 1, 1.5)
     tried: list[str] = []
 
-    def full(held: Held) -> bool:
+    def full(held: Held) -> float:
         tried.append(held.request_id)
-        return False
+        return 0.05
 
     line.release(2.0, full)
     assert order(line) == ["fresh", "late"]
@@ -72,10 +72,25 @@ def test_those_whose_workers_have_room_go_before_those_whose_have_none() -> None
     line = Admission()
     for name in ("a", "b", "c", "d", "e", "f"):
         line.add(name, "", 1.0, 1.0, 1, 0.0)
-    line.release(0.0, lambda held: held.request_id == "c")
+    line.release(0.0, lambda held: 0.0 if held.request_id == "c" else 1.0)
     assert order(line) == ["a", "b", "d", "e", "f"]
-    line.release(0.0, lambda held: held.request_id == "f")
+    line.release(9.0, lambda held: 0.0 if held.request_id == "f" else 1.0)
     assert "f" in order(line), "only the first few are tried"
+
+
+def test_one_that_found_no_room_is_tried_again_when_there_may_be_some() -> None:
+    line = Admission()
+    line.add("a", "", 100.0, 1.0, 1, 0.0)
+    tried: list[float] = []
+    assert line.next_try_s() == 0.0
+
+    def full(now_s: float) -> None:
+        line.release(now_s, lambda held: tried.append(now_s) or 0.03)  # type: ignore[func-returns-value]
+
+    for now_s in (0.0, 0.01, 0.02, 0.031, 0.04):
+        full(now_s)
+    assert tried == [0.0, 0.031]
+    assert line.next_try_s() == 0.061
 
 
 def test_one_that_was_dispatched_before_keeps_its_place() -> None:
@@ -83,7 +98,7 @@ def test_one_that_was_dispatched_before_keeps_its_place() -> None:
     line.add("new", "", 1.0, 1.0, 1, 10.0)
     held = line.add("again", "", 1.0, 1.0, 1, 10.0, due_s=3.0)
     assert held.due_s == 3.0
-    line.release(10.0, lambda held: False)
+    line.release(10.0, lambda held: 1.0)
     assert order(line) == ["again", "new"], "and is not put back"
 
 
@@ -95,9 +110,9 @@ def test_everybody_is_served_and_the_work_adds_up(asked: list[tuple[str, float, 
     assert abs(line.work_s - sum(work_s for _, _, work_s in asked)) < 1e-6
     served: list[str] = []
 
-    def serve(held: Held) -> bool:
+    def serve(held: Held) -> float:
         served.append(held.request_id)
-        return True
+        return 0.0
 
     line.release(100.0, serve)
     assert sorted(served, key=int) == [str(number) for number in range(len(asked))]

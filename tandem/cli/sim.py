@@ -1,0 +1,139 @@
+"""`tandem sim`: the production router in virtual time.
+
+Owns the command line and the printing; what happens is `tandem.sim`'s.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.box import SIMPLE
+from rich.table import Table
+
+from tandem.cli.common import JsonOption, print_json, stderr, stdout
+from tandem.errors import ConfigError
+from tandem.sim.compare import REMOVABLE, Result, compare, contenders, sanity
+from tandem.sim.policies.registry import POLICIES
+from tandem.sim.presets import PRESETS, preset_named
+from tandem.sim.trace import read_trace
+
+app = typer.Typer(no_args_is_help=True, help="The production router in virtual time, against simulated workers.")
+
+
+@app.callback()
+def _group() -> None:
+    """Keeps `trace` a subcommand, though there is no other yet."""
+
+
+@app.command()
+def trace(
+    file: Annotated[Path, typer.Argument(help="Requests in Mooncake's format, .gz or not.")],
+    workers: Annotated[int, typer.Option(min=2, max=4096, help="Prefill and decode workers together.")] = 8,
+    policy: Annotated[
+        str, typer.Option(help=f"tandem, {', '.join(POLICIES)}; several, separated by commas; or all.")
+    ] = "tandem,least-loaded",
+    rate: Annotated[str, typer.Option(help="Requests a second; several, separated by commas.")] = "",
+    load: Annotated[
+        str,
+        typer.Option(
+            help="Parts of the capacity, 1 being where least loaded keeps 90 % of its promises. Default, without --rate: 0.95."
+        ),
+    ] = "",
+    without: Annotated[
+        str, typer.Option(help=f"Ours without a part, to see what it is worth: {', '.join(REMOVABLE)}; or each.")
+    ] = "",
+    tune: Annotated[
+        bool, typer.Option("--tune", help="Policies of others with the parameters that are best in the first half.")
+    ] = False,
+    preset: Annotated[str, typer.Option(help=f"{' or '.join(PRESETS)}.")] = "h100-llama-70b",
+    seed: Annotated[int, typer.Option(min=0)] = 1,
+    as_json: JsonOption = False,
+) -> None:
+    """A recorded trace through the production index, fleet, admission and policy, in virtual time, beside the policies that other
+    systems publish, which get the same workers, tiers and network.
+
+    Workers take as long as the preset's step times say, 5 % more or less at random. A request is served as promised with its
+    first token within 300 ms and 300 ms more for each thousand tokens that no request before it had, and 50 ms a token after it.
+    What is never answered counts as an infinite time to first token. Larger clusters than 8 workers get copies of the trace side by side.
+    """
+    if not (rate or load):
+        load = "0.95"
+    rates, loads = _numbers("--rate", rate), _numbers("--load", load)
+    who = contenders(_names(policy), _names(without))
+    chosen = preset_named(preset)
+    requests = read_trace(file)
+    about = sanity(requests)
+    if as_json:
+        print_json({"trace": file.name, **about, "workers": workers, "preset": chosen.name, "source": chosen.source})
+    else:
+        stdout.print(
+            f"{about['requests']:,.0f} requests of {about['prompt_tokens']:,.0f} tokens, answers of "
+            f"{about['answer_tokens']:,.0f}; {about['block_hit_rate']:.1%} of all blocks came before. {workers} workers.",
+            highlight=False,
+        )
+        stdout.print(f"{chosen.name}: {chosen.source}", style="dim", highlight=False)
+    results = compare(requests, chosen, workers, who, rates=rates, loads=loads, tune=tune, seed=seed, say=_say)
+    if as_json:
+        for result in results:
+            print_json(asdict(result))
+        return
+    found = list(results)
+    for asked in dict.fromkeys(result.rate for result in found):
+        _print([result for result in found if result.rate == asked])
+
+
+def _say(line: str) -> None:
+    stderr.print(line, style="dim", highlight=False, markup=False, soft_wrap=True)
+
+
+def _names(text: str) -> list[str]:
+    return [name.strip() for name in text.split(",") if name.strip()]
+
+
+def _numbers(option: str, text: str) -> list[float]:
+    try:
+        numbers = [float(part) for part in _names(text)]
+    except ValueError as error:
+        raise ConfigError(f"{option} is {text!r}, must be numbers separated by commas") from error
+    if not all(0.0 < number <= 1e6 for number in numbers):
+        raise ConfigError(f"{option} is {text!r}, each must be more than 0 and at most 1,000,000")
+    return numbers
+
+
+def _print(results: Sequence[Result]) -> None:
+    first = results[0]
+    part = f", {first.load:.0%} of capacity" if first.load is not None else ""
+    table = Table(box=SIMPLE, pad_edge=False, title=f"{first.rate:.2f} requests/s{part}", title_justify="left")
+    columns = (
+        "policy",
+        "as promised",
+        "TTFT p50",
+        "p90",
+        "p99",
+        "TPOT p50",
+        "p90",
+        "hits",
+        "in place",
+        "here",
+        "busiest",
+        "req/s",
+    )
+    for column in columns:
+        table.add_column(column, justify="left" if column == "policy" else "right", no_wrap=True)
+    for result in results:
+        table.add_row(
+            f"{result.policy} {result.setting}".strip(),
+            f"{result.goodput:.1%}",
+            *(f"{value:.2f} s" for value in (result.ttft_p50, result.ttft_p90, result.ttft_p99)),
+            *(f"{1000 * value:.0f} ms" for value in (result.tpot_p50, result.tpot_p90)),
+            f"{result.hit_rate:.1%}",
+            f"{result.hits.get('DEVICE', 0.0):.1%}",
+            f"{result.prefilled_here:.1%}",
+            f"{result.imbalance:.2f}",
+            f"{result.requests_per_s:,.0f}",
+        )
+    stdout.print(table)
