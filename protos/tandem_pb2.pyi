@@ -318,6 +318,106 @@ class GetClusterResponse(_message.Message):
     num_requests_left_waiting: int
     def __init__(self, router: _Optional[str] = ..., model: _Optional[str] = ..., max_model_len: _Optional[int] = ..., block_size: _Optional[int] = ..., model_fingerprint: _Optional[str] = ..., numerics_class: _Optional[str] = ..., kv_format: _Optional[str] = ..., processes: _Optional[_Iterable[_Union[ProcessStatus, _Mapping]]] = ..., num_active_requests: _Optional[int] = ..., num_requests_finished: _Optional[int] = ..., num_requests_failed: _Optional[int] = ..., num_requests_cancelled: _Optional[int] = ..., ready: _Optional[bool] = ..., num_waiting_requests: _Optional[int] = ..., num_requests_left_waiting: _Optional[int] = ...) -> None: ...
 
+class ExplainRequest(_message.Message):
+    __slots__ = ("request_id",)
+    REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
+    request_id: str
+    def __init__(self, request_id: _Optional[str] = ...) -> None: ...
+
+class Candidate(_message.Message):
+    __slots__ = ("process", "hit_tokens", "queue_s", "fetch_s", "compute_s", "others_s", "stream_s", "ttft_s", "chosen")
+    PROCESS_FIELD_NUMBER: _ClassVar[int]
+    HIT_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    QUEUE_S_FIELD_NUMBER: _ClassVar[int]
+    FETCH_S_FIELD_NUMBER: _ClassVar[int]
+    COMPUTE_S_FIELD_NUMBER: _ClassVar[int]
+    OTHERS_S_FIELD_NUMBER: _ClassVar[int]
+    STREAM_S_FIELD_NUMBER: _ClassVar[int]
+    TTFT_S_FIELD_NUMBER: _ClassVar[int]
+    CHOSEN_FIELD_NUMBER: _ClassVar[int]
+    process: str
+    hit_tokens: int
+    queue_s: float
+    fetch_s: float
+    compute_s: float
+    others_s: float
+    stream_s: float
+    ttft_s: float
+    chosen: bool
+    def __init__(self, process: _Optional[str] = ..., hit_tokens: _Optional[int] = ..., queue_s: _Optional[float] = ..., fetch_s: _Optional[float] = ..., compute_s: _Optional[float] = ..., others_s: _Optional[float] = ..., stream_s: _Optional[float] = ..., ttft_s: _Optional[float] = ..., chosen: _Optional[bool] = ...) -> None: ...
+
+class SourceChoice(_message.Message):
+    __slots__ = ("process", "tier", "num_blocks")
+    PROCESS_FIELD_NUMBER: _ClassVar[int]
+    TIER_FIELD_NUMBER: _ClassVar[int]
+    NUM_BLOCKS_FIELD_NUMBER: _ClassVar[int]
+    process: str
+    tier: str
+    num_blocks: int
+    def __init__(self, process: _Optional[str] = ..., tier: _Optional[str] = ..., num_blocks: _Optional[int] = ...) -> None: ...
+
+class Decision(_message.Message):
+    __slots__ = ("after_s", "prefill", "decode", "hit_tokens", "ttft_s", "queue_s", "fetch_s", "compute_s", "overhead_s", "handover_s", "stream_s", "others_s", "room_s", "sources", "candidates")
+    AFTER_S_FIELD_NUMBER: _ClassVar[int]
+    PREFILL_FIELD_NUMBER: _ClassVar[int]
+    DECODE_FIELD_NUMBER: _ClassVar[int]
+    HIT_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    TTFT_S_FIELD_NUMBER: _ClassVar[int]
+    QUEUE_S_FIELD_NUMBER: _ClassVar[int]
+    FETCH_S_FIELD_NUMBER: _ClassVar[int]
+    COMPUTE_S_FIELD_NUMBER: _ClassVar[int]
+    OVERHEAD_S_FIELD_NUMBER: _ClassVar[int]
+    HANDOVER_S_FIELD_NUMBER: _ClassVar[int]
+    STREAM_S_FIELD_NUMBER: _ClassVar[int]
+    OTHERS_S_FIELD_NUMBER: _ClassVar[int]
+    ROOM_S_FIELD_NUMBER: _ClassVar[int]
+    SOURCES_FIELD_NUMBER: _ClassVar[int]
+    CANDIDATES_FIELD_NUMBER: _ClassVar[int]
+    after_s: float
+    prefill: str
+    decode: str
+    hit_tokens: int
+    ttft_s: float
+    queue_s: float
+    fetch_s: float
+    compute_s: float
+    overhead_s: float
+    handover_s: float
+    stream_s: float
+    others_s: float
+    room_s: float
+    sources: _containers.RepeatedCompositeFieldContainer[SourceChoice]
+    candidates: _containers.RepeatedCompositeFieldContainer[Candidate]
+    def __init__(self, after_s: _Optional[float] = ..., prefill: _Optional[str] = ..., decode: _Optional[str] = ..., hit_tokens: _Optional[int] = ..., ttft_s: _Optional[float] = ..., queue_s: _Optional[float] = ..., fetch_s: _Optional[float] = ..., compute_s: _Optional[float] = ..., overhead_s: _Optional[float] = ..., handover_s: _Optional[float] = ..., stream_s: _Optional[float] = ..., others_s: _Optional[float] = ..., room_s: _Optional[float] = ..., sources: _Optional[_Iterable[_Union[SourceChoice, _Mapping]]] = ..., candidates: _Optional[_Iterable[_Union[Candidate, _Mapping]]] = ...) -> None: ...
+
+class ExplainResponse(_message.Message):
+    __slots__ = ("request_id", "outcome", "error", "num_prompt_tokens", "num_generated_tokens", "ttft_s", "predicted_ttft_s", "decisions", "runs", "best_process", "best_ttft_s", "regret_s")
+    REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
+    OUTCOME_FIELD_NUMBER: _ClassVar[int]
+    ERROR_FIELD_NUMBER: _ClassVar[int]
+    NUM_PROMPT_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    NUM_GENERATED_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    TTFT_S_FIELD_NUMBER: _ClassVar[int]
+    PREDICTED_TTFT_S_FIELD_NUMBER: _ClassVar[int]
+    DECISIONS_FIELD_NUMBER: _ClassVar[int]
+    RUNS_FIELD_NUMBER: _ClassVar[int]
+    BEST_PROCESS_FIELD_NUMBER: _ClassVar[int]
+    BEST_TTFT_S_FIELD_NUMBER: _ClassVar[int]
+    REGRET_S_FIELD_NUMBER: _ClassVar[int]
+    request_id: str
+    outcome: str
+    error: str
+    num_prompt_tokens: int
+    num_generated_tokens: int
+    ttft_s: float
+    predicted_ttft_s: float
+    decisions: _containers.RepeatedCompositeFieldContainer[Decision]
+    runs: _containers.RepeatedCompositeFieldContainer[RoleRun]
+    best_process: str
+    best_ttft_s: float
+    regret_s: float
+    def __init__(self, request_id: _Optional[str] = ..., outcome: _Optional[str] = ..., error: _Optional[str] = ..., num_prompt_tokens: _Optional[int] = ..., num_generated_tokens: _Optional[int] = ..., ttft_s: _Optional[float] = ..., predicted_ttft_s: _Optional[float] = ..., decisions: _Optional[_Iterable[_Union[Decision, _Mapping]]] = ..., runs: _Optional[_Iterable[_Union[RoleRun, _Mapping]]] = ..., best_process: _Optional[str] = ..., best_ttft_s: _Optional[float] = ..., regret_s: _Optional[float] = ...) -> None: ...
+
 class AuditRequest(_message.Message):
     __slots__ = ()
     def __init__(self) -> None: ...

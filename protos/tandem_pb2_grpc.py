@@ -49,6 +49,11 @@ class TandemStub:
                 request_serializer=protos_dot_tandem__pb2.AuditRequest.SerializeToString,
                 response_deserializer=protos_dot_tandem__pb2.AuditResponse.FromString,
                 _registered_method=True)
+        self.Explain = channel.unary_unary(
+                '/tandem.v1.Tandem/Explain',
+                request_serializer=protos_dot_tandem__pb2.ExplainRequest.SerializeToString,
+                response_deserializer=protos_dot_tandem__pb2.ExplainResponse.FromString,
+                _registered_method=True)
 
 
 class TandemServicer:
@@ -75,6 +80,13 @@ class TandemServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Explain(self, request, context):
+        """Why a request went where it went, what came of it, and what would have been best.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_TandemServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -92,6 +104,11 @@ def add_TandemServicer_to_server(servicer, server):
                     servicer.Audit,
                     request_deserializer=protos_dot_tandem__pb2.AuditRequest.FromString,
                     response_serializer=protos_dot_tandem__pb2.AuditResponse.SerializeToString,
+            ),
+            'Explain': grpc.unary_unary_rpc_method_handler(
+                    servicer.Explain,
+                    request_deserializer=protos_dot_tandem__pb2.ExplainRequest.FromString,
+                    response_serializer=protos_dot_tandem__pb2.ExplainResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -175,6 +192,33 @@ class Tandem:
             '/tandem.v1.Tandem/Audit',
             protos_dot_tandem__pb2.AuditRequest.SerializeToString,
             protos_dot_tandem__pb2.AuditResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Explain(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/tandem.v1.Tandem/Explain',
+            protos_dot_tandem__pb2.ExplainRequest.SerializeToString,
+            protos_dot_tandem__pb2.ExplainResponse.FromString,
             options,
             channel_credentials,
             insecure,

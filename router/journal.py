@@ -106,6 +106,8 @@ class Record:
     failures: dict[DispatchRole, int] = field(default_factory=lambda: {"prefill": 0, "decode": 0})
     runs: list[Run] = field(default_factory=list)
     placements: list[Placement] = field(default_factory=list)
+    placed_after_s: list[float] = field(default_factory=list)
+    """When, from its arrival on."""
     keys_root: Key | None = None
     keys: tuple[Key, ...] = ()
     planned: bool = False
@@ -122,6 +124,11 @@ class Record:
     @property
     def request_id(self) -> str:
         return self.request.request_id
+
+    def placed(self, placement: Placement, now_s: float) -> None:
+        """Its workers were chosen."""
+        self.placements.append(placement)
+        self.placed_after_s.append(now_s - self.accepted_at_s)
 
     def live(self, role: DispatchRole) -> list[DispatchRecord]:
         return [dispatch for dispatch in self.dispatches.values() if dispatch.fence.role == role]
@@ -195,7 +202,15 @@ class Summary:
     total_s: float
     failures: tuple[int, int]
     placements: tuple[Placement, ...]
+    placed_after_s: tuple[float, ...]
     runs: tuple[Run, ...]
+
+    @property
+    def predicted_ttft_s(self) -> float | None:
+        """When its first token was predicted, at the time its workers were chosen; None if they never were."""
+        if not self.placements:
+            return None
+        return self.placed_after_s[0] + self.placements[0].predicted_ttft_s
 
 
 class Journal:
@@ -280,6 +295,7 @@ class Journal:
             total_s=now_s - record.accepted_at_s,
             failures=(record.failures["prefill"], record.failures["decode"]),
             placements=tuple(record.placements),
+            placed_after_s=tuple(record.placed_after_s),
             runs=tuple(record.runs),
         )
         self.recent.append(summary)

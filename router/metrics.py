@@ -11,6 +11,7 @@ from wsgiref.simple_server import WSGIServer
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, start_http_server
 
+from router.explain import hindsight
 from router.journal import Summary
 from router.membership import Member
 from router.prefix_index import PrefixIndex
@@ -19,6 +20,7 @@ from tandem.errors import ConfigError
 
 _TTFT_BUCKETS = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0, 60.0)
 _TPOT_BUCKETS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
+_ERROR_BUCKETS = (-0.9, -0.5, -0.25, -0.15, -0.05, 0.05, 0.15, 0.25, 0.5, 1.0, 2.0)
 _GAUGES = {
     "free_blocks": "blocks that can be allocated now",
     "cached_blocks": "blocks cached without a reference",
@@ -46,6 +48,18 @@ class Metrics:
         )
         self._tpot = Histogram(
             "tandem_tpot_seconds", "time per token after the first", buckets=_TPOT_BUCKETS, registry=self.registry
+        )
+        self._error = Histogram(
+            "tandem_ttft_prediction_error",
+            "predicted less actual time to first token, as a part of the actual one",
+            buckets=_ERROR_BUCKETS,
+            registry=self.registry,
+        )
+        self._regret = Histogram(
+            "tandem_placement_regret_seconds",
+            "by how much the first token came later than predicted of the best other worker",
+            buckets=_TTFT_BUCKETS,
+            registry=self.registry,
         )
         self._hits = Counter(
             "tandem_prefix_hit_tokens", "prompt tokens whose KV existed before", registry=self.registry
@@ -88,6 +102,9 @@ class Metrics:
         if summary.ttft_s is None:
             return
         self._ttft.observe(summary.ttft_s)
+        if summary.predicted_ttft_s is not None and summary.ttft_s > 0.0:
+            self._error.observe((summary.predicted_ttft_s - summary.ttft_s) / summary.ttft_s)
+            self._regret.observe(hindsight(summary)[2])
         if summary.outcome == "completed" and summary.longest > 1:
             self._tpot.observe((summary.total_s - summary.ttft_s) / (summary.longest - 1))
 

@@ -86,7 +86,7 @@ class Planner:
             placement = self._place(record, group, tokens, now_s, here=True)
             if wait and not actions and (full_s := full_for_s(placement)) > 0.0:
                 return full_s
-            record.placements.append(placement)
+            record.placed(placement, now_s)
             actions.append(
                 self._send(record, placement.decode, "decode", placement, now_s, tokens, index, prefill_here=True)
             )
@@ -101,7 +101,7 @@ class Planner:
 
     def _dispatch_whole(self, record: Record, placement: Placement, now_s: float) -> list[Action]:
         """All samples from the prompt on: hand-over, or prefill here."""
-        record.placements.append(placement)
+        record.placed(placement, now_s)
         if placement.prefill is None:
             return [self._send(record, placement.decode, "decode", placement, now_s, prefill_here=True)]
         action = self._send(record, placement.prefill, "prefill", placement, now_s)
@@ -191,7 +191,7 @@ class Planner:
             index=index or 0,
             n=num_samples,
             progress_at_s=now_s,
-            predicted_ttft_s=placement.predicted_ttft_s,
+            predicted_ttft_s=now_s - record.accepted_at_s + placement.predicted_ttft_s,
             sent_at_s=now_s,
             waits=prefill is not None,
         )

@@ -32,7 +32,7 @@ def completed(summary: Summary, num_generated_tokens: int) -> tandem_pb2.Complet
         num_cached_tokens=num_cached_tokens(summary),
         ttft_s=summary.ttft_s or 0.0,
         total_s=summary.total_s,
-        runs=[_run(run) for run in summary.runs],
+        runs=[role_run(run) for run in summary.runs],
         exposed_transfer_s=exposed_transfer_s(summary.runs),
     )
 
@@ -54,7 +54,8 @@ def exposed_transfer_s(runs: Sequence[Run]) -> float | None:
     return max(0.0, decode.reported_at_s - prefill.reported_at_s)
 
 
-def _run(run: Run) -> tandem_pb2.RoleRun:
+def role_run(run: Run) -> tandem_pb2.RoleRun:
+    """What one role did."""
     report = run.report
     return tandem_pb2.RoleRun(
         role=report.fence.role,

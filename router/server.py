@@ -30,6 +30,7 @@ from router.actions import Action, Emit, Replay, Send, Subscribe, TokensEvent, U
 from router.admission import Promise
 from router.answer import Answer
 from router.control_plane import ControlPlane, Handlers
+from router.explain import explain
 from router.journal import Request, Summary
 from router.metrics import Metrics
 from router.reports import audit, cluster, completed
@@ -326,6 +327,10 @@ class RouterServer:
         """What runs where."""
         return cluster(self.core, self.model, now_s())
 
+    def explain(self, request_id: str) -> tandem_pb2.ExplainResponse:
+        """Why a request went where it went. Raises InvalidRequest for one that isn't remembered."""
+        return explain(self.core.journal, request_id)
+
     def audit(self) -> tandem_pb2.AuditResponse:
         """What the router believes against what its processes report."""
         return audit(self.core, set(self.answers), now_s())
@@ -365,3 +370,13 @@ class _Servicer(tandem_pb2_grpc.TandemServicer):
 
     async def Audit(self, request: tandem_pb2.AuditRequest, context: object) -> tandem_pb2.AuditResponse:
         return self._server.audit()
+
+    async def Explain(
+        self,
+        request: tandem_pb2.ExplainRequest,
+        context: grpc.aio.ServicerContext[tandem_pb2.ExplainRequest, tandem_pb2.ExplainResponse],
+    ) -> tandem_pb2.ExplainResponse:
+        try:
+            return self._server.explain(request.request_id)
+        except TandemError as error:
+            await context.abort(grpc.StatusCode[error.grpc_status], str(error))

@@ -70,6 +70,14 @@ class Client:
         except grpc.RpcError as error:
             raise _translated(error, self.target) from error
 
+    def explain(self, request_id: str = "", timeout_s: float = 5.0) -> pb.ExplainResponse:
+        """Why a request that has ended went where it went; "" is the last one. Raises InvalidRequest for one that the router
+        doesn't remember."""
+        try:
+            return self._stub.Explain(pb.ExplainRequest(request_id=request_id), timeout=timeout_s)
+        except grpc.RpcError as error:
+            raise _translated(error, self.target) from error
+
     def audit(self, timeout_s: float = 30.0) -> pb.AuditResponse:
         """The router's cross-check of what it believes against what its processes report."""
         try:

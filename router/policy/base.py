@@ -104,6 +104,10 @@ class Candidates:
     stream_s: NDArray[np.float64]
     hit_tokens: NDArray[np.float64]
 
+    def ttft_s(self, overhead_s: float) -> NDArray[np.float64]:
+        """What the client would wait for its first token at each."""
+        return np.maximum(self.queue_s, self.fetch_s) + self.compute_s + overhead_s
+
 
 @dataclass(frozen=True, slots=True)
 class Placement:

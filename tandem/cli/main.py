@@ -10,7 +10,7 @@ import sys
 
 import typer
 
-from tandem.cli import bench, capacity, demo, doctor, generate, models, serve, sim
+from tandem.cli import bench, capacity, demo, doctor, explain, generate, models, serve, sim
 from tandem.errors import TandemError
 
 app = typer.Typer(
@@ -26,6 +26,7 @@ app.command()(serve.serve)
 app.command()(serve.down)
 app.command()(serve.status)
 app.command()(serve.audit)
+app.command()(explain.explain)
 app.command()(generate.generate)
 app.command()(generate.chat)
 app.command()(doctor.doctor)

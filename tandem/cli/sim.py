@@ -58,7 +58,8 @@ def trace(
 
     Workers take as long as the preset's step times say, 5 % more or less at random. A request is served as promised with its
     first token within 300 ms and 300 ms more for each thousand tokens that no request before it had, and 50 ms a token after it.
-    What is never answered counts as an infinite time to first token. Larger clusters than 8 workers get copies of the trace side by side.
+    What is never answered counts as an infinite time to first token. Larger clusters than 8 workers get copies of the trace side
+    by side.
     """
     if not (rate or load):
         load = "0.95"

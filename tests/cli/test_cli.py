@@ -107,7 +107,20 @@ def test_help_names_every_command_and_imports_neither_torch_nor_ray() -> None:
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
     result = tandem("--help")
     assert result.returncode == 0
-    for name in ("pull", "serve", "down", "status", "audit", "generate", "chat", "doctor", "demo", "bench"):
+    for name in (
+        "pull",
+        "serve",
+        "down",
+        "status",
+        "audit",
+        "explain",
+        "generate",
+        "chat",
+        "doctor",
+        "demo",
+        "sim",
+        "bench",
+    ):
         assert f" {name} " in result.stdout
 
 

@@ -17,7 +17,7 @@ class ByteTokenizer:
         return bytes([token_id])
 
 
-SUMMARY = Summary("q", "completed", "", 1, 4, 4, 0.1, 0.2, (0, 0), (), ())
+SUMMARY = Summary("q", "completed", "", 1, 4, 4, 0.1, 0.2, (0, 0), (), (), ())
 
 
 def answer(*stop: str, n: int = 1) -> Answer:
