@@ -3,11 +3,11 @@
 Owns the order, and nothing of where anything goes: a request is held here until a worker has room for it (late binding), so that
 one that comes later and is more urgent can overtake, and the choice of its workers is made when it can start. Pure.
 
-    order       by the point in time at which its first token is due: `tag + promise`. A class' promise is long or short; a long
-                uncached prompt is promised later. Nothing starves: what comes later is due later, too
+    order       by the point in time at which its first token is due: `tag + SLO`. A class' SLO is long or short; a long
+                uncached prompt is due later. Nothing starves: what comes later is due later, too
     fair share  `tag` is the arrival, or, for a tenant that asks for more than its share, when its share would have served what it
                 asked for before (virtual clock; Zhang, *VirtualClock*, SIGCOMM 1990): it queues behind itself, not before others
-    too late    what can't keep its promise any more gives way to those who still can: it is put back once, by its promise
+    too late    what can't keep its SLO any more gives way to those who still can: it is put back once, by its SLO
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ MIN_WAIT_S, MAX_WAIT_S = 0.01, 0.1
 
 
 @dataclass(frozen=True, slots=True)
-class Promise:
+class Slo:
     """What a class of requests is promised. 0 for `tpot_s`: nothing."""
 
     ttft_s: float
@@ -40,19 +40,19 @@ class Promise:
         return self.ttft_s + self.ttft_per_token_s * uncached_tokens
 
 
-INTERACTIVE = Promise(ttft_s=2.0, ttft_per_token_s=1e-3)
-BATCH = Promise(ttft_s=60.0, ttft_per_token_s=1e-3)
+INTERACTIVE = Slo(ttft_s=2.0, ttft_per_token_s=1e-3)
+BATCH = Slo(ttft_s=60.0, ttft_per_token_s=1e-3)
 """Where nothing else is promised: an order, not a limit."""
 
 
 @dataclass(slots=True)
 class Held:
-    """One that waits. `work_s` is what its prefill takes, about; `promise_s` from its arrival to its first token."""
+    """One that waits. `work_s` is what its prefill takes, about; `slo_s` from its arrival to its first token."""
 
     request_id: str
     tenant: str
     arrived_s: float
-    promise_s: float
+    slo_s: float
     work_s: float
     due_s: float
     """By which it is ordered."""
@@ -61,9 +61,9 @@ class Held:
     """When its workers are predicted to have room: trying before is of no use."""
 
     @property
-    def promised_s(self) -> float:
-        """When its first token is due by its promise."""
-        return self.arrived_s + self.promise_s
+    def slo_at_s(self) -> float:
+        """When its first token is due by its SLO."""
+        return self.arrived_s + self.slo_s
 
 
 class Admission:
@@ -86,15 +86,15 @@ class Admission:
     def __contains__(self, request_id: str) -> bool:
         return request_id in self._held
 
-    def due_s(self, tenant: str, promise_s: float, now_s: float) -> float:
+    def due_s(self, tenant: str, slo_s: float, now_s: float) -> float:
         """By when a request that came now would be ordered."""
-        return max(now_s, self._tags.get(tenant, now_s)) + promise_s
+        return max(now_s, self._tags.get(tenant, now_s)) + slo_s
 
     def add(
         self,
         request_id: str,
         tenant: str,
-        promise_s: float,
+        slo_s: float,
         work_s: float,
         num_workers: int,
         now_s: float,
@@ -104,13 +104,13 @@ class Admission:
         dispatched before keeps its `due_s`, and is not counted again."""
         assert request_id not in self._held, f"{request_id} waits already"
         if due_s is not None:
-            held = Held(request_id, tenant, due_s - promise_s, promise_s, work_s, due_s, put_back=True)
+            held = Held(request_id, tenant, due_s - slo_s, slo_s, work_s, due_s, put_back=True)
             self._hold(held)
             return held
         tag = max(now_s, self._tags.get(tenant, now_s))
         tenants = {held.tenant for held in self._held.values()} | {tenant} if len(self._tags) > 1 else {tenant}
         self._tags[tenant] = tag + work_s * len(tenants) / max(1, num_workers)
-        held = Held(request_id, tenant, now_s, promise_s, work_s, tag + promise_s)
+        held = Held(request_id, tenant, now_s, slo_s, work_s, tag + slo_s)
         self._hold(held)
         if len(self._tags) > 2 * len(self._held) + 64:
             self._tags = {name: tag_s for name, tag_s in self._tags.items() if tag_s > now_s}
@@ -122,11 +122,11 @@ class Admission:
         self._push(held)
 
     def put_back(self, request_id: str, now_s: float) -> None:
-        """Its promise can't be kept any more: it is due as if it came now. Once; later calls change nothing."""
+        """Its SLO can't be kept any more: it is due as if it came now. Once; later calls change nothing."""
         held = self._held[request_id]
         if not held.put_back:
             held.put_back = True
-            held.due_s = now_s + held.promise_s
+            held.due_s = now_s + held.slo_s
             self._push(held)
 
     def remove(self, request_id: str) -> None:
@@ -159,7 +159,7 @@ class Admission:
             for held in self.first(LOOK_AHEAD):
                 if now_s < held.try_at_s:
                     continue
-                if now_s > held.promised_s:
+                if now_s > held.slo_at_s:
                     self.put_back(held.request_id, now_s)
                 full_s = dispatch(held)
                 if full_s <= 0.0:

@@ -66,7 +66,7 @@ from router.actions import (
     TokensEvent,
     Unsubscribe,
 )
-from router.admission import BATCH, INTERACTIVE, Admission, Held, Promise
+from router.admission import BATCH, INTERACTIVE, Admission, Held, Slo
 from router.fleet import Fleet
 from router.journal import PROBE_S, Accepted, DispatchRecord, Gap, Journal, Outcome, Record, Request, Run
 from router.membership import Changed, Joined, Lost, Member, Membership, Rejected, own_tier
@@ -116,10 +116,10 @@ class Settings:
     """How long a request waits for a worker that could serve it."""
     max_jitter_s: float = 0.1
     """Re-dispatches after a death are spread over so long, so that they don't all fall on the survivor at once."""
-    interactive: Promise = INTERACTIVE
-    batch: Promise = BATCH
+    interactive: Slo = INTERACTIVE
+    batch: Slo = BATCH
     reject_late: bool = False
-    """Requests whose promise can't be kept are refused at once."""
+    """Requests whose SLO can't be kept are refused at once."""
 
 
 @dataclass(slots=True)
@@ -204,9 +204,9 @@ class RouterCore:
         late_s = self._late_s(record, now_s) if self.settings.reject_late else 0.0
         if late_s > 0.0:
             self.journal.drop(record)
-            promise_s = self._promise_s(record)
+            slo_s = self._slo_s(record)
             raise Overloaded(
-                f"its first token is predicted after {promise_s + late_s:.1f} s, the promise is {promise_s:.1f} s; retry in "
+                f"its first token is predicted after {slo_s + late_s:.1f} s, the SLO is {slo_s:.1f} s; retry in "
                 f"{late_s:.1f} s",
                 late_s,
             )
@@ -620,12 +620,12 @@ class RouterCore:
         """Into the line for room. One that was dispatched before keeps its place."""
         again = bool(record.sent)
         uncached = self._planner.uncached_tokens(record, group)
-        promise = self._promise(record)
-        record.tpot_s = promise.tpot_s
+        slo = self._slo(record)
+        record.tpot_s = slo.tpot_s
         held = self.admission.add(
             record.request_id,
             record.request.tenant,
-            promise.first_token_s(uncached),
+            slo.first_token_s(uncached),
             self._work_s(uncached, len(record.request.prompt)),
             self._num_computing(),
             now_s,
@@ -659,13 +659,13 @@ class RouterCore:
         self.admission.release(now_s, dispatch)
         return actions
 
-    def _promise(self, record: Record) -> Promise:
+    def _slo(self, record: Record) -> Slo:
         return self.settings.batch if record.request.batch else self.settings.interactive
 
-    def _promise_s(self, record: Record) -> float:
+    def _slo_s(self, record: Record) -> float:
         group = self.membership.served_group
         uncached = self._planner.uncached_tokens(record, group) if group is not None else len(record.request.prompt)
-        return self._promise(record).first_token_s(uncached)
+        return self._slo(record).first_token_s(uncached)
 
     def _num_computing(self) -> int:
         """Workers that compute prompts."""
@@ -678,17 +678,17 @@ class RouterCore:
         return self.fleet.compute_s(int(workers[0]), num_tokens, pairs) if len(workers) else 0.0
 
     def _late_s(self, record: Record, now_s: float) -> float:
-        """By how much a request that came now is predicted to miss its promise: what is due before it, by as many as compute."""
+        """By how much a request that came now is predicted to miss its SLO: what is due before it, by as many as compute."""
         group = self.membership.served_group
         if group is None or not len(self.fleet.workers):
             return 0.0
         uncached = self._planner.uncached_tokens(record, group)
-        promise_s = self._promise(record).first_token_s(uncached)
-        due_s = self.admission.due_s(record.request.tenant, promise_s, now_s)
+        slo_s = self._slo(record).first_token_s(uncached)
+        due_s = self.admission.due_s(record.request.tenant, slo_s, now_s)
         waits_s, _ = self.fleet.waits_s(self.fleet.workers, due_s, now_s)
         own_s = self._work_s(uncached, len(record.request.prompt))
         queued_s = self.admission.ahead_s(due_s) / max(1, self._num_computing())
-        return float(waits_s.min()) + queued_s + own_s + self.fleet.overhead_s - promise_s
+        return float(waits_s.min()) + queued_s + own_s + self.fleet.overhead_s - slo_s
 
     def _retry_s(self) -> float:
         """When a place is predicted to be free: requests end about evenly."""

@@ -27,7 +27,7 @@ from protos import tandem_pb2, tandem_pb2_grpc
 from protos.control import ToRouter
 from protos.kv_events import EventBatch
 from router.actions import Action, Emit, Replay, Send, Subscribe, TokensEvent, Unsubscribe
-from router.admission import Promise
+from router.admission import Slo
 from router.answer import Answer
 from router.control_plane import ControlPlane, Handlers
 from router.explain import explain
@@ -37,7 +37,7 @@ from router.reports import audit, cluster, completed
 from router.router import RouterCore, Settings
 from router.validation import Validator, prompt_bytes
 from tandem.clock import now_s
-from tandem.config import Config, PromiseConfig
+from tandem.config import Config, SloConfig
 from tandem.errors import ConfigError, Overloaded, TandemError, Unavailable
 from tandem.model_files import default_model_name, resolve_model
 from tandem.tokenizer.tokenizer import Tokenizer, load_tokenizer
@@ -62,8 +62,8 @@ def run(config: Config, name: str, stop: threading.Event) -> None:
     asyncio.run(RouterServer(config, tokenizer).serve(stop))
 
 
-def _promise(config: PromiseConfig) -> Promise:
-    return Promise(config.ttft_s, config.ttft_per_1k_tokens_s / 1000.0, config.tpot_s)
+def _slo(config: SloConfig) -> Slo:
+    return Slo(config.ttft_s, config.ttft_per_1k_tokens_s / 1000.0, config.tpot_s)
 
 
 def _logged(handler: Callable[P, None]) -> Callable[P, None]:
@@ -102,8 +102,8 @@ class RouterServer:
                 max_active_requests=config.limits.max_active_requests,
                 max_model_len=config.model.max_len,
                 hold_s=config.transfer.hold_s,
-                interactive=_promise(settings.interactive),
-                batch=_promise(settings.batch),
+                interactive=_slo(settings.interactive),
+                batch=_slo(settings.batch),
                 reject_late=settings.reject_late,
             ),
             random.Random(secrets.randbits(64)),

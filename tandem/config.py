@@ -112,7 +112,7 @@ class LimitsConfig(_Section):
     client_patience_s: float = Field(30.0, gt=0, description="a client that reads nothing for so long is cut off")
 
 
-class PromiseConfig(_Section):
+class SloConfig(_Section):
     """What a class of requests is promised. It orders those that wait; only with `router.reject_late` is it a limit."""
 
     ttft_s: float = Field(2.0, gt=0, le=86_400, description="to the first token")
@@ -134,8 +134,8 @@ class RouterConfig(_Section):
     liveness_s: float = Field(3.0, gt=0, le=60, description="without a heartbeat for so long a process is lost")
     progress_s: float = Field(60.0, gt=0, description="a step that takes longer counts as a death")
     max_attempts: int = Field(3, ge=1, le=10, description="dispatches of one role before the request fails")
-    interactive: PromiseConfig = PromiseConfig()
-    batch: PromiseConfig = PromiseConfig(ttft_s=60.0)
+    interactive: SloConfig = SloConfig()
+    batch: SloConfig = SloConfig(ttft_s=60.0)
     reject_late: bool = Field(False, description="refuse at once what can't be kept, with the time to retry after")
 
     @property

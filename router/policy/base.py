@@ -40,7 +40,7 @@ class Ask:
     due_s: float = math.inf
     """When its first token is due: its place in a worker's line."""
     tpot_s: float = 0.0
-    """The promise for each token after the first; 0: none."""
+    """The SLO for each token after the first; 0: none."""
     prefill_here_only: bool = False
     """No prefill worker is wanted: there is one already, or the hand-over has failed."""
     avoid: frozenset[int] = frozenset()

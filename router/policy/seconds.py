@@ -7,7 +7,7 @@ Owns the cost; nothing else. Every worker of the served group is weighed, in one
       + others       those who come while it waits and computes wait for its compute, too; at a decode worker its streams do
     decode at w      answer tokens x step with the stream in it
       + others       its streams x answer tokens x how much longer the step gets
-      + promise      streams that would step slower than promised
+      + tpot         streams that would step slower than promised
       + room         until blocks and a place in the step are free
     hand-over        what is not there yet when prefill ends; nothing where decode prefills by itself
 
@@ -70,7 +70,7 @@ class Terms:
     fetch: float = 1.0
     others: float = 1.0
     stream: float = 1.0
-    promise: float = 10.0
+    tpot: float = 10.0
     """Seconds for each second by which a stream's tokens are late."""
     room: float = 1.0
 
@@ -258,7 +258,7 @@ class PredictedSeconds:
         others_s = sequences * (num_steps * terms.others) * longer_s
         if ask.tpot_s:
             late_s = np.maximum(step_s - ask.tpot_s, 0.0)
-            others_s += (sequences + ask.num_samples) * (num_steps * terms.promise) * late_s
+            others_s += (sequences + ask.num_samples) * (num_steps * terms.tpot) * late_s
         lacking = ask.num_blocks - rows[FREE_BLOCKS]
         crowded = sequences + ask.num_samples - rows[MAX_RUNNING]
         room_s = np.zeros_like(step_s)

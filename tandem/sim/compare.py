@@ -13,21 +13,21 @@ from dataclasses import dataclass, fields, replace
 
 import numpy as np
 
-from router.admission import Promise
+from router.admission import Slo
 from router.policy.base import Policy
 from router.policy.seconds import PredictedSeconds, Terms
 from tandem.errors import ConfigError
 from tandem.sim.load import jobs_of
 from tandem.sim.policies.registry import POLICIES, policy_named
 from tandem.sim.presets import Preset
-from tandem.sim.replay import PROMISE, Job, Outcome, Replay
+from tandem.sim.replay import SLO, Job, Outcome, Replay
 from tandem.sim.trace import BLOCK_TOKENS, TraceRequest, infinite_cache_hit_rate
 
 OURS = "tandem"
 COPY_WORKERS = 8
 """A cluster of so many workers gets one copy of the trace, larger ones as many as they are larger."""
 CAPACITY_GOODPUT = 0.9
-REMOVABLE = ("queue", "fetch", "others", "stream", "promise", "room", "order", "hold")
+REMOVABLE = ("queue", "fetch", "others", "stream", "tpot", "room", "order", "hold")
 """What can be taken out of ours, to see what it is worth: terms of the cost, the order by due time, and the line for room."""
 
 Say = Callable[[str], None]
@@ -196,7 +196,7 @@ def compare(
             yield _result(chosen, found, rate, load, len(jobs) / (time.perf_counter() - began))
 
 
-def bound(preset: Preset, jobs: Sequence[Job], rate: float, load: float | None, promise: Promise = PROMISE) -> Result:
+def bound(preset: Preset, jobs: Sequence[Job], rate: float, load: float | None, slo: Slo = SLO) -> Result:
     """What nobody can beat."""
     prices = preset.prices
     uncached = np.array([job.uncached_tokens for job in jobs], dtype=np.float64)
@@ -205,7 +205,7 @@ def bound(preset: Preset, jobs: Sequence[Job], rate: float, load: float | None, 
     compute_s = steps * prices.base_s + uncached * prices.token_s
     compute_s += prices.pair_s * uncached * (tokens - uncached + (uncached + 1) / 2)
     ttft_s = compute_s + preset.overhead_s
-    within = ttft_s <= promise.ttft_s + promise.ttft_per_token_s * uncached
+    within = ttft_s <= slo.ttft_s + slo.ttft_per_token_s * uncached
     p50, p90, p99 = np.percentile(ttft_s, [50, 90, 99]).tolist()
     alone_s = prices.base_s + prices.sequence_s
     hit_rate = float(1.0 - uncached.sum() / tokens.sum())

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from kvpool.keys import Key
 from protos.control import Capacity, Fence, Load, Role, Tier
 from protos.kv_events import BlockRemoved, BlockStored, Event, EventBatch
-from router.admission import Admission, Held, Promise
+from router.admission import Admission, Held, Slo
 from router.fleet import Fleet, Work
 from router.policy.base import Ask, Placement, Policy, full_for_s
 from router.prefix_index import Hits, PrefixIndex
@@ -26,7 +26,7 @@ from tandem.sim.presets import Preset
 from tandem.sim.trace import BLOCK_TOKENS
 from tandem.sim.workers import Cache, DecodeWorker, PoolNode, PrefillWorker, Prompt, Stream
 
-PROMISE = Promise(ttft_s=0.3, ttft_per_token_s=0.3e-3, tpot_s=0.05)
+SLO = Slo(ttft_s=0.3, ttft_per_token_s=0.3e-3, tpot_s=0.05)
 _EPOCH = b"simulate"
 _GROUP = "simulated"
 
@@ -91,12 +91,12 @@ class Replay:
         seed: int = 1,
         noise: float = 0.05,
         heartbeat_s: float = 0.25,
-        promise: Promise = PROMISE,
+        slo: Slo = SLO,
     ) -> None:
         self._preset = preset
         self._policy = policy
         self._jobs = jobs
-        self._promise = promise
+        self._slo = slo
         self._rng = random.Random(seed)
         self._noise = np.random.default_rng(seed).lognormal(0.0, noise, len(jobs)).tolist()
         self._heartbeat_s = heartbeat_s
@@ -231,8 +231,8 @@ class Replay:
         uncached = max(1, job.num_tokens - longest * BLOCK_TOKENS)
         prices = self._preset.prices
         work_s = uncached * prices.token_s + prices.pair_s * uncached * (job.num_tokens - uncached / 2)
-        promise_s = self._promise.first_token_s(uncached)
-        held = self._admission.add(str(number), "", promise_s, work_s, len(self._fleet.prefills), now_s)
+        slo_s = self._slo.first_token_s(uncached)
+        held = self._admission.add(str(number), "", slo_s, work_s, len(self._fleet.prefills), now_s)
         if self._hold:
             self._release(now_s)
         else:
@@ -248,7 +248,7 @@ class Replay:
             keys=job.keys,
             answer_tokens=self._fleet.answer_tokens or 256.0,
             due_s=due_s,
-            tpot_s=self._promise.tpot_s,
+            tpot_s=self._slo.tpot_s,
         )
         placement = self._policy.place(ask, self._hits(job), self._fleet, now_s, self._rng)
         assert placement is not None
@@ -527,8 +527,8 @@ class Replay:
 
     def _outcome(self, now_s: float) -> Outcome:
         uncached = np.array([job.uncached_tokens for job in self._jobs])
-        promised_s = self._promise.ttft_s + self._promise.ttft_per_token_s * uncached
-        within = (self._ttft_s <= promised_s) & (self._tpot_s <= self._promise.tpot_s)
+        slo_at_s = self._slo.ttft_s + self._slo.ttft_per_token_s * uncached
+        within = (self._ttft_s <= slo_at_s) & (self._tpot_s <= self._slo.tpot_s)
         return Outcome(
             ttft_s=self._ttft_s,
             tpot_s=self._tpot_s,

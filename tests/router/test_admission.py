@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from router.admission import Admission, Held, Promise
+from router.admission import Admission, Held, Slo
 
 
 def order(line: Admission) -> list[str]:
@@ -25,7 +25,7 @@ def test_who_is_due_first_goes_first() -> None:
 
 
 def test_a_promise_grows_with_what_has_to_be_computed() -> None:
-    assert Promise(0.3, 0.001).first_token_s(700) == 1.0
+    assert Slo(0.3, 0.001).first_token_s(700) == 1.0
 
 
 def test_nothing_starves() -> None:
@@ -105,8 +105,8 @@ def test_one_that_was_dispatched_before_keeps_its_place() -> None:
 @given(st.lists(st.tuples(st.sampled_from("abc"), st.floats(0.1, 50), st.floats(0.01, 5)), min_size=1, max_size=40))
 def test_everybody_is_served_and_the_work_adds_up(asked: list[tuple[str, float, float]]) -> None:
     line = Admission()
-    for number, (tenant, promise_s, work_s) in enumerate(asked):
-        line.add(str(number), tenant, promise_s, work_s, 2, number * 0.1)
+    for number, (tenant, slo_s, work_s) in enumerate(asked):
+        line.add(str(number), tenant, slo_s, work_s, 2, number * 0.1)
     assert abs(line.work_s - sum(work_s for _, _, work_s in asked)) < 1e-6
     served: list[str] = []
 
