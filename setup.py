@@ -24,6 +24,7 @@ DIGEST = hashlib.sha256(b"".join([*CODE, " ".join(FLAGS).encode()])).hexdigest()
 EXTENSIONS = {
     "kvpool._chain_keys": "kvpool/native/chain_keys.cpp",
     "router._block_map": "router/native/block_map.cpp",
+    "router._weigh": "router/native/weigh.cpp",
 }
 VARIANTS = {"portable": []}
 if platform.machine() in ("x86_64", "AMD64"):

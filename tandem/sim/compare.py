@@ -15,7 +15,8 @@ import numpy as np
 
 from router.admission import Slo
 from router.policy.base import Policy
-from router.policy.seconds import PredictedSeconds, Terms
+from router.policy.seconds import PredictedSeconds
+from router.policy.weigh import Terms
 from tandem.errors import ConfigError
 from tandem.sim.load import jobs_of
 from tandem.sim.policies.registry import POLICIES, policy_named

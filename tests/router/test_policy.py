@@ -11,7 +11,8 @@ import pytest
 from protos.control import Capacity, Fence, Link, Load, StepPrices
 from router.fleet import SENDS_UNTIL, Fleet, Work
 from router.policy.base import Ask, Placement, SourcePlace
-from router.policy.seconds import PredictedSeconds, Terms
+from router.policy.seconds import PredictedSeconds
+from router.policy.weigh import Terms
 from router.prefix_index import Hits
 
 SLAB = 368_640
