@@ -100,6 +100,8 @@ def _numbers(option: str, text: str) -> list[float]:
         numbers = [float(part) for part in _names(text)]
     except ValueError as error:
         raise ConfigError(f"{option} is {text!r}, must be numbers separated by commas") from error
+    if text and not numbers:
+        raise ConfigError(f"{option} is {text!r}, must be numbers separated by commas")
     if not all(0.0 < number <= 1e6 for number in numbers):
         raise ConfigError(f"{option} is {text!r}, each must be more than 0 and at most 1,000,000")
     return numbers

@@ -21,7 +21,7 @@ from tandem.errors import ConfigError
 from tandem.sim.load import jobs_of
 from tandem.sim.policies.registry import POLICIES, policy_named
 from tandem.sim.presets import Preset
-from tandem.sim.replay import SLO, Job, Outcome, Replay
+from tandem.sim.replay import SLO, Job, Outcome, Replay, noise_of
 from tandem.sim.trace import BLOCK_TOKENS, TraceRequest, infinite_cache_hit_rate
 
 OURS = "tandem"
@@ -157,7 +157,7 @@ def tuned(
     settings = POLICIES[contender.name].settings
     if len(settings) == 1:
         return contender
-    half = load_of(requests[: len(requests) // 2], rate, min(workers, 2 * COPY_WORKERS), seed)
+    half = load_of(requests[: max(1, len(requests) // 2)], rate, min(workers, 2 * COPY_WORKERS), seed)
     best, best_goodput = contender, -1.0
     for setting in settings:
         tried = replace(contender, setting=setting.label, make=setting.make)
@@ -187,7 +187,7 @@ def compare(
         asked += [(load * full, load) for load in loads]
     for rate, load in asked:
         jobs = load_of(requests, rate, workers, seed)
-        yield bound(preset, jobs, rate, load)
+        yield bound(preset, jobs, rate, load, seed)
         for contender in who:
             small = rate * min(1.0, 2 * COPY_WORKERS / workers)
             chosen = tuned(contender, requests, preset, workers, small, seed, say) if tune else contender
@@ -197,7 +197,7 @@ def compare(
             yield _result(chosen, found, rate, load, len(jobs) / (time.perf_counter() - began))
 
 
-def bound(preset: Preset, jobs: Sequence[Job], rate: float, load: float | None, slo: Slo = SLO) -> Result:
+def bound(preset: Preset, jobs: Sequence[Job], rate: float, load: float | None, seed: int, slo: Slo = SLO) -> Result:
     """What nobody can beat."""
     prices = preset.prices
     uncached = np.array([job.uncached_tokens for job in jobs], dtype=np.float64)
@@ -205,9 +205,9 @@ def bound(preset: Preset, jobs: Sequence[Job], rate: float, load: float | None, 
     steps = np.ceil(uncached / preset.prefill_step_tokens)
     compute_s = steps * prices.base_s + uncached * prices.token_s
     compute_s += prices.pair_s * uncached * (tokens - uncached + (uncached + 1) / 2)
-    ttft_s = compute_s + preset.overhead_s
+    ttft_s = compute_s * noise_of(len(jobs), seed) + preset.overhead_s
     within = ttft_s <= slo.ttft_s + slo.ttft_per_token_s * uncached
-    p50, p90, p99 = np.percentile(ttft_s, [50, 90, 99]).tolist()
+    p50, p90, p99 = np.percentile(ttft_s, [50, 90, 99], method="lower").tolist()
     alone_s = prices.base_s + prices.sequence_s
     hit_rate = float(1.0 - uncached.sum() / tokens.sum())
     return Result(

@@ -28,7 +28,7 @@ def jobs_of(requests: Sequence[TraceRequest], per_s: float, copies: int = 1, see
     long_s = max(requests[-1].arrival_s, 1e-3)
     faster = per_s * long_s / (copies * len(requests))
     rng = Random(seed)
-    arrivals_s = _spread(requests, rng)
+    arrivals_s, step_s = _spread(requests, rng)
     jobs: list[Job] = []
     for copy in range(copies):
         shift_s = rng.random() * long_s if copy else 0.0
@@ -42,18 +42,18 @@ def jobs_of(requests: Sequence[TraceRequest], per_s: float, copies: int = 1, see
                     text = f"{-1 if block in shared else copy}:{block}".encode()
                     key = names[block] = hashlib.blake2b(text, digest_size=16).digest()
                 keys.append(key)
-            arrival_s = (came_s + shift_s) % (long_s + 1e-3) / faster
+            arrival_s = (came_s + shift_s) % (long_s + step_s + 1e-3) / faster
             jobs.append(Job(arrival_s, request.input_length, max(1, request.output_length), tuple(keys), 0))
     jobs.sort(key=lambda job: job.arrival_s)
     return _counted(jobs)
 
 
-def _spread(requests: Sequence[TraceRequest], rng: Random) -> list[float]:
-    """When they came, in their order. Mooncake rounded its times to three seconds; those of one time are spread over the time to
-    the next."""
+def _spread(requests: Sequence[TraceRequest], rng: Random) -> tuple[list[float], float]:
+    """When they came, in their order, and how far apart times are at least. Mooncake rounded its times to three seconds;
+    those of one time are spread over the time to the next."""
     times = sorted({request.arrival_s for request in requests})
     step_s = min((later - sooner for sooner, later in pairwise(times)), default=0.0)
-    return sorted(request.arrival_s + rng.random() * step_s for request in requests)
+    return sorted(request.arrival_s + rng.random() * step_s for request in requests), step_s
 
 
 def _counted(jobs: Sequence[Job]) -> list[Job]:

@@ -27,6 +27,8 @@ from tandem.sim.trace import BLOCK_TOKENS
 from tandem.sim.workers import Cache, DecodeWorker, PoolNode, PrefillWorker, Prompt, Stream
 
 SLO = Slo(ttft_s=0.3, ttft_per_token_s=0.3e-3, tpot_s=0.05)
+NOISE = 0.05
+"""Standard deviation of a prompt's compute time, as a part of it."""
 _EPOCH = b"simulate"
 _GROUP = "simulated"
 
@@ -51,6 +53,9 @@ class _State:
     prefill: int = -1
     decode: int = -1
     fetched_blocks: int = 0
+    disk_blocks: int = 0
+    """Of those that it fetched, by where they were."""
+    from_pool: bool = False
     fetched_at_s: float = 0.0
     compute_s: float = 0.0
 
@@ -76,6 +81,11 @@ class Outcome:
     """Virtual ones."""
 
 
+def noise_of(num_jobs: int, seed: int, noise: float = NOISE) -> NDArray[np.float64]:
+    """By how much each prompt takes longer to compute than its step times say, as a factor."""
+    return np.random.default_rng(seed).lognormal(0.0, noise, num_jobs)
+
+
 class Replay:
     """One run. The same arguments give the same outcome."""
 
@@ -89,7 +99,7 @@ class Replay:
         hold: bool,
         ordered: bool = True,
         seed: int = 1,
-        noise: float = 0.05,
+        noise: float = NOISE,
         heartbeat_s: float = 0.25,
         slo: Slo = SLO,
     ) -> None:
@@ -98,7 +108,7 @@ class Replay:
         self._jobs = jobs
         self._slo = slo
         self._rng = random.Random(seed)
-        self._noise = np.random.default_rng(seed).lognormal(0.0, noise, len(jobs)).tolist()
+        self._noise = noise_of(len(jobs), seed, noise).tolist()
         self._heartbeat_s = heartbeat_s
         self._admission = Admission()
         self._hold, self._ordered = hold, ordered
@@ -114,6 +124,8 @@ class Replay:
         self._hit_tokens: dict[str, float] = {"DEVICE": 0.0, "HOST": 0.0, "DISK": 0.0, "other DEVICE": 0.0}
         self._moved: dict[str, float] = {"fetch": 0.0, "hand-over": 0.0}
         self._num_here = 0
+        self._num_ended = 0
+        self._releasing = False
         self._wake_at_s: float | None = None
         self._seqs: dict[int, int] = {}
         self._taken: dict[int, int] = {}
@@ -178,10 +190,8 @@ class Replay:
         """Until every request has ended."""
         for number, job in enumerate(self._jobs):
             self._push(job.arrival_s, ARRIVE, number)
-        heap, num_left = self._heap, len(self._jobs)
-        now_s = 0.0
-        num_ended = 0
-        while num_left:
+        heap, now_s, num_said = self._heap, 0.0, 0
+        while self._num_ended < len(self._jobs):
             now_s, _, kind, what = heapq.heappop(heap)
             if kind == ARRIVE:
                 self._arrive(what, now_s)
@@ -192,28 +202,23 @@ class Replay:
             elif kind == START:
                 self._start(self._prefills[what], now_s)
             elif kind == SWITCH:
-                worker = self._prefills[what % (1 << 20)]
-                if worker.version == what >> 20 and worker.line and worker.running is not None:
-                    worker.add(worker.stop(now_s))
-                    self._start(worker, now_s)
+                self._switch(self._prefills[what], now_s)
             elif kind == HANDED:
                 self._handed(what, now_s)
             elif kind == DUE:
                 number, version = divmod(what, 1 << 40)
                 decode = self._decodes[number]
                 if version == decode.version:
-                    ended = self._decode(decode, now_s)
-                    num_left -= ended
-                    num_ended += ended
-                    if num_ended >= 1000:
-                        say(num_ended)
-                        num_ended = 0
+                    self._decode(decode, now_s)
+                    if self._num_ended - num_said >= 1000:
+                        say(self._num_ended - num_said)
+                        num_said = self._num_ended
             elif kind == REPORT:
                 self._report(what, now_s)
             elif kind == WAKE and self._wake_at_s is not None and now_s >= self._wake_at_s:
                 self._wake_at_s = None
                 self._release(now_s)
-        say(num_ended)
+        say(self._num_ended - num_said)
         return self._outcome(now_s)
 
     # --- the router's side -------------------------------------------------------------------------------------------------
@@ -265,7 +270,11 @@ class Replay:
                 self._dispatch(number, placement, held.due_s, now_s)
             return full_s
 
+        if self._releasing:
+            return  # what was just dispatched ended something
+        self._releasing = True
         admission.release(now_s, dispatch)
+        self._releasing = False
         wake_s = admission.next_try_s()
         if wake_s is not None and (self._wake_at_s is None or wake_s < self._wake_at_s):
             self._wake_at_s = wake_s
@@ -310,7 +319,7 @@ class Replay:
         if prefill.running is None:
             self._start(prefill, now_s)
         elif due_s < prefill.running.due_s:
-            self._push(max(prompt.ready_s, prefill.next_chunk_s(now_s)), SWITCH, worker + (prefill.version << 20))
+            self._push(max(now_s, prompt.ready_s), SWITCH, worker)
 
     # --- the workers' side -------------------------------------------------------------------------------------------------
 
@@ -346,11 +355,7 @@ class Replay:
             state.fetched_at_s = begin_s + took_s + 0.001
             state.fetched_blocks = have
             self._moved["fetch"] += num_bytes
-            if source in self._pools:
-                self._hit_tokens["DISK"] += from_disk * BLOCK_TOKENS
-                self._hit_tokens["HOST"] += (have - local - from_disk) * BLOCK_TOKENS
-            else:
-                self._hit_tokens["other DEVICE"] += (have - local) * BLOCK_TOKENS
+            state.disk_blocks, state.from_pool = from_disk, source in self._pools
             return
 
     def _cache(self, number: int) -> Cache:
@@ -362,7 +367,10 @@ class Replay:
         local = cache.match(job.keys)
         have = max(local, state.fetched_blocks)
         fetched = max(0, state.fetched_blocks - local)
-        self._hit_tokens["DEVICE"] += min((have - fetched) * BLOCK_TOKENS, job.num_tokens)
+        from_disk = min(fetched, state.disk_blocks)
+        self._hit_tokens["DEVICE"] += (have - fetched) * BLOCK_TOKENS
+        self._hit_tokens["DISK"] += from_disk * BLOCK_TOKENS
+        self._hit_tokens["HOST" if state.from_pool else "other DEVICE"] += (fetched - from_disk) * BLOCK_TOKENS
         hit = min(have * BLOCK_TOKENS, job.num_tokens - 1)
         suffix = job.num_tokens - hit
         return suffix, suffix * (hit + (suffix + 1) / 2)
@@ -386,6 +394,17 @@ class Replay:
             self._state[prompt.request].compute_s = prompt.left_s
         done_s = worker.begin(prompt, now_s)
         self._push(done_s, COMPUTED, worker.number + (worker.version << 20))
+
+    def _switch(self, worker: PrefillWorker, now_s: float) -> None:
+        """One that is due earlier can be computed: it is from the next chunk on."""
+        if not worker.is_overtaken(now_s):
+            return
+        chunk_s = worker.next_chunk_s(now_s)
+        if chunk_s > now_s + 1e-9:
+            self._push(chunk_s, SWITCH, worker.number)
+            return
+        worker.add(worker.stop(now_s))
+        self._start(worker, now_s)
 
     def _computed(self, worker: PrefillWorker, now_s: float) -> None:
         number = worker.stop(now_s).request
@@ -439,10 +458,11 @@ class Replay:
         decode.line_pairs += pairs
         self._decode(decode, now_s)
 
-    def _decode(self, decode: DecodeWorker, now_s: float) -> int:
-        """What has ended by now ends, what waits begins. How many requests are over."""
+    def _decode(self, decode: DecodeWorker, now_s: float) -> None:
+        """What has ended by now ends, what waits begins."""
         decode.advance(now_s)
         streams, prompts = decode.ended()
+        self._num_ended += len(streams)
         name = self._fleet.names[decode.number]
         for stream in streams:
             number = stream.request
@@ -464,7 +484,6 @@ class Replay:
             self._push(due_s, DUE, (decode.number << 40) + decode.version)
         if (streams or prompts) and len(self._admission):
             self._release(now_s)
-        return len(streams)
 
     def _store(self, number: int, cache: Cache, keys: Sequence[Key], now_s: float) -> None:
         """A worker has these blocks, and its machine's pool node copies what it doesn't hold."""
@@ -497,6 +516,8 @@ class Replay:
         if number in self._prefills:
             worker = self._prefills[number]
             age_s = now_s - worker.began_s if worker.running is not None else 0.0
+            prompts = [*worker.line, worker.running] if worker.running is not None else worker.line
+            age_s += sum(prompt.done_s for prompt in prompts)
             tokens, pairs = worker.waiting(now_s)
             load = Load(
                 num_dispatches=self._taken[number],

@@ -70,6 +70,8 @@ class Prompt:
     num_tokens: int
     num_pairs: float
     left_s: float | None = None
+    done_s: float = 0.0
+    """What it has been computed for."""
 
 
 class PrefillWorker:
@@ -105,6 +107,7 @@ class PrefillWorker:
         assert prompt is not None
         assert prompt.left_s is not None
         prompt.left_s = max(0.0, prompt.left_s - (now_s - self.began_s))
+        prompt.done_s += now_s - self.began_s
         self.busy_s += now_s - self.began_s
         self.running = None
         return prompt
@@ -112,7 +115,7 @@ class PrefillWorker:
     def next_chunk_s(self, now_s: float) -> float:
         """When the running chunk ends."""
         chunk_s = self.step_tokens * self.prices.token_s
-        return self.began_s + math.ceil((now_s - self.began_s) / chunk_s) * chunk_s
+        return self.began_s + math.ceil((now_s - self.began_s) / chunk_s - 1e-6) * chunk_s
 
     def next(self, now_s: float) -> Prompt | None:
         """Takes the first one that can be computed out of the line."""
@@ -120,6 +123,13 @@ class PrefillWorker:
             if prompt.ready_s <= now_s:
                 return self.line.pop(at)
         return None
+
+    def is_overtaken(self, now_s: float) -> bool:
+        """Whether one that can be computed is due before the running one."""
+        running = self.running
+        return running is not None and any(
+            prompt.ready_s <= now_s and prompt.due_s < running.due_s for prompt in self.line
+        )
 
     def ready_s(self) -> float | None:
         """When the first one in line can be computed."""

@@ -129,3 +129,9 @@ def test_uncached_tokens_are_those_of_an_endless_cache(raw: list[tuple[int, int,
             hit += 1
         seen.update(job.keys)
         assert job.uncached_tokens == max(1, job.num_tokens - hit * BLOCK_TOKENS)
+
+
+def test_those_of_the_last_time_come_last() -> None:
+    last = [TraceRequest(6000, 1024, 3, [2, 3]), TraceRequest(6000, 1024, 4, [1, 5])]
+    jobs = jobs_of([TraceRequest(0, 512, 1, [1]), TraceRequest(3000, 512, 2, [2]), *last], 1.0)
+    assert [job.answer_tokens for job in jobs][:2] == [1, 2]

@@ -184,3 +184,16 @@ def test_a_prompt_that_was_computed_elsewhere_is_fetched_not_computed_again() ->
     assert alone.hit_tokens["DEVICE"] == 0
     assert alone.ttft_s[1] < 0.2 * alone.ttft_s[0]
     assert alone.moved_bytes["hand-over"] == 2 * 40 * H100.block_bytes
+
+
+def test_streams_that_end_with_what_brought_them_are_counted() -> None:
+    jobs = [Job(0.0, 1000, 1, (number.to_bytes(16, "big"),), 1000) for number in (1, 3, 5, 7, 10)]
+    found = Replay(H100, 8, POLICIES["round-robin"].make(), jobs, hold=False, ordered=False, noise=0.0).run()
+    assert np.isfinite(found.tpot_s).all()
+
+
+def test_hits_are_what_was_not_computed() -> None:
+    """However often a prefix was fetched and found."""
+    jobs = [Job(0.01 * number, 1024, 2, (bytes(16), b"1" * 16), 1) for number in range(6)]
+    found = Replay(H100, 8, POLICIES["round-robin"].make(), jobs, hold=False, ordered=False, noise=0.0).run()
+    assert sum(found.hit_tokens.values()) <= 5 * 1024
