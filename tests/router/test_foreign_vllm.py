@@ -103,7 +103,7 @@ class World:
         self.fleet.serve(GROUP)
         capacity = Capacity(num_blocks=NUM_BLOCKS, slab_bytes=SLAB_BYTES)
         for at, server in enumerate(servers):
-            number = self.fleet.join(f"vllm-{at}", "decode", "", capacity, GROUP, 0.0)
+            number = self.fleet.join(f"vllm-{at}", "decode", "", capacity, GROUP, 0.0, serves_blocks=False)
             self.feeds.append(ForeignFeed(self.index, f"vllm-{at}", number, ROOT, BLOCK_SIZE))
             self.links.append(ForeignLink(self.context, self.feeds[at], server.events, server.replay))
         self.fleet.reachable[:] = False  # they serve no blocks to others
