@@ -21,8 +21,6 @@ LOOK_AHEAD = 4
 ROOM_S = 0.25
 """A worker has room for another prompt when those it has are predicted to be computed within this: it never idles, and what
 comes later can still go before what waits."""
-
-
 MIN_WAIT_S, MAX_WAIT_S = 0.01, 0.1
 """A request that found no room is tried again after so long: predictions err, and workers come."""
 
@@ -74,8 +72,6 @@ class Admission:
         self._heap: list[tuple[float, int, str]] = []
         self._tags: dict[str, float] = {}
         self._num = 0
-        self.work_s = 0.0
-        """Of all that wait."""
 
     def __len__(self) -> int:
         return len(self._held)
@@ -118,7 +114,6 @@ class Admission:
 
     def _hold(self, held: Held) -> None:
         self._held[held.request_id] = held
-        self.work_s += held.work_s
         self._push(held)
 
     def put_back(self, request_id: str, now_s: float) -> None:
@@ -131,9 +126,7 @@ class Admission:
 
     def remove(self, request_id: str) -> None:
         """It has been dispatched, or has ended. Unknown ones are ignored."""
-        held = self._held.pop(request_id, None)
-        if held is not None:
-            self.work_s = max(0.0, self.work_s - held.work_s) if self._held else 0.0
+        self._held.pop(request_id, None)
 
     def first(self, limit: int) -> list[Held]:
         """The first `limit` in line."""

@@ -44,6 +44,8 @@ GUESSED_FETCH_BYTES_PER_S = 3e9
 GUESSED_DISK_BYTES_PER_S = 2e9
 GUESSED_STEP_TOKENS = 512.0
 """Before anybody has measured or said anything."""
+FILL_IN_S = 1.0
+"""So often what some have measured is taken over for those that have not: it looks at everybody."""
 ARRIVALS_OVER_S = 20.0
 """Over how long the arrivals are averaged."""
 _PRICES = ((BASE_S,), (TOKEN_S, PAIR_S), (SEQUENCE_S, CONTEXT_S))
@@ -83,19 +85,18 @@ def _due_s(own: _Own) -> float:
 
 @dataclass(slots=True)
 class _Account:
-    name: str
     role: Role
     machine: str
     group: object
     measured: list[bool]
     serves_blocks: bool
+    slab_bytes: int
     serial: int = 0
     own: dict[Fence, _Own] = field(default_factory=dict)
     line: list[_Own] = field(default_factory=list)
     """Those whose prompts are not there yet, by when they are due."""
     excess_s: float = 0.0
     """What the worker has to compute beyond our predictions: others' prompts, and our errors. First in line."""
-    reported_serial: int = 0
 
 
 class Fleet:
@@ -119,9 +120,12 @@ class Fleet:
         """Of the served group: prefill workers, decode workers, and both in that order."""
         self.reachable: NDArray[np.bool_] = np.zeros(0, dtype=np.bool_)
         """Which processes serve blocks of the served group."""
+        self.slab_bytes = 0
+        """Of a block of the served group; 0 while nobody has said it."""
         self._numbers: dict[str, int] = {}
         self._accounts: dict[int, _Account] = {}
         self._group: object = None
+        self._filled_in_s = -math.inf
         self._arrivals = _Decayed()
         self.overhead_s = 0.0
         """What messages take until the first token is there, smoothed."""
@@ -129,9 +133,6 @@ class Fleet:
         """Of a sample, smoothed; 0 before the first has ended."""
 
     # --- who is there ----------------------------------------------------------------------------------------------------
-
-    def __len__(self) -> int:
-        return len(self._numbers)
 
     def number(self, process: str) -> int | None:
         return self._numbers.get(process)
@@ -159,7 +160,9 @@ class Fleet:
                 self._grow(max(16, 2 * number))
         self.names = (*self.names[:number], process, *self.names[number + 1 :])
         self._numbers[process] = number
-        self._accounts[number] = _Account(process, role, machine, group, [False] * len(_PRICES), serves_blocks)
+        self._accounts[number] = _Account(
+            role, machine, group, [False] * len(_PRICES), serves_blocks, capacity.slab_bytes
+        )
         self.table[:, number] = self.work_s[:, number] = 0.0
         self.table[FREE_BLOCKS, number] = capacity.num_blocks or math.inf
         self.table[MAX_RUNNING, number] = capacity.max_running or math.inf
@@ -209,6 +212,7 @@ class Fleet:
         self.prefills, self.decodes, self.workers = (
             np.array(numbers, dtype=np.int64) for numbers in (prefills, decodes, prefills + decodes)
         )
+        self.slab_bytes = next((account.slab_bytes for account in served.values() if account.slab_bytes), 0)
         size = self.table.shape[1]
         self.reachable = np.zeros(size, dtype=np.bool_)
         self.reachable[[number for number, account in served.items() if account.serves_blocks]] = True
@@ -227,8 +231,7 @@ class Fleet:
             return
         account = self._accounts[number]
         row = self.table[:, number]
-        self._learn(number, account, load)
-        account.reported_serial = load.num_dispatches
+        self._learn(number, account, load, now_s)
         late = [own for own in account.own.values() if own.serial > load.num_dispatches]
         self._pass(account, float(row[TOUCHED_AT]), now_s)
         row[SEQUENCES] = load.num_generating + sum(own.work.num_sequences for own in late)
@@ -247,7 +250,7 @@ class Fleet:
             if source is not None and link.bytes_per_s:
                 self.rates[number, source] = link.bytes_per_s
 
-    def _learn(self, number: int, account: _Account, load: Load) -> None:
+    def _learn(self, number: int, account: _Account, load: Load, now_s: float) -> None:
         prices = load.prices
         known = [prices.base_s > 0, prices.token_s > 0, prices.sequence_s > 0]
         values = ((prices.base_s,), (prices.token_s, prices.pair_s), (prices.sequence_s, prices.context_s))
@@ -258,8 +261,9 @@ class Fleet:
             self.table[FETCH_RATE, number] = load.fetch_bytes_per_s
         if load.disk_bytes_per_s:
             self.table[DISK_RATE, number] = load.disk_bytes_per_s
-        account.measured = known
-        if not all(all(other.measured) for other in self._accounts.values() if other.role != "pool"):
+        if known != account.measured or now_s >= self._filled_in_s + FILL_IN_S:
+            account.measured = known
+            self._filled_in_s = now_s
             self._fill_in()
 
     def _fill_in(self) -> None:
@@ -405,11 +409,6 @@ class Fleet:
     def arrivals(self, now_s: float) -> tuple[float, float]:
         """Prompts a second that were sent to workers of late, and seconds a second that they take to compute."""
         return self._arrivals.per_s(now_s)
-
-    def num_unreported(self) -> int:
-        """Dispatches that no report includes yet; 0 when the cluster is idle."""
-        accounts = self._accounts.values()
-        return sum(own.serial > account.reported_serial for account in accounts for own in account.own.values())
 
     def num_dispatched(self) -> int:
         """Dispatches of ours that have not ended."""

@@ -126,7 +126,7 @@ class Planner:
         ask = Ask(
             num_tokens=len(tokens),
             block_size=group.block_size,
-            slab_bytes=self._slab_bytes(),
+            slab_bytes=self._fleet.slab_bytes,
             keys=keys,
             answer_tokens=num_samples * self._answer_tokens(record),
             num_samples=num_samples,
@@ -142,10 +142,6 @@ class Planner:
     def _answer_tokens(self, record: Record) -> float:
         """Of one sample, expected."""
         return min(record.sampling.max_tokens, self._fleet.answer_tokens or EXPECTED_ANSWER_TOKENS)
-
-    def _slab_bytes(self) -> int:
-        members = self._membership.workers("decode")
-        return next((member.hello.capacity.slab_bytes for member in members), 0)
 
     def _failed(self, record: Record) -> frozenset[int]:
         """The workers that have failed this request."""
@@ -234,7 +230,7 @@ class Planner:
             context_tokens=num_samples * (len(tokens) + answer / 2) if generates else 0.0,
             num_blocks=num_blocks,
             source=-1 if source is None else source.number,
-            num_bytes=0.0 if source is None else float(source.num_blocks * self._slab_bytes()),
+            num_bytes=0.0 if source is None else float(source.num_blocks * self._fleet.slab_bytes),
             due_s=record.due_s,
         )
 

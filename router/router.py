@@ -30,6 +30,7 @@ Failed or Aborted.
 
 from __future__ import annotations
 
+import math
 import random
 from dataclasses import dataclass
 
@@ -205,10 +206,10 @@ class RouterCore:
         if late_s > 0.0:
             self.journal.drop(record)
             slo_s = self._slo_s(record)
+            retry_s = math.ceil(10.0 * late_s) / 10.0
             raise Overloaded(
-                f"its first token is predicted after {slo_s + late_s:.1f} s, the SLO is {slo_s:.1f} s; retry in "
-                f"{late_s:.1f} s",
-                late_s,
+                f"its first token is predicted after {slo_s + late_s:.2f} s, the SLO is {slo_s:g} s; retry in {retry_s:g} s",
+                retry_s,
             )
         return self._plan(record, now_s)
 

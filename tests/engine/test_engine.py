@@ -199,6 +199,35 @@ def test_a_long_prompt_does_not_stop_running_streams() -> None:
     assert world.runner.max_rows <= 16
 
 
+@pytest.mark.parametrize("due_s", [1.0, 60.0])
+def test_the_prompt_that_is_due_first_is_computed_first(due_s: float) -> None:
+    """Also when a long one that is due later has been begun."""
+    world = World(num_blocks=128)
+    long, short = Fence("long", 0, "decode", 0), Fence("short", 0, "decode", 0)
+    world.engine.on_dispatch(0, dispatch("long", list(range(90)), max_tokens=1, due_s=30.0), world.now_s)
+    world.step()
+    world.engine.on_dispatch(0, dispatch("short", [5, 6, 7, 8, 9], max_tokens=1, due_s=due_s), world.now_s)
+    world.run()
+    first = next(message.fence for message in world.said if isinstance(message, Tokens))
+    assert first == (short if due_s < 30.0 else long)
+    assert world.stream(long) == fake_model.continuation(list(range(90)), 1)
+    assert world.stream(short) == fake_model.continuation([5, 6, 7, 8, 9], 1)
+
+
+def test_the_load_says_what_is_left_to_compute_and_what_generates() -> None:
+    world = World(num_blocks=128)
+    world.engine.on_dispatch(0, dispatch("a", list(range(40)), max_tokens=9, n=2), world.now_s)
+    load = world.engine.loads()[0]
+    assert (load.waiting_tokens, load.waiting_pairs) == (40, 40 * 41 // 2)
+    assert (load.num_generating, load.context_tokens) == (2, 80)
+    world.step()
+    load = world.engine.loads()[0]
+    assert (load.waiting_tokens, load.waiting_pairs) == (24, 24 * 16 + 24 * 25 // 2)
+    world.run()
+    load = world.engine.loads()[0]
+    assert (load.waiting_tokens, load.waiting_pairs, load.num_generating, load.context_tokens) == (0, 0, 0, 0)
+
+
 @pytest.mark.parametrize(
     ("change", "words"),
     [

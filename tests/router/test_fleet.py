@@ -54,12 +54,10 @@ def test_what_was_dispatched_counts_until_a_report_includes_it() -> None:
     made.dispatched(0, fence(0), STREAM, 0.0)
     made.dispatched(0, fence(1), STREAM, 0.0)
     assert made.table[[SEQUENCES, CONTEXT, FREE_BLOCKS, OUTSTANDING], 0].tolist() == [2, 200, 86, 2]
-    assert made.num_unreported() == 2
     made.reported("d0", Load(num_dispatches=1, num_generating=1, context_tokens=90, free_blocks=90), (), 0.0, 1.0)
     assert made.table[[SEQUENCES, CONTEXT, FREE_BLOCKS], 0].tolist() == [2, 190, 83]
     made.reported("d0", Load(num_dispatches=2, num_generating=2, context_tokens=180, free_blocks=80), (), 0.0, 1.0)
     assert made.table[[SEQUENCES, CONTEXT, FREE_BLOCKS, OUTSTANDING], 0].tolist() == [2, 180, 80, 2]
-    assert made.num_unreported() == 0
 
 
 def test_what_ended_counts_no_more_at_once() -> None:
@@ -160,7 +158,9 @@ def test_a_worker_that_has_not_measured_something_is_taken_to_be_like_the_others
     made.join("d2", "decode", "", Capacity(), "group", 0.0)
     assert made.table[TOKEN_S, 2] == 0.001
     load = Load(prices=StepPrices(base_s=0.5, token_s=0.003, pair_s=1e-6))
-    made.reported("p0", load, (), 0.0, 0.0)
+    made.reported("p0", load, (), 0.0, 0.5)
+    assert made.table[TOKEN_S, 2] == 0.001, "not at every report: it looks at everybody"
+    made.reported("p0", load, (), 0.0, 1.5)
     assert made.table[TOKEN_S, 2] == pytest.approx(0.002)
     assert made.table[PAIR_S, 2] == pytest.approx(5e-7)
     assert made.table[BASE_S, 2] == pytest.approx(0.25)

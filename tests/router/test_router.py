@@ -35,6 +35,7 @@ from protos.control import (
 )
 from protos.kv_events import BlockStored, EventBatch
 from router.actions import CompletedEvent, Emit, FailedEvent, Replay, Send, Subscribe, TokensEvent, Unsubscribe
+from router.admission import Slo
 from router.journal import Record, Request
 from router.router import RouterCore, Settings
 from tandem.errors import Cancelled, DeadlineExceeded, InvalidRequest, Overloaded, Unavailable, WorkerLost
@@ -81,7 +82,7 @@ class Bench:
         while self.now_s < end_s:
             self.now_s += 0.05
             for name in names:
-                actions += self.say(name, Heartbeat(name, EPOCH, 0, 0.0, -1, Load(), Counters()))
+                actions += self.say(name, Heartbeat(name, EPOCH, 0, 0.0, -1, Load(free_blocks=10_000), Counters()))
             actions += self.core.tick(self.now_s)
         return actions
 
@@ -498,7 +499,7 @@ def test_a_worker_of_another_model_is_refused_with_both_names() -> None:
 
 
 def heartbeat_of(bench: Bench, name: str) -> list[Any]:
-    return bench.say(name, Heartbeat(name, EPOCH, 0, 0.0, -1, Load(), Counters()))
+    return bench.say(name, Heartbeat(name, EPOCH, 0, 0.0, -1, Load(free_blocks=10_000), Counters()))
 
 
 def test_a_heartbeat_meant_for_the_router_before_is_answered_once_with_our_epoch() -> None:
@@ -541,6 +542,69 @@ def test_prefill_gives_its_first_token_alone() -> None:
     bench = cluster()
     bench.submit()
     assert bench.say("p0", Tokens(P, 0, 0, [7, 8])) == []
+
+
+def ask(bench: Bench, name: str, num_tokens: int, **changes: Any) -> list[Any]:
+    """A request by name, of a prompt that nobody has."""
+    prompt = tuple(1 + (hash_of(name) + i) % 1000 for i in range(num_tokens))
+    request = Request(name, prompt, Sampling(max_tokens=8), 1, bench.now_s + 600.0, **changes)
+    return bench.core.submit(request, bench.now_s)
+
+
+def hash_of(name: str) -> int:
+    return sum(name.encode()) * 7919
+
+
+def dispatched(actions: list[Any]) -> list[str]:
+    return [message.fence.request_id for _, message in sent(actions, Dispatch)]
+
+
+def test_requests_wait_in_the_router_until_a_worker_has_room_and_go_as_they_are_due() -> None:
+    bench = Bench(("d0", "decode"))
+    assert dispatched(ask(bench, "first", 900)) == ["first"]  # half a second, as far as anybody knows
+    assert dispatched(ask(bench, "long", 900)) == []
+    assert dispatched(ask(bench, "batch", 100, batch=True)) == []
+    assert dispatched(ask(bench, "short", 50)) == []
+    assert (bench.core.num_waiting, bench.core.fleet.num_dispatched()) == (3, 1)
+    first = Fence("first", 0, "decode", 0)
+    order = dispatched(bench.say("d0", report(first)) + bench.pass_time(0.2, "d0"))
+    assert order == ["short", "long"], "a short one leaves room for another"
+    order += dispatched(bench.say("d0", report(Fence("long", 0, "decode", 0))) + bench.pass_time(0.2, "d0"))
+    assert order == ["short", "long", "batch"]
+    assert bench.core.num_waiting == 0
+
+
+def test_who_leaves_the_line_leaves_nothing() -> None:
+    bench = Bench(("d0", "decode"))
+    ask(bench, "first", 900)
+    ask(bench, "second", 900)
+    assert len(emitted(bench.core.cancel("second", bench.now_s), FailedEvent)) == 1
+    assert (bench.core.num_waiting, bench.core.num_left_waiting) == (0, 1)
+    assert bench.core.fleet.num_dispatched() == 1
+
+
+def test_those_in_line_outlive_the_last_worker_and_go_to_the_next_one() -> None:
+    bench = Bench(("d0", "decode"))
+    ask(bench, "first", 900)
+    ask(bench, "second", 900)
+    bench.core.on_closed("d0", EPOCH, bench.now_s)
+    bench.pass_time(0.2)
+    order = dispatched(bench.join("d1", "decode")) + dispatched(bench.pass_time(1.0, "d1"))
+    assert sorted(order) == ["first", "second"]
+
+
+def test_what_would_miss_its_slo_is_refused_with_the_time_to_retry_after() -> None:
+    slo = Slo(ttft_s=0.6)
+    bench = Bench(("d0", "decode"), reject_late=True, interactive=slo)
+    ask(bench, "first", 900)
+    with pytest.raises(Overloaded, match=r"the SLO is 0\.6 s; retry in") as refused:
+        ask(bench, "second", 900)
+    assert 0.2 < refused.value.retry_after_s < 0.5
+    assert len(bench.core.journal) == 1
+    bench.now_s += refused.value.retry_after_s
+    assert dispatched(ask(bench, "again", 900) + bench.pass_time(0.3, "d0")) == ["again"]
+    ask(bench, "batch", 900, batch=True)  # its class is promised less
+    assert bench.core.journal.get("batch") is not None
 
 
 def test_a_lost_worker_leaves_nothing_in_index_and_fleet() -> None:
