@@ -9,8 +9,9 @@ with a handful of operations. Pure; it decides nothing.
     ended        is taken off at once, whatever way it ended
     time         passes: work that was predicted to be done by now is done
 
-Workers compute prompts in the order in which they are due (`Dispatch.due_s`), so what a prompt waits for is what is due before
-it: `waits_s`. Each row's work is kept in `NUM_SLOTS` slots by its due time, the last of which is all the rest.
+Workers compute prompts in the order in which they are due (`Dispatch.due_s`), so what a prompt waits for is the step that runs,
+and what is due before it: `waits_s`. Each row's work is kept in `NUM_SLOTS` slots: the running step, then by due time; the last
+one is all the rest.
 """
 
 from __future__ import annotations
@@ -46,6 +47,8 @@ GUESSED_STEP_TOKENS = 512.0
 """Before anybody has measured or said anything."""
 FILL_IN_S = 1.0
 """So often what some have measured is taken over for those that have not: it looks at everybody."""
+ALMOST_S = 1e-9
+"""What is left of a prompt when it is done, but for rounding."""
 ARRIVALS_OVER_S = 20.0
 """Over how long the arrivals are averaged."""
 _PRICES = ((BASE_S,), (TOKEN_S, PAIR_S), (SEQUENCE_S, CONTEXT_S))
@@ -74,8 +77,10 @@ class _Own:
 
     serial: int
     work: Work
+    compute_s: float
+    """Predicted seconds to compute its prompt."""
     left_s: float
-    """Predicted seconds that its prompt has still to be computed."""
+    """Of them, what is still to come."""
     computed: bool = False
 
 
@@ -96,7 +101,10 @@ class _Account:
     line: list[_Own] = field(default_factory=list)
     """Those whose prompts are not there yet, by when they are due."""
     excess_s: float = 0.0
-    """What the worker has to compute beyond our predictions: others' prompts, and our errors. First in line."""
+    """What the worker has to compute beyond our predictions: others' prompts, and our errors, and what is left of a step whose
+    prompt was overtaken. First in line."""
+    overtaken: _Own | None = None
+    """Whose step it is, if it is a step."""
 
 
 class Fleet:
@@ -237,6 +245,7 @@ class Fleet:
         row[SEQUENCES] = load.num_generating + sum(own.work.num_sequences for own in late)
         row[CONTEXT] = load.context_tokens + sum(own.work.context_tokens for own in late)
         row[FREE_BLOCKS] = load.free_blocks - sum(own.work.num_blocks for own in late)
+        account.overtaken = None
         queue_s = self.compute_s(number, load.waiting_tokens, load.waiting_pairs)
         ours_s = sum(own.left_s for own in account.line if own.serial <= load.num_dispatches)
         account.excess_s = max(0.0, queue_s - step_age_s) - ours_s
@@ -289,10 +298,12 @@ class Fleet:
         account = self._accounts[number]
         account.serial += 1
         compute_s = self.compute_s(number, work.num_tokens, work.num_pairs)
-        own = account.own[fence] = _Own(account.serial, work, compute_s, computed=not work.num_tokens)
+        own = account.own[fence] = _Own(account.serial, work, compute_s, compute_s, computed=not work.num_tokens)
         row = self.table[:, number]
         if work.num_tokens:
             self._pass(account, float(row[TOUCHED_AT]), now_s)
+            if account.line and work.due_s < account.line[0].work.due_s:
+                self._overtake(number, account)
             insort(account.line, own, key=_due_s)
             self._set_slots(number, account, now_s)
         row[SEQUENCES] += work.num_sequences
@@ -326,8 +337,8 @@ class Fleet:
         if own.left_s > 0.0:
             own.left_s = 0.0
             account.line.remove(own)
-        if not account.line:
-            account.excess_s = 0.0
+        if not account.line or own is account.overtaken:
+            account.excess_s, account.overtaken = 0.0, None
         self._set_slots(number, account, now_s)
 
     @classmethod
@@ -336,10 +347,10 @@ class Fleet:
         spent_s = now_s - since_s
         if spent_s <= 0.0 or not (account.line or account.excess_s):
             return
-        if spent_s < account.excess_s:
+        if spent_s < account.excess_s - ALMOST_S:
             account.excess_s -= spent_s
             return
-        spent_s -= account.excess_s
+        spent_s = max(0.0, spent_s - account.excess_s)
         account.excess_s = 0.0
         done = cls._spend(account.line, spent_s)
         del account.line[:done]
@@ -348,23 +359,44 @@ class Fleet:
     def _spend(line: list[_Own], spent_s: float) -> int:
         """Computes so long in the order of the line; returns how many are done."""
         for done, own in enumerate(line):
-            if spent_s < own.left_s:
+            if spent_s < own.left_s - ALMOST_S:
                 own.left_s -= spent_s
                 return done
-            spent_s -= own.left_s
+            spent_s = max(0.0, spent_s - own.left_s)
             own.left_s = 0.0
         return len(line)
+
+    def _step_left_s(self, number: int, account: _Account) -> float:
+        """How long the running step, of the first in line, goes on."""
+        if account.excess_s > 0.0 or not account.line:
+            return 0.0
+        own = account.line[0]
+        step_s = own.compute_s * min(1.0, float(self.table[STEP_TOKENS, number]) / own.work.num_tokens)
+        return min(own.left_s, step_s - (own.compute_s - own.left_s) % step_s)
+
+    def _overtake(self, number: int, account: _Account) -> None:
+        """Another one goes before the first in line, once the step that runs is over."""
+        step_s = self._step_left_s(number, account)
+        if step_s > 0.0:
+            first = account.overtaken = account.line[0]
+            account.excess_s = step_s
+            first.left_s -= step_s
+            if first.left_s <= ALMOST_S:
+                first.left_s = 0.0
+                del account.line[0]
 
     def _set_slots(self, number: int, account: _Account, now_s: float) -> None:
         self.table[TOUCHED_AT, number] = now_s
         work = [0.0] * NUM_SLOTS
         due = [0.0] * NUM_SLOTS
-        due[0], work[0] = -math.inf, account.excess_s
+        step_s = self._step_left_s(number, account)
+        due[0], work[0] = -math.inf, account.excess_s + step_s
         slot = 1
         for own in account.line:
             work[slot] += own.left_s
             due[slot] = own.work.due_s
             slot = min(slot + 1, NUM_SLOTS - 1)
+        work[1] -= step_s
         self.work_s[:, number] = work
         self.due_s[:, number] = due
 

@@ -430,7 +430,7 @@ class RouterCore:
             dispatch.probe_after_s = PROBE_S
             if record.first_token_at_s is None:
                 record.first_token_at_s = now_s
-                self._learn_overhead(record, dispatch, now_s)
+                self._learn_overhead(record)
             if verdict.finish_reason is not None:
                 self.fleet.answered(len(record.samples[index].tokens))
             event = TokensEvent(index, verdict.position, verdict.token_ids, verdict.logprobs, verdict.finish_reason)
@@ -450,6 +450,7 @@ class RouterCore:
             return []
         if len(record.runs) < MAX_RUNS and all(run.report.fence != message.fence for run in record.runs):
             record.runs.append(Run(process, dispatch.predicted_ttft_s, message, now_s))
+            self._learn_overhead(record)
         self.fleet.computed(process, message.fence, now_s)
         if message.fence not in record.dispatches:
             return []
@@ -698,13 +699,16 @@ class RouterCore:
         each_s = answer * (sum(steps) / len(steps)) if steps else 1.0
         return max(0.1, each_s / max(1, len(self.journal)))
 
-    def _learn_overhead(self, record: Record, dispatch: DispatchRecord, now_s: float) -> None:
-        """What the first token took beyond what was predicted, where nothing was waited for: messages and the like."""
-        placement = record.placements[-1] if record.placements else None
-        if placement is None or len(record.placements) != 1 or placement.chosen.queue_s > 0.0:
+    def _learn_overhead(self, record: Record) -> None:
+        """What the first token took beyond what its worker took for it: messages and the like. Known once both the token and the
+        worker's first report are there; of requests that were dispatched once."""
+        if record.first_token_at_s is None or len(record.runs) != 1 or len(record.placements) != 1:
             return
-        beyond_s = now_s - dispatch.sent_at_s - (placement.chosen.ttft_s - placement.chosen.overhead_s)
-        self.fleet.took_longer(beyond_s)
+        report = record.runs[0].report
+        if report.fence.role == "decode" and record.placements[0].prefill is not None:
+            return
+        at_worker_s = report.queue_s + report.fetch_s + report.compute_s
+        self.fleet.took_longer(record.first_token_at_s - record.sent[report.fence].sent_at_s - at_worker_s)
 
     def _wait(self, record: Record, now_s: float) -> list[Action]:
         if record.waiting_since_s is None:

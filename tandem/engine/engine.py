@@ -84,6 +84,7 @@ class Engine:
             max_running=limits.max_running,
             max_step_tokens=limits.max_step_tokens,
             cancel_fetch=self._fetches.preempt,
+            prices=lambda: self.meter.prices,
         )
         self._tables = BlockTables(pool, memory, block_size=limits.block_size, writer=writer)
         self._durability = Durability(pool, limits.block_size)

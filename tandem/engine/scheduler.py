@@ -2,7 +2,8 @@
 
 Owns the queue of waiting sequences and the set of those that hold blocks; takes blocks from the `BlockPool` and gives them
 back. Pure: no clock, no sockets, no tensors. It knows no phases: a step gives sequences tokens until
-`num_computed_tokens` catches up (ORCA, OSDI '22; chunked prefill after Sarathi-Serve, OSDI '24).
+`num_computed_tokens` catches up (ORCA, OSDI '22; chunked prefill after Sarathi-Serve, OSDI '24). Where a step's seconds are known
+to be those of its tokens, a prompt gets a step of its own: put together, the first would wait for the second to no one's gain.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from kvpool.block_pool import BlockId, BlockPool
+from protos.control import StepPrices
 from tandem.engine.sequence import Sequence, State
 
 MAX_AHEAD = 4
@@ -57,12 +59,14 @@ class Scheduler:
         max_running: int,
         max_step_tokens: int,
         cancel_fetch: Callable[[Sequence], None],
+        prices: Callable[[], StepPrices] = StepPrices,
     ) -> None:
         self._pool = pool
         self._block_size = block_size
         self._max_running = max_running
         self._max_step_tokens = max_step_tokens
         self._cancel_fetch = cancel_fetch
+        self._prices = prices
         self._waiting: list[Sequence] = []
         self._holding: list[Sequence] = []
         self.num_preemptions = 0
@@ -105,7 +109,7 @@ class Scheduler:
         limit = self._max_running + (MAX_AHEAD if sequence.may_fetch else 0)
         if self._holding and self.num_running + sequence.num_future > limit:
             return None
-        if not sequence.may_fetch and self._backlog_tokens(sequence) >= self._max_step_tokens:
+        if not sequence.may_fetch and not self._has_room_in_step(sequence):
             return None
         num_full = (sequence.num_tokens - sequence.draws) // self._block_size
         hits = self._pool.match(sequence.chain.keys[:num_full])
@@ -129,13 +133,24 @@ class Scheduler:
         """Sequences that hold blocks for work still to do here, forks to come included."""
         return sum(sequence.num_future for sequence in self._holding if sequence.state is not State.HELD)
 
-    def _backlog_tokens(self, newcomer: Sequence) -> int:
-        """Tokens that running sequences have still to compute before it would be its turn."""
-        return sum(
+    def _has_room_in_step(self, newcomer: Sequence) -> bool:
+        """Whether the next step would compute any of it, as far as running sequences that are due before it go."""
+        missing = [
             sequence.num_missing_tokens
             for sequence in self._holding
             if sequence.state is State.RUNNING and sequence.order < newcomer.order
-        )
+        ]
+        budget = self._max_step_tokens - sum(missing)
+        num_prompts = sum(num_tokens > 1 for num_tokens in missing)
+        return budget > 0 and self._joins(newcomer, min(newcomer.num_missing_tokens, budget), num_prompts, 1)
+
+    def _joins(self, sequence: Sequence, num_tokens: int, num_prompts: int, num_later: int) -> bool:
+        """Whether so many tokens of a prompt are computed in a step with `num_prompts` that are due before it: they wait for its
+        compute, and it and all later ones, `num_later`, are spared the base of another step."""
+        prices = self._prices()
+        before = sequence.num_computed_tokens
+        compute_s = prices.prefill_s(num_tokens, before) - prices.base_s
+        return num_tokens == 1 or num_prompts * compute_s <= num_later * prices.base_s or not prices.token_s
 
     def _running(self) -> list[Sequence]:
         """The sequences that may run, the oldest up to the limit."""
@@ -157,16 +172,21 @@ class Scheduler:
         budget = self._max_step_tokens
         running = self._running()
         running.sort(key=lambda sequence: (sequence.num_missing_tokens > 1, sequence.order))
-        for sequence in running:
+        num_prompts = 0
+        for at, sequence in enumerate(running):
             if budget == 0:
                 break
             if sequence.state is not State.RUNNING:
                 continue
             num_tokens = min(sequence.num_missing_tokens, budget)
+            num_later = len(running) - at + len(self._waiting)
+            if not self._joins(sequence, num_tokens, num_prompts, num_later):
+                break
             if not self._make_room(sequence, num_tokens, copies, scheduled):
                 continue
             scheduled.append(Scheduled(sequence, num_tokens))
             budget -= num_tokens
+            num_prompts += num_tokens > 1
         scheduled = [item for item in scheduled if item.sequence.state is State.RUNNING]
         if not scheduled:
             return None

@@ -3,20 +3,34 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvpool.block_pool import BlockPool
 from kvpool.keys import KeyChain, tokens_as_bytes
 from kvpool.sink import FetchedBatch, FetchEnded
-from protos.control import Aborted, Dispatch, Failed, Fence, ReadyBlock, RoleReport, Sampling, Source, Tokens
+from protos.control import (
+    Aborted,
+    Dispatch,
+    Failed,
+    Fence,
+    ReadyBlock,
+    RoleReport,
+    Sampling,
+    Source,
+    StepPrices,
+    Tokens,
+)
 from protos.control import Endpoints as ControlEndpoints
 from tandem.engine.engine import Engine
 from tandem.engine.limits import EngineLimits
 from tandem.engine.output import Output
+from tandem.engine.runner import Chunk
 from tests.engine import fake_model
 
 BLOCK = 4
@@ -212,6 +226,30 @@ def test_the_prompt_that_is_due_first_is_computed_first(due_s: float) -> None:
     assert first == (short if due_s < 30.0 else long)
     assert world.stream(long) == fake_model.continuation(list(range(90)), 1)
     assert world.stream(short) == fake_model.continuation([5, 6, 7, 8, 9], 1)
+
+
+@pytest.mark.parametrize(
+    ("token_s", "sizes"),
+    [(0.0, [14]), (1e-3, [8, 6]), (0.25e-3, [14])],
+    ids=["not measured", "dear", "hidden in the base"],
+)
+def test_prompts_share_a_step_only_where_that_is_nearly_free(token_s: float, sizes: list[int]) -> None:
+    world = World(num_blocks=128)
+    world.engine.meter.prices = StepPrices(base_s=2e-3, token_s=token_s)
+    steps: list[int] = []
+
+    def run(chunks: Sequence[Chunk]) -> torch.Tensor:
+        steps.append(sum(len(chunk.token_ids) for chunk in chunks))
+        return fake_model.FakeRunner.run(world.runner, chunks)
+
+    world.runner.run = run  # type: ignore[method-assign]
+    fences = [Fence(name, 0, "decode", 0) for name in ("first", "second")]
+    prompts = [list(range(8)), [9, 8, 7, 6, 5, 4]]
+    for fence, prompt in zip(fences, prompts, strict=True):
+        world.engine.on_dispatch(0, dispatch(fence.request_id, prompt, max_tokens=1, due_s=1.0), world.now_s)
+    world.run()
+    assert steps == sizes
+    assert [world.stream(fence) for fence in fences] == [fake_model.continuation(prompt, 1) for prompt in prompts]
 
 
 def test_the_load_says_what_is_left_to_compute_and_what_generates() -> None:

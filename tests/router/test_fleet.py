@@ -32,11 +32,12 @@ def fence(number: int) -> Fence:
     return Fence("q", 0, "decode", number)
 
 
-def fleet(*names: str) -> Fleet:
+def fleet(*names: str, step_tokens: int = 0) -> Fleet:
     made = Fleet()
     for name in names:
         role = {"p": "prefill", "d": "decode", "h": "pool"}[name[0]]
-        made.join(name, role, f"machine-{name[1:]}", Capacity(num_blocks=100), "group", 0.0)  # type: ignore[arg-type]
+        capacity = Capacity(num_blocks=100, max_step_tokens=step_tokens)
+        made.join(name, role, f"machine-{name[1:]}", capacity, "group", 0.0)  # type: ignore[arg-type]
         if role != "pool":
             made.reported(name, Load(prices=PRICES, free_blocks=100), (), 0.0, 0.0)
     made.serve("group")
@@ -88,14 +89,29 @@ def test_a_prompt_is_waited_for_until_its_predicted_time_has_passed_or_it_is_the
 
 def test_a_prompt_waits_for_those_that_are_due_before_it() -> None:
     made = fleet("p0")
-    made.dispatched(0, fence(0), Work(num_tokens=1000, due_s=5.0), 0.0)
-    made.dispatched(0, fence(1), Work(num_tokens=100, due_s=1.0), 0.0)
-    assert waits_s(made, "p0", 0.0, due_s=0.5) == 0.0
-    assert waits_s(made, "p0", 0.0, due_s=2.0) == pytest.approx(0.1)
-    assert waits_s(made, "p0", 0.05, due_s=2.0) == pytest.approx(0.05)
-    assert waits_s(made, "p0", 0.05, due_s=9.0) == pytest.approx(1.05)
+    made.dispatched(0, fence(0), Work(num_tokens=100, due_s=1.0), 0.0)
+    made.dispatched(0, fence(1), Work(num_tokens=200, due_s=3.0), 0.0)
+    made.dispatched(0, fence(2), Work(num_tokens=1000, due_s=5.0), 0.0)
+    assert waits_s(made, "p0", 0.0, due_s=4.0) == pytest.approx(0.3)
+    assert waits_s(made, "p0", 0.05, due_s=4.0) == pytest.approx(0.25)
+    assert waits_s(made, "p0", 0.05, due_s=9.0) == pytest.approx(1.25)
     _, behind = made.waits_s(np.array([0]), 2.0, 0.05)
-    assert behind.tolist() == [1]
+    assert behind.tolist() == [2]
+
+
+def test_a_running_step_is_waited_for_whatever_is_due() -> None:
+    made = fleet("p0", step_tokens=400)
+    made.dispatched(0, fence(0), Work(num_tokens=1000, due_s=5.0), 0.0)
+    assert waits_s(made, "p0", 0.1, due_s=1.0) == pytest.approx(0.3), "three steps: 400, 400 and 200 tokens"
+    made.dispatched(0, fence(1), Work(num_tokens=100, due_s=1.0), 0.1)
+    assert waits_s(made, "p0", 0.1, due_s=0.5) == pytest.approx(0.3)
+    assert waits_s(made, "p0", 0.1, due_s=2.0) == pytest.approx(0.4)
+    assert waits_s(made, "p0", 0.1, due_s=9.0) == pytest.approx(1.0)
+    made.computed("p0", fence(1), 0.5)
+    assert waits_s(made, "p0", 0.6, due_s=2.0) == pytest.approx(0.3), "its second step has begun"
+    made.dispatched(0, fence(2), Work(num_tokens=100, due_s=1.0), 0.6)
+    made.ended("p0", fence(0), 0.6)
+    assert waits_s(made, "p0", 0.6) == pytest.approx(0.1), "its step is gone with it"
 
 
 def test_a_report_corrects_what_was_predicted() -> None:
@@ -118,17 +134,24 @@ def test_more_prompts_than_slots_are_all_counted() -> None:
     assert waits_s(made, "p0", 0.0, due_s=3.0) == pytest.approx(0.4)
 
 
+def next_one(line: dict[int, list[float]], running: int | None) -> int | None:
+    going = [one for one in line if line[one][1] > 1e-9]
+    return running if running in going else min(going, key=lambda one: (line[one][0], one), default=None)
+
+
 @given(st.lists(st.tuples(st.integers(0, 3), st.integers(1, 500), st.floats(0, 10), st.floats(0, 0.3)), max_size=30))
 def test_a_fleet_waits_as_long_as_a_line_computed_in_order(steps: list[tuple[int, int, float, float]]) -> None:
-    """An oracle that keeps every prompt: first due, first computed."""
+    """An oracle that keeps every prompt: first due, first begun; each is one step."""
     made, line, now_s, number = fleet("p0"), dict[int, list[float]](), 0.0, 0
+    running: int | None = None
     for kind, tokens, due_s, passed_s in steps:
         left_s = passed_s
-        for one in sorted(line, key=lambda one: (line[one][0], one)):
+        for one in sorted(line, key=lambda one: (one != running, line[one][0], one)):
             spent_s = min(left_s, line[one][1])
             line[one][1] -= spent_s
             left_s -= spent_s
         now_s += passed_s
+        running = next_one(line, running)
         if kind == 3 and line:
             gone = min(line)
             made.ended("p0", fence(gone), now_s)
@@ -137,7 +160,10 @@ def test_a_fleet_waits_as_long_as_a_line_computed_in_order(steps: list[tuple[int
             made.dispatched(0, fence(number), Work(num_tokens=tokens, due_s=due_s), now_s)
             line[number] = [due_s, tokens * 0.001]
             number += 1
+        running = next_one(line, running)
         assert waits_s(made, "p0", now_s) == pytest.approx(sum(left for _, left in line.values()), abs=1e-6)
+        first_s = line[running][1] if running in line else 0.0
+        assert waits_s(made, "p0", now_s, due_s=-1.0) == pytest.approx(first_s, abs=1e-6)
 
 
 def test_a_lost_worker_takes_its_row_along_and_counts_anew_when_it_comes_back() -> None:

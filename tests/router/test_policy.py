@@ -101,13 +101,15 @@ def test_a_prefill_worker_with_a_long_queue_is_passed_over() -> None:
 
 
 def test_a_queue_of_what_is_due_later_is_no_queue() -> None:
-    cluster = Cluster(p0=FULL, p1=FULL, d0=busy(num_generating=20))
+    cluster = Cluster(p0=FULL, p1=FULL, d0=busy(5_000, num_generating=40))
     cluster.fleet.dispatched(0, Fence("a", 0, "prefill", 0), Work(num_tokens=9_000, due_s=50.0), 0.0)
-    cluster.fleet.dispatched(1, Fence("b", 0, "prefill", 0), Work(num_tokens=100, due_s=1.0), 0.0)
+    cluster.fleet.dispatched(1, Fence("b", 0, "prefill", 0), Work(num_tokens=600, due_s=1.0), 0.0)
     assert cluster.place(500, due_s=60.0).prefill == "p1"
     placed = cluster.place(500, due_s=2.0, terms=Terms(others=0.0))
     assert placed.prefill == "p0"
-    assert placed.placement.chosen.queue_s == 0.0
+    assert placed.placement.chosen.queue_s == pytest.approx(cluster.fleet.compute_s(0, 9_000, 0) / 9_000 * 512), (
+        "its step"
+    )
     assert cluster.place(500, due_s=2.0).prefill == "p1", "but who is there already would wait for it"
 
 
