@@ -70,11 +70,13 @@ void prefill_at(const Fleet& fleet, const Request& request, const Terms& terms, 
     behind += work > 0 && !first;
   }
   const double passed_s = request.now_s - fleet.at(kTouchedAt, number);
-  const double queue_s = std::max(before_s - passed_s, 0.0);
+  double queue_s = std::max(before_s - passed_s, 0.0);
   if (!(all_s > passed_s)) behind = 0;
   const double generating = fleet.at(kSequences, number);
   double step_s = fleet.at(kBase, number);
   if (here) step_s += generating * fleet.at(kSequence, number) + fleet.at(kContext, number) * fleet.at(kContextPrice, number);
+  // Where streams go on, a step runs already: half of it is still to come.
+  if (here && generating > 0) queue_s = std::max(queue_s, step_s / 2);
   const double token_s = fleet.at(kToken, number), pair_s = fleet.at(kPair, number);
   const double step_tokens = fleet.at(kStepTokens, number);
 

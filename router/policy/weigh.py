@@ -121,6 +121,8 @@ def _prefill(
     step_s = rows[BASE_S].copy()
     generating = rows[SEQUENCES, num:]
     step_s[num:] += generating * rows[SEQUENCE_S, num:] + rows[CONTEXT, num:] * rows[CONTEXT_S, num:]
+    # Where streams go on, a step runs already: half of it is still to come.
+    queue_s[num:] = np.maximum(queue_s[num:], (generating > 0) * step_s[num:] / 2)
     if hits.holders:
         totals = hits.counts.sum(axis=1)
         local = totals[workers]

@@ -27,6 +27,9 @@ _SUFFIX_TOKENS = (16, 96)
 _ANSWER_TOKENS = 32
 NUM_ROUNDS = 3
 _ASK_S = 300.0
+LEARNING_REQUESTS = 200
+"""After so many the router is held to its predictions."""
+MAX_PREDICTION_ERROR = 0.15
 
 
 @dataclass(slots=True)
@@ -37,6 +40,9 @@ class Load:
     tpot_s: list[float] = field(default_factory=list)
     num_tokens: int = 0
     num_requests: int = 0
+    prediction_errors: list[float] = field(default_factory=list)
+    """Of each request, in the order of their ends: how far the router's predicted time to first token was from what it measured,
+    as a part of that."""
     cached_tokens: int = 0
     prompt_tokens: int = 0
     seconds: float = 0.0
@@ -95,6 +101,9 @@ def _add(result: Load, sent_s: float, seen: Answered) -> None:
     result.num_tokens += len(times_s)
     result.prompt_tokens += seen.completed.num_prompt_tokens
     result.cached_tokens += seen.completed.num_cached_tokens
+    if seen.completed.runs and seen.completed.ttft_s:
+        predicted_s = seen.completed.runs[0].predicted_ttft_s
+        result.prediction_errors.append(abs(predicted_s / seen.completed.ttft_s - 1.0))
     result.ttft_s.append(times_s[0] - sent_s)
     result.tpot_s.append((times_s[-1] - times_s[0]) / (len(times_s) - 1))
 
@@ -160,5 +169,14 @@ def metrics(measured: Sequence[tuple[Load, Load]]) -> Iterator[Metric]:
             ok=ok,
         )
         yield metric("requests", [c.num_requests / c.seconds for c, _ in useful], "requests/s", ok=ok)
+        errors_after = [error for c, _ in useful for error in c.prediction_errors][LEARNING_REQUESTS:]
+        if errors_after:
+            yield metric(
+                "ttft_prediction_error",
+                [percentile(errors_after, 50)],
+                f"of the TTFT, after {LEARNING_REQUESTS} requests",
+                goal=f"<= {MAX_PREDICTION_ERROR}",
+                ok=ok and percentile(errors_after, 50) <= MAX_PREDICTION_ERROR,
+            )
         yield metric("cached_share", [c.cached_tokens / c.prompt_tokens for c, _ in useful], "of prompt tokens", ok=ok)
     yield metric("errors", [len(errors)], "requests", goal="0", ok=ok)
