@@ -96,6 +96,8 @@ class _Account:
     measured: list[bool]
     serves_blocks: bool
     slab_bytes: int
+    prices: StepPrices | None = None
+    """As last reported."""
     serial: int = 0
     own: dict[Fence, _Own] = field(default_factory=dict)
     line: list[_Own] = field(default_factory=list)
@@ -240,18 +242,21 @@ class Fleet:
         account = self._accounts[number]
         row = self.table[:, number]
         self._learn(number, account, load, now_s)
-        late = [own for own in account.own.values() if own.serial > load.num_dispatches]
+        num_said = load.num_dispatches
+        late = [own for own in account.own.values() if own.serial > num_said] if account.serial > num_said else []
         self._pass(account, float(row[TOUCHED_AT]), now_s)
-        row[SEQUENCES] = load.num_generating + sum(own.work.num_sequences for own in late)
-        row[CONTEXT] = load.context_tokens + sum(own.work.context_tokens for own in late)
-        row[FREE_BLOCKS] = load.free_blocks - sum(own.work.num_blocks for own in late)
+        row[SEQUENCES], row[CONTEXT], row[FREE_BLOCKS] = load.num_generating, load.context_tokens, load.free_blocks
+        for own in late:
+            row[SEQUENCES] += own.work.num_sequences
+            row[CONTEXT] += own.work.context_tokens
+            row[FREE_BLOCKS] -= own.work.num_blocks
         account.overtaken = None
-        queue_s = self.compute_s(number, load.waiting_tokens, load.waiting_pairs)
-        ours_s = sum(own.left_s for own in account.line if own.serial <= load.num_dispatches)
-        account.excess_s = max(0.0, queue_s - step_age_s) - ours_s
+        left_s = max(0.0, self.compute_s(number, load.waiting_tokens, load.waiting_pairs) - step_age_s)
+        ours = [own for own in account.line if own.serial <= num_said] if late else account.line
+        account.excess_s = left_s - sum(own.left_s for own in ours)
         if account.excess_s < 0.0:
             spent_s, account.excess_s = -account.excess_s, 0.0
-            self._spend([own for own in account.line if own.serial <= load.num_dispatches], spent_s)
+            self._spend(ours, spent_s)
             account.line = [own for own in account.line if own.left_s > 0.0]
         self._set_slots(number, account, now_s)
         for link in links:
@@ -260,12 +265,14 @@ class Fleet:
                 self.rates[number, source] = link.bytes_per_s
 
     def _learn(self, number: int, account: _Account, load: Load, now_s: float) -> None:
-        prices = load.prices
-        known = [prices.base_s > 0, prices.token_s > 0, prices.sequence_s > 0]
-        values = ((prices.base_s,), (prices.token_s, prices.pair_s), (prices.sequence_s, prices.context_s))
-        for columns, is_known, new in zip(_PRICES, known, values, strict=True):
-            if is_known:
-                self.table[columns, number] = new
+        prices, known = load.prices, account.measured
+        if prices is not account.prices:
+            account.prices = prices
+            known = [prices.base_s > 0, prices.token_s > 0, prices.sequence_s > 0]
+            values = ((prices.base_s,), (prices.token_s, prices.pair_s), (prices.sequence_s, prices.context_s))
+            for columns, is_known, new in zip(_PRICES, known, values, strict=True):
+                if is_known:
+                    self.table[columns, number] = new
         if load.fetch_bytes_per_s:
             self.table[FETCH_RATE, number] = load.fetch_bytes_per_s
         if load.disk_bytes_per_s:

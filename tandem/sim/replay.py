@@ -129,6 +129,8 @@ class Replay:
         self._wake_at_s: float | None = None
         self._seqs: dict[int, int] = {}
         self._taken: dict[int, int] = {}
+        self._said_idle: dict[int, int] = {}
+        """Dispatches that a worker had taken when it said that it is idle."""
         self._sends_until: dict[int, float] = {}
         self._prefills: dict[int, PrefillWorker] = {}
         self._decodes: dict[int, DecodeWorker] = {}
@@ -231,9 +233,7 @@ class Replay:
         if not self._ordered:
             self._dispatch(number, self._place(number, now_s, now_s), now_s, now_s)
             return
-        hits = self._hits(job)
-        longest = max((int(hits.counts[holder].sum()) for holder in hits.holders), default=0)
-        uncached = max(1, job.num_tokens - longest * BLOCK_TOKENS)
+        uncached = max(1, job.num_tokens - self._hits(job).longest * BLOCK_TOKENS)
         prices = self._preset.prices
         work_s = uncached * prices.token_s + prices.pair_s * uncached * (job.num_tokens - uncached / 2)
         slo_s = self._slo.first_token_s(uncached)
@@ -515,6 +515,12 @@ class Replay:
         age_s = 0.0
         if number in self._prefills:
             worker = self._prefills[number]
+            is_idle = worker.running is None and not worker.line
+            if is_idle and self._said_idle.get(number) == self._taken[number]:
+                self._push(now_s + self._heartbeat_s, REPORT, number)
+                return  # it would say the same again
+            if is_idle:
+                self._said_idle[number] = self._taken[number]
             age_s = now_s - worker.began_s if worker.running is not None else 0.0
             prompts = [*worker.line, worker.running] if worker.running is not None else worker.line
             age_s += sum(prompt.done_s for prompt in prompts)

@@ -45,11 +45,14 @@ class Cache:
 
     def store(self, keys: Sequence[Key]) -> tuple[list[Key], list[Key]]:
         """A chain is here now; returns what is new, and what had to go."""
-        held = self._keys
-        new = [key for key in keys if key not in held]
+        held, new = self._keys, []
         for key in reversed(keys):
-            held[key] = None
-            held.move_to_end(key)
+            if key in held:
+                held.move_to_end(key)
+            else:
+                held[key] = None
+                new.append(key)
+        new.reverse()
         return new, self.shrink()
 
     def shrink(self) -> list[Key]:
