@@ -21,7 +21,7 @@ LOOK_AHEAD = 4
 ROOM_S = 0.25
 """A worker has room for another prompt when those it has are predicted to be computed within this: it never idles, and what
 comes later can still go before what waits."""
-MIN_WAIT_S, MAX_WAIT_S = 0.01, 0.1
+MIN_WAIT_S, MAX_WAIT_S = 0.02, 0.2
 """A request that found no room is tried again after so long: predictions err, and workers come."""
 
 
@@ -43,7 +43,7 @@ BATCH = Slo(ttft_s=60.0, ttft_per_token_s=1e-3)
 """Where nothing else is promised: an order, not a limit."""
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class Held:
     """One that waits. `work_s` is what its prefill takes, about; `slo_s` from its arrival to its first token."""
 
@@ -72,6 +72,8 @@ class Admission:
         self._heap: list[tuple[float, int, str]] = []
         self._tags: dict[str, float] = {}
         self._num = 0
+        self._first: list[Held] | None = None
+        """The first few, as long as they are."""
 
     def __len__(self) -> int:
         return len(self._held)
@@ -126,10 +128,21 @@ class Admission:
 
     def remove(self, request_id: str) -> None:
         """It has been dispatched, or has ended. Unknown ones are ignored."""
-        self._held.pop(request_id, None)
+        held = self._held.pop(request_id, None)
+        if held is not None and self._first is not None and held in self._first:
+            self._first = None
 
-    def first(self, limit: int) -> list[Held]:
-        """The first `limit` in line."""
+    def all(self) -> list[Held]:
+        """All in line, in order."""
+        return self._find(len(self._held))
+
+    def first(self) -> list[Held]:
+        """The first `LOOK_AHEAD` in line."""
+        if self._first is None:
+            self._first = self._find(LOOK_AHEAD)
+        return self._first
+
+    def _find(self, limit: int) -> list[Held]:
         found: list[Held] = []
         entries: list[tuple[float, int, str]] = []
         while self._heap and len(found) < limit:
@@ -149,11 +162,13 @@ class Admission:
         going = True
         while going and self._held:
             going = False
-            for held in self.first(LOOK_AHEAD):
+            for held in self.first():
                 if now_s < held.try_at_s:
                     continue
-                if now_s > held.slo_at_s:
+                if now_s > held.slo_at_s and not held.put_back:
                     self.put_back(held.request_id, now_s)
+                    going = True
+                    break
                 full_s = dispatch(held)
                 if full_s <= 0.0:
                     self.remove(held.request_id)
@@ -163,7 +178,7 @@ class Admission:
 
     def next_try_s(self) -> float | None:
         """When `release` may find room for one of the first in line; None: nobody waits."""
-        return min((held.try_at_s for held in self.first(LOOK_AHEAD)), default=None)
+        return min((held.try_at_s for held in self.first()), default=None)
 
     def ahead_s(self, due_s: float) -> float:
         """What the prefills of those take that would go before one due then."""
@@ -171,4 +186,7 @@ class Admission:
 
     def _push(self, held: Held) -> None:
         self._num += 1
+        first = self._first
+        if first is not None and (held in first or len(first) < LOOK_AHEAD or held.due_s < first[-1].due_s):
+            self._first = None
         heapq.heappush(self._heap, (held.due_s, self._num, held.request_id))

@@ -75,15 +75,15 @@ class Planner:
             len(record.samples[i].tokens) <= 1 for i in uncovered
         )
         if whole and not record.first_tokens_known():
-            placement = self._place(record, group, record.request.prompt, now_s, record.prefill_here_only)
-            if wait and (full_s := full_for_s(placement)) > 0.0:
+            placement = self._place(record, group, record.request.prompt, now_s, record.prefill_here_only, wait)
+            if wait and (full_s := full_for_s(placement.chosen)) > 0.0:
                 return full_s
             return self._dispatch_whole(record, placement, now_s)
         actions: list[Action] = []
         for index in uncovered:
             tokens = (*record.request.prompt, *record.samples[index].tokens)
-            placement = self._place(record, group, tokens, now_s, here=True)
-            if wait and not actions and (full_s := full_for_s(placement)) > 0.0:
+            placement = self._place(record, group, tokens, now_s, here=True, may_wait=wait and not actions)
+            if wait and not actions and (full_s := full_for_s(placement.chosen)) > 0.0:
                 return full_s
             record.placed(placement, now_s)
             actions.append(
@@ -117,7 +117,15 @@ class Planner:
             *self.first_tokens(record),
         ]
 
-    def _place(self, record: Record, group: RoutingGroup, tokens: Sequence[int], now_s: float, here: bool) -> Placement:
+    def _place(
+        self,
+        record: Record,
+        group: RoutingGroup,
+        tokens: Sequence[int],
+        now_s: float,
+        here: bool,
+        may_wait: bool = False,
+    ) -> Placement:
         keys = record.keys
         if len(tokens) != len(record.request.prompt):
             keys = prompt_keys(_root(group), tokens, group.block_size).full
@@ -132,6 +140,7 @@ class Planner:
             due_s=record.due_s,
             tpot_s=record.tpot_s,
             prefill_here_only=here,
+            may_wait=may_wait,
             avoid=self._failed(record),
         )
         placement = self._policy.place(ask, self._index.longest(keys), self._fleet, now_s, self._rng)

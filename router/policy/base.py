@@ -43,6 +43,8 @@ class Ask:
     """The SLO for each token after the first; 0: none."""
     prefill_here_only: bool = False
     """No prefill worker is wanted: there is one already, or the hand-over has failed."""
+    may_wait: bool = False
+    """It is tried again later where its workers have no room (`full_for_s`): the placement needs no sources and candidates then."""
     avoid: frozenset[int] = frozenset()
     """Workers that have failed this request: for when nobody else is there."""
 
@@ -138,9 +140,9 @@ class Policy(Protocol):
         """Chooses workers and sources. None when the served group has no decode worker."""
 
 
-def full_for_s(placement: Placement) -> float:
+def full_for_s(chosen: Prediction) -> float:
     """For how long its workers are predicted to have no room for it; 0: it can go now."""
-    return max(placement.chosen.queue_s - ROOM_S, placement.chosen.room_s, 0.0)
+    return max(chosen.queue_s - ROOM_S, chosen.room_s, 0.0)
 
 
 def sources(hits: Hits, fleet: Fleet, more_than: int, but: Sequence[int]) -> tuple[SourcePlace, ...]:

@@ -22,7 +22,7 @@ import random
 import numpy as np
 
 from router.fleet import Fleet, Numbers
-from router.policy.base import Ask, Candidates, Placement, Prediction, sources
+from router.policy.base import Ask, Candidates, Placement, Prediction, full_for_s, sources
 from router.policy.weigh import (
     COMPUTE_S,
     COST,
@@ -89,6 +89,8 @@ class PredictedSeconds:
             room_s=stream[ROOM_S],
         )
         at_number, decode_number = int(workers[where]), int(workers[decode])
+        if ask.may_wait and full_for_s(chosen) > 0.0:
+            return Placement(at_number if hand_over else None, decode_number, (), (), chosen, fleet.names)
         wanted = sources(hits, fleet, int(at[LOCAL_BLOCKS]), (at_number,)) if chosen.fetch_s else ()
         for_decode = wanted
         if hand_over:

@@ -115,6 +115,7 @@ class Replay:
         self._index = PrefixIndex(max_keys=max(1024, 4 * sum(len(job.keys) for job in jobs) + 1024))
         self._fleet = Fleet()
         self._heap: list[tuple[float, int, int, int]] = []
+        self._now_s = 0.0
         self._order = 0
         self._state = [_State() for _ in jobs]
         self._ttft_s = np.full(len(jobs), np.nan)
@@ -185,6 +186,7 @@ class Replay:
     # --- time ------------------------------------------------------------------------------------------------------------
 
     def _push(self, at_s: float, kind: int, what: int) -> None:
+        assert at_s >= self._now_s, "into the past"
         self._order += 1
         heapq.heappush(self._heap, (at_s, self._order, kind, what))
 
@@ -192,9 +194,10 @@ class Replay:
         """Until every request has ended."""
         for number, job in enumerate(self._jobs):
             self._push(job.arrival_s, ARRIVE, number)
-        heap, now_s, num_said = self._heap, 0.0, 0
+        heap, now_s, num_said = self._heap, self._now_s, 0
         while self._num_ended < len(self._jobs):
             now_s, _, kind, what = heapq.heappop(heap)
+            self._now_s = now_s
             if kind == ARRIVE:
                 self._arrive(what, now_s)
             elif kind == COMPUTED:
@@ -254,6 +257,7 @@ class Replay:
             answer_tokens=self._fleet.answer_tokens or 256.0,
             due_s=due_s,
             tpot_s=self._slo.tpot_s,
+            may_wait=self._hold,
         )
         placement = self._policy.place(ask, self._hits(job), self._fleet, now_s, self._rng)
         assert placement is not None
@@ -265,7 +269,7 @@ class Replay:
         def dispatch(held: Held) -> float:
             number = int(held.request_id)
             placement = self._place(number, held.due_s, now_s)
-            full_s = full_for_s(placement)
+            full_s = full_for_s(placement.chosen)
             if full_s <= 0.0:
                 self._dispatch(number, placement, held.due_s, now_s)
             return full_s
@@ -436,7 +440,8 @@ class Replay:
         decode = self._decodes[self._state[number].decode]
         decode.advance(now_s)
         del decode.pending[number]
-        self._store(decode.number, decode.cache, job.keys, now_s)
+        state = self._state[number]
+        self._store(decode.number, decode.cache, job.keys, now_s, self._home[state.prefill] != self._home[state.decode])
         self._stream(decode, number)
         self._decode(decode, now_s)
 
@@ -485,10 +490,12 @@ class Replay:
         if (streams or prompts) and len(self._admission):
             self._release(now_s)
 
-    def _store(self, number: int, cache: Cache, keys: Sequence[Key], now_s: float) -> None:
-        """A worker has these blocks, and its machine's pool node copies what it doesn't hold."""
+    def _store(self, number: int, cache: Cache, keys: Sequence[Key], now_s: float, offload: bool = True) -> None:
+        """A worker has these blocks, and its machine's pool node copies what it doesn't hold: if it has not just done so."""
         new, gone = cache.store(keys)
         self._say(number, "DEVICE", new, gone, now_s)
+        if not offload:
+            return
         pool = self._pools[self._home[number]]
         new, gone = pool.host.store(keys)
         self._say(pool.number, "HOST", new, gone, now_s)
