@@ -44,7 +44,7 @@ class Ask:
     prefill_here_only: bool = False
     """No prefill worker is wanted: there is one already, or the hand-over has failed."""
     may_wait: bool = False
-    """It is tried again later where its workers have no room (`full_for_s`): the placement needs no sources and candidates then."""
+    """It is tried again later if its workers have no room (`full_for_s`): without sources and candidates then."""
     avoid: frozenset[int] = frozenset()
     """Workers that have failed this request: for when nobody else is there."""
 
