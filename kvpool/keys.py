@@ -95,10 +95,11 @@ chain_keys = _native_chain_keys() or chain_keys_ref
 """`chain_keys_ref`, natively where that was built."""
 
 
-def prompt_keys(root: Key, tokens: Sequence[int], block_size: int) -> PromptKeys:
-    """Keys of every block of `tokens`, in order; parents are full blocks only."""
-    keys = chain_keys(root, tokens_as_bytes(tokens), block_size)
-    partial = keys.pop() if len(tokens) % block_size else None
+def prompt_keys(root: Key, tokens: Sequence[int] | bytes, block_size: int) -> PromptKeys:
+    """Keys of every block of `tokens` (ids, or their `tokens_as_bytes`), in order; parents are full blocks only."""
+    data = tokens if isinstance(tokens, bytes) else tokens_as_bytes(tokens)
+    keys = chain_keys(root, data, block_size)
+    partial = keys.pop() if len(data) % (4 * block_size) else None
     return PromptKeys(tuple(keys), partial)
 
 

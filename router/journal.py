@@ -108,6 +108,8 @@ class Record:
     placements: list[Placement] = field(default_factory=list)
     placed_after_s: list[float] = field(default_factory=list)
     """When, from its arrival on."""
+    prompt_bytes: bytes = b""
+    """Its tokens as they are hashed and travel, once that was needed."""
     keys_root: Key | None = None
     keys: tuple[Key, ...] = ()
     planned: bool = False

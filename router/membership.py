@@ -105,6 +105,8 @@ class Membership:
         self._rivals: dict[str, tuple[bytes, float]] = {}
         self._unanswered_until_s: dict[tuple[str, bytes], float] = {}
         self._served: RoutingGroup | None = None
+        self._workers: dict[Role, list[Member]] = {}
+        self._max_model_len = 0
         self._checked_at_s: float | None = None
 
     def __iter__(self) -> Iterator[Member]:
@@ -127,8 +129,7 @@ class Membership:
 
     def workers(self, role: Role) -> list[Member]:
         """Members of `role` in the served group, in the order they joined."""
-        served = self._served
-        return [m for m in self._members.values() if m.role == role and served is not None and m.hello.group == served]
+        return self._workers.get(role, [])
 
     def hello(self, hello: Hello, now_s: float) -> list[MemberEvent]:
         """Takes a hello. An empty list means: say nothing yet, it will be repeated."""
@@ -244,15 +245,19 @@ class Membership:
         for member in self._members.values():
             if member.role != "pool" and member.hello.group is not None:
                 counts[member.hello.group] = counts.get(member.hello.group, 0) + 1
-        if self._served in counts:
-            return
-        if counts:
+        if counts and self._served not in counts:
             self._served = max(counts, key=lambda group: counts[group])
+        self._workers = {}
+        for member in self._members.values():
+            if self._served is not None and member.hello.group == self._served:
+                self._workers.setdefault(member.role, []).append(member)
+        workers = (*self.workers("prefill"), *self.workers("decode"))
+        lengths = [length for member in workers if (length := member.hello.capacity.max_model_len)]
+        self._max_model_len = min(lengths, default=0)
 
     def max_model_len(self) -> int:
         """The shortest context among the served workers, in tokens; 0 when none is there."""
-        lengths = [m.hello.capacity.max_model_len for m in (*self.workers("prefill"), *self.workers("decode"))]
-        return min((length for length in lengths if length), default=0)
+        return self._max_model_len
 
     def to_tell(self) -> list[Member]:
         """Who is told of its peers: the served group, and pool nodes that have no group yet."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
+from functools import lru_cache
 
 from kvpool.keys import Key, prompt_keys, root_key, tokens_as_bytes
 from protos.control import Dispatch, DispatchRole, FirstTokens, RoutingGroup, Source
@@ -48,7 +49,8 @@ class Planner:
         root = _root(group)
         if record.keys_root != root:
             record.keys_root = root
-            record.keys = prompt_keys(root, record.request.prompt, group.block_size).full
+            record.prompt_bytes = record.prompt_bytes or tokens_as_bytes(record.request.prompt)
+            record.keys = prompt_keys(root, record.prompt_bytes, group.block_size).full
         return record.keys
 
     def uncached_tokens(self, record: Record, group: RoutingGroup) -> int:
@@ -204,7 +206,7 @@ class Planner:
         message = Dispatch(
             fence=fence,
             root=record.keys_root,
-            token_ids=tokens_as_bytes(token_ids),
+            token_ids=record.prompt_bytes if tokens is None else tokens_as_bytes(tokens),
             num_prompt_tokens=len(record.request.prompt),
             sampling=record.sampling,
             n=num_samples,
@@ -255,6 +257,7 @@ def send_first_tokens(record: Record, dispatch: DispatchRecord) -> Action:
     return Send(dispatch.process, dispatch.epoch, FirstTokens(fence=dispatch.fence, token_ids=token_ids))
 
 
+@lru_cache(maxsize=16)
 def _root(group: RoutingGroup) -> Key:
     return root_key(
         model_fingerprint=group.model_fingerprint,
