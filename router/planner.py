@@ -46,7 +46,7 @@ class Planner:
 
     def keys(self, record: Record, group: RoutingGroup) -> tuple[Key, ...]:
         """Of the prompt's full blocks, in the served group."""
-        root = _root(group)
+        root = root_of(group)
         if record.keys_root != root:
             record.keys_root = root
             record.prompt_bytes = record.prompt_bytes or tokens_as_bytes(record.request.prompt)
@@ -130,7 +130,7 @@ class Planner:
     ) -> Placement:
         keys = record.keys
         if len(tokens) != len(record.request.prompt):
-            keys = prompt_keys(_root(group), tokens, group.block_size).full
+            keys = prompt_keys(root_of(group), tokens, group.block_size).full
         num_samples = record.request.n if len(tokens) == len(record.request.prompt) else 1
         ask = Ask(
             num_tokens=len(tokens),
@@ -258,7 +258,8 @@ def send_first_tokens(record: Record, dispatch: DispatchRecord) -> Action:
 
 
 @lru_cache(maxsize=16)
-def _root(group: RoutingGroup) -> Key:
+def root_of(group: RoutingGroup) -> Key:
+    """The key before every prompt of the group."""
     return root_key(
         model_fingerprint=group.model_fingerprint,
         kv_format=group.kv_format,

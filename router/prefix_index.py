@@ -21,6 +21,8 @@ from protos.kv_events import AllBlocksCleared, BlockRemoved, BlockStored, Event,
 from router.block_map import NUM_TIERS, Counts, new_block_map
 from router.foreign import ForeignBatch, ForeignNames
 
+MAX_KEYS = 4_000_000
+"""Some 400 MB of memory at most, where nobody says otherwise."""
 MAX_HELD_BATCHES = 1024
 REPLAY_RETRY_S = 10.0
 """A replay that has brought nothing for so long is asked for again. Longer than the shell waits for a batch: it is the shell
@@ -70,7 +72,7 @@ class _Feed:
 class PrefixIndex:
     """Key → places, at most `max_keys` keys; past that those that came first are dropped."""
 
-    def __init__(self, max_keys: int = 4_000_000) -> None:
+    def __init__(self, max_keys: int = MAX_KEYS) -> None:
         self._map = new_block_map(max_keys)
         self._feeds: dict[str, _Feed] = {}
         self._numbers: dict[str, int] = {}

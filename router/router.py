@@ -74,7 +74,7 @@ from router.membership import Changed, Joined, Lost, Member, Membership, Rejecte
 from router.planner import EXPECTED_ANSWER_TOKENS, Planner, send_first_tokens
 from router.policy.base import Policy
 from router.policy.seconds import PredictedSeconds
-from router.prefix_index import PrefixIndex
+from router.prefix_index import MAX_KEYS, PrefixIndex
 from tandem.errors import (
     Cancelled,
     DeadlineExceeded,
@@ -119,6 +119,8 @@ class Settings:
     """Re-dispatches after a death are spread over so long, so that they don't all fall on the survivor at once."""
     interactive: Slo = INTERACTIVE
     batch: Slo = BATCH
+    max_index_keys: int = MAX_KEYS
+    """Blocks that the prefix index knows at most; past that those that came first are dropped."""
     reject_late: bool = False
     """Requests whose SLO can't be kept are refused at once."""
 
@@ -145,7 +147,7 @@ class RouterCore:
             progress_s=settings.progress_s,
             model=settings.model,
         )
-        self.index = PrefixIndex()
+        self.index = PrefixIndex(settings.max_index_keys)
         self.fleet = Fleet()
         self.admission = Admission()
         self.journal = Journal()

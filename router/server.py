@@ -104,6 +104,7 @@ class RouterServer:
                 hold_s=config.transfer.hold_s,
                 interactive=_slo(settings.interactive),
                 batch=_slo(settings.batch),
+                max_index_keys=settings.max_index_keys,
                 reject_late=settings.reject_late,
             ),
             random.Random(secrets.randbits(64)),

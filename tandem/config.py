@@ -137,6 +137,9 @@ class RouterConfig(_Section):
     interactive: SloConfig = SloConfig()
     batch: SloConfig = SloConfig(ttft_s=60.0)
     reject_late: bool = Field(False, description="refuse at once what can't be kept, with the time to retry after")
+    max_index_keys: int = Field(
+        4_000_000, ge=1_000, le=1_000_000_000, description="blocks that the prefix index knows; some 100 bytes each"
+    )
 
     @property
     def control_endpoint(self) -> str:

@@ -345,10 +345,11 @@ def router(
     against: Annotated[str, typer.Option(help="dynamo: in turns with Tandem. `make peers` installs it.")] = "",
     as_json: JsonOption = False,
 ) -> None:
-    """The router's prefix index on one core: how soon it says which worker holds how much of a prompt, how many events a second
-    it takes in, and its memory.
+    """The router on one core. Its prefix index: how soon it says which worker holds how much of a prompt, how many events a
+    second it takes in, and its memory. Whole decisions: from a prompt's tokens to the dispatches, with everything that is
+    counted, and freed again.
 
-    Takes some ten seconds a round. The exit code is 1 if a goal isn't reached.
+    Takes some twenty seconds a round. The exit code is 1 if a goal isn't reached.
     """
     from tandem.bench.router import run as bench
 

@@ -6,10 +6,13 @@ from collections.abc import Iterator
 
 import pytest
 
+from kvpool.keys import prompt_keys
+from router.planner import root_of
 from tandem.bench.report import Metric
+from tandem.bench.router.decision import BLOCK_SIZE, GROUP, Decided, FullRouter
 from tandem.bench.router.index import Found
 from tandem.bench.router.load import ASKED_BLOCKS, IndexLoad
-from tandem.bench.router.run import metrics, named
+from tandem.bench.router.run import decision_metrics, metrics, named
 from tandem.errors import ConfigError
 from tests.bench.test_runs import bench
 
@@ -51,6 +54,29 @@ def test_ours_is_held_against_its_peer_and_its_promises() -> None:
     assert "dynamo_hits" not in by_name(metrics([found()], [], ""))
 
 
+def test_whole_decisions_have_a_goal_by_the_number_of_workers_and_against_the_peer() -> None:
+    ours, theirs = Decided(per_s=9_000.0, p50=100.0, p99=300.0), Decided(per_s=5_000.0, p50=170.0, p99=200.0)
+    assert {result.metric: result.ok for result in decision_metrics([ours], [], "", 64)} == {
+        "decisions": True, "decision_p50": True, "decision_p99": False,
+    }  # fmt: skip
+    results = by_name(decision_metrics([ours], [theirs], "dynamo", 1024))
+    assert all(result.ok for result in results.values())
+    assert results["decisions_to_dynamo"].value == 1.8
+    slower = by_name(decision_metrics([theirs], [ours], "dynamo", 1024))
+    assert not slower["decisions_to_dynamo"].ok
+
+
+def test_a_full_router_finds_what_its_workers_hold_and_frees_what_it_sent() -> None:
+    router = FullRouter(workers=8, entries=30_000, holders=2, seed=1)
+    assert router.core.index.num_entries >= 30_000
+    keys = prompt_keys(root_of(GROUP), router.prompts[0], BLOCK_SIZE).full
+    hits = router.core.index.longest(keys)
+    assert sorted(int(hits.counts[holder].sum()) for holder in hits.holders) == [64, 96]
+    assert router.decide(0) > 0.0
+    assert router.core.fleet.num_dispatched() == 0
+    assert router.core.num_closing == 0
+
+
 def test_other_peers_are_refused() -> None:
     assert named(["dynamo"])
     assert not named([])
@@ -63,5 +89,6 @@ def test_bench_router_measures_an_index_in_a_process_of_its_own() -> None:
     results = {line["metric"]: line for line in lines[1:]}
     assert lines[0]["router"] == {"workers": 4, "entries": 100_000, "holders": 8}, stderr
     assert {"index_hits", "index_hit_p99", "index_misses", "index_events", "index_bytes"} <= set(results)
+    assert {"decisions", "decision_p50", "decision_p99"} <= set(results)
     assert all(line["value"] > 0 for line in results.values())
     assert code == (0 if all(line["ok"] for line in results.values()) else 1)

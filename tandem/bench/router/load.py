@@ -57,6 +57,11 @@ class IndexLoad:
             yield Stored(self._random.choice(self._holders[number]), self._prompts[number][-1], tail)
             num_entries += TAIL_BLOCKS
 
+    @property
+    def longest_hit(self) -> int:
+        """Blocks that are there of each of `hits`: few entries are prompts alone."""
+        return PROMPT_BLOCKS + (TAIL_BLOCKS if self._tails else 0)
+
     def hits(self, count: int) -> list[list[Key]]:
         """What is asked for and partly there, after `events`: `ASKED_BLOCKS` keys each."""
         chosen = self._random.choices(self._tails, k=count) if self._tails else [(0, self._keys(TAIL_BLOCKS))] * count
