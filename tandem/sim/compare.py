@@ -28,6 +28,8 @@ OURS = "tandem"
 COPY_WORKERS = 8
 """A cluster of so many workers gets one copy of the trace, larger ones as many as they are larger."""
 CAPACITY_GOODPUT = 0.9
+MIN_RATE, MAX_RATE = 0.005, 1e6
+"""Requests a second that a capacity is searched within: at least for each worker, at most in all."""
 REMOVABLE = ("queue", "fetch", "others", "stream", "tpot", "room", "order", "hold")
 """What can be taken out of ours, to see what it is worth: terms of the cost, the order by due time, and the line for room."""
 
@@ -119,22 +121,29 @@ def load_of(requests: Sequence[TraceRequest], rate: float, workers: int, seed: i
 
 
 def capacity_rate(requests: Sequence[TraceRequest], preset: Preset, workers: int, seed: int, say: Say) -> float:
-    """Requests a second at which least loaded serves 90 % as promised; within 2 %."""
+    """Requests a second at which least loaded serves 90 % as promised; within 2 %. Raises ConfigError if there is no such rate."""
     contender = contenders(["least-loaded"])[0]
 
     def goodput(rate: float) -> float:
         jobs = load_of(requests, rate, workers, seed)
         return float(outcome(contender, preset, workers, jobs, seed, say).within.mean())
 
-    low, high = 0.02 * workers, 0.02 * workers
+    if workers > COPY_WORKERS:  # about as much a worker as a small cluster, which is soon searched
+        small = capacity_rate(requests, preset, COPY_WORKERS, seed, say)
+        low, step = small * workers / COPY_WORKERS, 1.15
+    else:
+        low, step = 0.32 * workers, 2.0
+    while goodput(low) < CAPACITY_GOODPUT:
+        low /= step
+        if low < MIN_RATE * workers:
+            raise ConfigError(
+                f"least loaded keeps fewer than {CAPACITY_GOODPUT:.0%} of its promises at {low:g} requests/s"
+            )
+    high = step * low
     while goodput(high) >= CAPACITY_GOODPUT:
-        low, high = high, 2 * high
-        if high > 1e6:
-            raise ConfigError("a cluster that takes a million requests a second is not simulated")
-    if low == high:
-        raise ConfigError(
-            f"least loaded keeps fewer than {CAPACITY_GOODPUT:.0%} of its promises at {high:g} requests/s"
-        )
+        low, high = high, step * high
+        if high > MAX_RATE:
+            raise ConfigError(f"a cluster that takes {MAX_RATE:g} requests a second is not simulated")
     while high > 1.02 * low:
         middle = (low * high) ** 0.5
         low, high = (middle, high) if goodput(middle) >= CAPACITY_GOODPUT else (low, middle)
