@@ -121,7 +121,7 @@ def load_of(requests: Sequence[TraceRequest], rate: float, workers: int, seed: i
 
 
 def capacity_rate(requests: Sequence[TraceRequest], preset: Preset, workers: int, seed: int, say: Say) -> float:
-    """Requests a second at which least loaded serves 90 % as promised; within 2 %. Raises ConfigError if there is no such rate."""
+    """Requests a second at which least loaded serves 90 % as promised; within 2 %. Raises ConfigError if there is none."""
     contender = contenders(["least-loaded"])[0]
 
     def goodput(rate: float) -> float:
@@ -134,11 +134,11 @@ def capacity_rate(requests: Sequence[TraceRequest], preset: Preset, workers: int
     else:
         low, step = 0.32 * workers, 2.0
     while goodput(low) < CAPACITY_GOODPUT:
-        low /= step
-        if low < MIN_RATE * workers:
+        if low < 2 * MIN_RATE * workers:
             raise ConfigError(
                 f"least loaded keeps fewer than {CAPACITY_GOODPUT:.0%} of its promises at {low:g} requests/s"
             )
+        low /= step
     high = step * low
     while goodput(high) >= CAPACITY_GOODPUT:
         low, high = high, step * high

@@ -176,7 +176,7 @@ def test_parts_of_the_capacity_are_rates() -> None:
 
 def test_a_cluster_that_keeps_no_promise_at_any_rate_has_no_capacity() -> None:
     slow = dataclasses.replace(H100, overhead_s=1000.0)
-    with pytest.raises(ConfigError, match="fewer than 90% of its promises at 0.08 requests/s"):
+    with pytest.raises(ConfigError, match="fewer than 90% of its promises at 0.02 requests/s"):
         capacity_rate(requests(20), slow, 4, 1, quiet)
 
 
