@@ -14,6 +14,7 @@ from functools import lru_cache
 from kvpool.keys import Key, prompt_keys, root_key, tokens_as_bytes
 from protos.control import Dispatch, DispatchRole, FirstTokens, RoutingGroup, Source
 from router.actions import Action, Send
+from router.approximate import Approximate
 from router.fleet import Fleet, Work
 from router.journal import DispatchRecord, Record
 from router.membership import Membership
@@ -25,13 +26,15 @@ EXPECTED_ANSWER_TOKENS = 256.0
 
 
 class Planner:
-    """Dispatches for the records it is given. Reads membership and index; writes to fleet and record."""
+    """Dispatches for the records it is given. Reads membership and index; writes to fleet, record and what workers that publish
+    nothing are taken to hold."""
 
     def __init__(
         self,
         *,
         membership: Membership,
         index: PrefixIndex,
+        approximate: Approximate,
         fleet: Fleet,
         policy: Policy,
         rng: random.Random,
@@ -39,6 +42,7 @@ class Planner:
     ) -> None:
         self._membership = membership
         self._index = index
+        self._approximate = approximate
         self._fleet = fleet
         self._policy = policy
         self._rng = rng
@@ -202,6 +206,7 @@ class Planner:
             waits=prefill is not None,
         )
         self._fleet.dispatched(number, fence, self._work(record, role, placement, token_ids, num_samples), now_s)
+        self._approximate.routed(number, record.keys, now_s)
         assert record.keys_root is not None
         message = Dispatch(
             fence=fence,

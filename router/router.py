@@ -68,6 +68,7 @@ from router.actions import (
     Unsubscribe,
 )
 from router.admission import BATCH, INTERACTIVE, Admission, Held, Slo
+from router.approximate import Approximate
 from router.fleet import Fleet
 from router.journal import PROBE_S, Accepted, DispatchRecord, Gap, Journal, Outcome, Record, Request, Run
 from router.membership import Changed, Joined, Lost, Member, Membership, Rejected, own_tier
@@ -148,12 +149,14 @@ class RouterCore:
             model=settings.model,
         )
         self.index = PrefixIndex(settings.max_index_keys)
+        self._approximate = Approximate(self.index)
         self.fleet = Fleet()
         self.admission = Admission()
         self.journal = Journal()
         self._planner = Planner(
             membership=self.membership,
             index=self.index,
+            approximate=self._approximate,
             fleet=self.fleet,
             policy=policy or PredictedSeconds(),
             rng=rng,
@@ -296,6 +299,7 @@ class RouterCore:
         if now_s >= self._keepalive_at_s:
             self._keepalive_at_s = now_s + self.settings.heartbeat_s
             actions += [Send(member.name, member.epoch, self._welcome()) for member in self.membership]
+        self._approximate.tick(now_s)
         for record in self.journal:
             if now_s >= record.request.deadline_s:
                 budget_s = record.request.deadline_s - record.accepted_at_s
@@ -358,6 +362,8 @@ class RouterCore:
         )
         self.fleet.serve(self.membership.served_group)
         from_seq = self.index.join(member.name, number, member.epoch, own_tier(member.role), now_s)
+        if member.role != "pool" and not hello.endpoints.events:
+            self._approximate.join(number, hello.capacity.num_blocks)
         actions: list[Action] = [
             Send(member.name, member.epoch, self._welcome()),
             *self._follow(member, from_seq),
@@ -371,6 +377,9 @@ class RouterCore:
 
     def _on_lost(self, lost: Lost, now_s: float) -> list[Action]:
         self.index.forget(lost.name)
+        number = self.fleet.number(lost.name)
+        if number is not None:
+            self._approximate.forget(number)
         self.fleet.forget(lost.name)
         self.fleet.serve(self.membership.served_group)
         for fence in [fence for fence, closing in self._closing.items() if closing.process == lost.name]:

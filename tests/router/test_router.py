@@ -626,3 +626,32 @@ def test_a_decode_worker_lost_during_the_hand_over_is_replaced_and_prefill_goes_
     assert (name, dispatch.wait_source, dispatch.prefill_here) == (survivor, "p0", False)
     assert sent(actions, FirstTokens) == [(survivor, FirstTokens(dispatch.fence, [7]))]
     assert sent(actions, Abort) == []
+
+
+def test_a_worker_that_publishes_nothing_is_taken_to_hold_what_was_sent_there_of_late() -> None:
+    bench = Bench()
+    silent = {
+        "endpoints": Endpoints(fetch="f", events="", replay=""),
+        "capacity": Capacity(slab_bytes=1000, max_model_len=1000, num_blocks=1000),
+    }
+    for name in ("d0", "d1", "d2", "d3"):
+        assert not any(isinstance(action, Subscribe | Replay) for action in bench.join(name, "decode", **silent))
+
+    def hits() -> tuple[str, int]:
+        [(process, dispatch)] = sent(bench.submit(), Dispatch)
+        [record] = list(bench.core.journal)
+        bench.core.cancel("q", bench.now_s)
+        bench.say(process, Aborted(dispatch.fence))
+        return process, record.placements[0].hit_tokens
+
+    first, hit_tokens = hits()
+    assert hit_tokens == 0
+    assert [hits() for _ in range(3)] == [(first, len(LONG) - 1)] * 3
+    bench.pass_time(100.0, "d0", "d1", "d2", "d3")
+    assert hits() == (first, len(LONG) - 1)
+    bench.pass_time(121.0, "d0", "d1", "d2", "d3")
+    assert hits()[1] == 0, "nobody used it for two minutes"
+    where, _ = hits()
+    bench.say(where, Goodbye(where, EPOCH))
+    bench.join(where, "decode", epoch=b"2" * 8, **silent)
+    assert len(bench.core.index) == 0, "a new one holds nothing"
