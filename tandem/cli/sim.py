@@ -17,6 +17,7 @@ from rich.table import Table
 from tandem.cli.common import JsonOption, print_json, stderr, stdout
 from tandem.errors import ConfigError
 from tandem.sim.compare import REMOVABLE, Result, compare, contenders, sanity
+from tandem.sim.picture import draw
 from tandem.sim.policies.registry import POLICIES
 from tandem.sim.presets import PRESETS, preset_named
 from tandem.sim.trace import read_trace
@@ -51,6 +52,7 @@ def trace(
     ] = False,
     preset: Annotated[str, typer.Option(help=f"{' or '.join(PRESETS)}.")] = "h100-llama-70b",
     seed: Annotated[int, typer.Option(min=0)] = 1,
+    picture: Annotated[Path | None, typer.Option(help="Also draw it, as an SVG file.")] = None,
     as_json: JsonOption = False,
 ) -> None:
     """A recorded trace through the production index, fleet, admission and policy, in virtual time, beside the policies that other
@@ -61,6 +63,8 @@ def trace(
     What is never answered counts as an infinite time to first token. Larger clusters than 8 workers get copies of the trace side
     by side.
     """
+    if picture is not None and not picture.parent.is_dir():
+        raise ConfigError(f"--picture {picture}: there is no folder {picture.parent}")
     if not (rate or load):
         load = "0.95"
     rates, loads = _numbers("--rate", rate), _numbers("--load", load)
@@ -78,11 +82,15 @@ def trace(
         )
         stdout.print(f"{chosen.name}: {chosen.source}", style="dim", highlight=False)
     results = compare(requests, chosen, workers, who, rates=rates, loads=loads, tune=tune, seed=seed, say=_say)
-    if as_json:
-        for result in results:
+    found: list[Result] = []
+    for result in results:
+        found.append(result)
+        if as_json:
             print_json(asdict(result))
+    if picture is not None:
+        picture.write_text(draw(found, workers), encoding="utf-8")
+    if as_json:
         return
-    found = list(results)
     for asked in dict.fromkeys(result.rate for result in found):
         _print([result for result in found if result.rate == asked])
 
