@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -283,3 +284,71 @@ def test_a_thousand_workers_are_weighed_and_the_best_is_found() -> None:
     assert (placed.prefill, placed.decode) == ("p333", "d77")
     assert placed.placement.candidates is not None
     assert len(placed.placement.candidates.numbers) == 128
+
+
+def _queue() -> tuple[Cluster, dict[str, object]]:
+    """A hit of a hundred tokens behind two seconds of work."""
+    cluster = Cluster(p0=busy(5_000), p1=FULL, d0=busy(5_000))
+    cluster.fleet.reachable[:] = False
+    cluster.held["p0"] = (6, 0, 0)
+    return cluster, {}
+
+
+def _fetch() -> tuple[Cluster, dict[str, object]]:
+    """A long hit at the end of a slow line, a short one at a worker that computes a little slower."""
+    slow = replace_load(FULL, fetch_bytes_per_s=1e6)
+    slower = replace_load(slow, prices=replace_prices(token_s=6e-4))
+    cluster = Cluster(p0=slower, p1=slow, d0=busy(5_000), d1=busy(5_000))
+    cluster.held["d1"] = (20, 0, 0)
+    cluster.held["p0"] = (10, 0, 0)
+    return cluster, {}
+
+
+def _others() -> tuple[Cluster, dict[str, object]]:
+    """A worker whose prompts are due later, and one with a little that is due sooner."""
+    cluster = Cluster(p0=FULL, p1=FULL, d0=busy(5_000, num_generating=40))
+    cluster.fleet.dispatched(0, Fence("a", 0, "prefill", 0), Work(num_tokens=9_000, due_s=50.0), 0.0)
+    cluster.fleet.dispatched(1, Fence("b", 0, "prefill", 0), Work(num_tokens=600, due_s=1.0), 0.0)
+    return cluster, {"due_s": 2.0}
+
+
+def _stream() -> tuple[Cluster, dict[str, object]]:
+    """A slow worker without streams, and a fast one with one."""
+    slow = replace_load(FULL, prices=replace_prices(base_s=0.02))
+    return Cluster(p0=FULL, d0=slow, d1=busy(num_generating=1)), {}
+
+
+def _tpot() -> tuple[Cluster, dict[str, object]]:
+    """A worker whose steps are longer than promised, and one with streams that would wait."""
+    slow = replace_load(FULL, prices=replace_prices(base_s=0.055))
+    return Cluster(p0=FULL, d0=slow, d1=busy(num_generating=30, prices=replace_prices(base_s=0.012))), {"tpot_s": 0.05}
+
+
+def _room() -> tuple[Cluster, dict[str, object]]:
+    """A worker with few streams and no blocks, and one with more streams and blocks."""
+    return Cluster(p0=FULL, d0=busy(num_generating=1, free_blocks=0), d1=busy(num_generating=2)), {}
+
+
+@pytest.mark.parametrize(
+    ("term", "scene", "chosen", "otherwise"),
+    [
+        ("queue", _queue, "p1", "p0"),
+        ("fetch", _fetch, "p0", "p1"),
+        ("others", _others, "p1", "p0"),
+        ("stream", _stream, "d1", "d0"),
+        ("tpot", _tpot, "d1", "d0"),
+        ("room", _room, "d1", "d0"),
+    ],
+)
+def test_without_any_term_of_the_cost_a_choice_is_another(
+    term: str, scene: Callable[[], tuple[Cluster, dict[str, object]]], chosen: str, otherwise: str
+) -> None:
+    cluster, asked = scene()
+    for terms, expected in ((Terms(), chosen), (replace(Terms(), **{term: 0.0}), otherwise)):
+        placed = cluster.place(500, terms=terms, **asked)
+        assert expected in (placed.prefill, placed.decode), terms
+
+
+def replace_prices(**changes: float) -> StepPrices:
+    fields = {name: getattr(PRICES, name) for name in PRICES.__struct_fields__}
+    return StepPrices(**(fields | changes))
