@@ -26,6 +26,7 @@ from grpc_reflection.v1alpha import reflection
 from protos import tandem_pb2, tandem_pb2_grpc
 from protos.control import ToRouter
 from protos.kv_events import EventBatch
+from protos.metadata import MAX_TENANT_CHARS, TENANT
 from router.actions import Action, Emit, Replay, Send, Subscribe, TokensEvent, Unsubscribe
 from router.admission import Slo
 from router.answer import Answer
@@ -49,9 +50,6 @@ REFRESH_S = 1.0
 DRAIN_S = 5.0
 LONG_PROMPT_BYTES = 4096
 SERVICE = "tandem.v1.Tandem"
-TENANT_METADATA = "tandem-tenant"
-"""By which the line for room is shared fairly. Who may call may claim any: it decides nothing else."""
-MAX_TENANT_CHARS = 128
 
 P = ParamSpec("P")
 
@@ -349,7 +347,7 @@ class _Servicer(tandem_pb2_grpc.TandemServicer):
         context: grpc.aio.ServicerContext[tandem_pb2.GenerateRequest, tandem_pb2.GenerateResponse],
     ) -> None:
         metadata = dict(context.invocation_metadata() or ())
-        tenant = str(metadata.get(TENANT_METADATA, ""))[:MAX_TENANT_CHARS]
+        tenant = str(metadata.get(TENANT, ""))[:MAX_TENANT_CHARS]
         responses = self._server.generate(request, context.time_remaining(), tenant)
         patience_s = self._server.client_patience_s
         try:

@@ -14,6 +14,7 @@ import grpc
 
 from protos import tandem_pb2 as pb
 from protos import tandem_pb2_grpc
+from protos.metadata import TENANT
 from tandem.errors import Cancelled, DeadlineExceeded, InvalidRequest, Overloaded, TandemError, Unavailable
 
 Prompt = str | Sequence[int] | Sequence[tuple[str, str]]
@@ -59,9 +60,15 @@ class Client:
         *,
         model: str = "",
         timeout_s: float | None = None,
+        tenant: str = "",
+        batch: bool = False,
     ) -> Stream:
-        """Starts a request; the stream yields the answer's events."""
-        return Stream(self._stub.Generate(_request(prompt, sampling, model), timeout=timeout_s), self.target)
+        """Starts a request; the stream yields the answer's events. `tenant` is who shares fairly with others; `batch` requests
+        wait while others are due sooner."""
+        request = _request(prompt, sampling, model)
+        request.batch = batch
+        metadata = ((TENANT, tenant),) if tenant else ()
+        return Stream(self._stub.Generate(request, timeout=timeout_s, metadata=metadata), self.target)
 
     def cluster(self, timeout_s: float = 5.0) -> pb.GetClusterResponse:
         """What runs where. Raises Unavailable if no router answers."""
