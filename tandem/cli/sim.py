@@ -44,6 +44,9 @@ def trace(
             help="Parts of the capacity, 1 being where least loaded keeps 90 % of its promises. Default, without --rate: 0.95."
         ),
     ] = "",
+    most: Annotated[
+        int | None, typer.Option("--requests", min=1, help="Only the first so many that come. Default: all.")
+    ] = None,
     without: Annotated[
         str, typer.Option(help=f"Ours without a part, to see what it is worth: {', '.join(REMOVABLE)}; or each.")
     ] = "",
@@ -81,7 +84,9 @@ def trace(
             highlight=False,
         )
         stdout.print(f"{chosen.name}: {chosen.source}", style="dim", highlight=False)
-    results = compare(requests, chosen, workers, who, rates=rates, loads=loads, tune=tune, seed=seed, say=_say)
+    results = compare(
+        requests, chosen, workers, who, rates=rates, loads=loads, most=most, tune=tune, seed=seed, say=_say
+    )
     found: list[Result] = []
     for result in results:
         found.append(result)

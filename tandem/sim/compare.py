@@ -116,8 +116,11 @@ def outcome(contender: Contender, preset: Preset, workers: int, jobs: Sequence[J
     return replay.run(count)
 
 
-def load_of(requests: Sequence[TraceRequest], rate: float, workers: int, seed: int) -> list[Job]:
-    return jobs_of(requests, rate, max(1, workers // COPY_WORKERS), seed)
+def load_of(
+    requests: Sequence[TraceRequest], rate: float, workers: int, seed: int, most: int | None = None
+) -> list[Job]:
+    """For a cluster of so many workers; only the first `most` that come, if given."""
+    return jobs_of(requests, rate, max(1, workers // COPY_WORKERS), seed)[:most]
 
 
 def capacity_rate(requests: Sequence[TraceRequest], preset: Preset, workers: int, seed: int, say: Say) -> float:
@@ -188,14 +191,16 @@ def compare(
     tune: bool,
     seed: int,
     say: Say,
+    most: int | None = None,
 ) -> Iterator[Result]:
-    """Every contender at every rate, and at every part of the capacity; the bound first."""
+    """Every contender at every rate, and at every part of the capacity; the bound first. Of larger loads only the first `most`
+    requests, if given."""
     asked: list[tuple[float, float | None]] = [(rate, None) for rate in rates]
     if loads:
         full = capacity_rate(requests, preset, workers, seed, say)
         asked += [(load * full, load) for load in loads]
     for rate, load in asked:
-        jobs = load_of(requests, rate, workers, seed)
+        jobs = load_of(requests, rate, workers, seed, most)
         yield bound(preset, jobs, rate, load, seed)
         for contender in who:
             small = rate * min(1.0, 2 * COPY_WORKERS / workers)

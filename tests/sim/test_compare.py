@@ -174,6 +174,17 @@ def test_parts_of_the_capacity_are_rates() -> None:
     assert [(one.load, one.rate) for one in found] == [(0.5, pytest.approx(full / 2)), (1.0, pytest.approx(full))]
 
 
+def test_of_a_large_load_the_first_requests_can_be_enough() -> None:
+    trace = requests(60)
+    assert load_of(trace, 3.0, 4, 1, most=20) == load_of(trace, 3.0, 4, 1)[:20]
+    asked = {"rates": [3.0], "loads": [], "tune": False, "seed": 1, "say": quiet}
+    all_of_it, some = (
+        list(compare(trace, H100, 4, contenders(["least-loaded"]), **asked, most=most))[1]  # type: ignore[arg-type]
+        for most in (None, 20)
+    )
+    assert some.moved_bytes["hand-over"] < all_of_it.moved_bytes["hand-over"] / 2
+
+
 def test_a_cluster_that_keeps_no_promise_at_any_rate_has_no_capacity() -> None:
     slow = dataclasses.replace(H100, overhead_s=1000.0)
     with pytest.raises(ConfigError, match="fewer than 90% of its promises at 0.02 requests/s"):
