@@ -10,7 +10,9 @@ from collections.abc import Iterator
 from typing import Annotated, TypeVar
 
 import msgspec
+import numpy as np
 from msgspec import Meta, Struct
+from numpy.typing import NDArray
 
 from tandem.bench.peers import Peer
 
@@ -109,11 +111,20 @@ class Answered(Struct, tag="answered", tag_field="t"):
     errors: list[str]
 
 
-class Listen(Struct, tag="listen", tag_field="t"):
-    """→ clients: open so many streams, and once all have begun and `warm_s` have passed, count for `seconds`. Token ids tell when
-    they were sent (`sent_at`), modulo `vocab_size`."""
+class Begin(Struct, tag="begin", tag_field="t"):
+    """→ clients: open so many streams without an end, and wait until each has a token."""
 
     streams: int
+
+
+class Begun(Struct, tag="begun", tag_field="t"):
+    """Clients →."""
+
+
+class Listen(Struct, tag="listen", tag_field="t"):
+    """→ clients: after `warm_s` count for `seconds`, then end the streams. Token ids tell when they were sent (`sent_at`), modulo
+    `vocab_size`."""
+
     warm_s: float
     seconds: float
     vocab_size: int
@@ -140,9 +151,9 @@ def sent_at(time_s: float, vocab_size: int) -> int:
     return int(time_s / TICK_S) % vocab_size
 
 
-def delay_s(token_id: int, time_s: float, vocab_size: int) -> float:
-    """How long ago at `time_s` that token was sent, if that is less than `vocab_size * TICK_S`."""
-    return (int(time_s / TICK_S) - token_id) % vocab_size * TICK_S
+def delays_s(token_ids: NDArray[np.int64], times_s: NDArray[np.float64], vocab_size: int) -> NDArray[np.float64]:
+    """How long before `times_s` those tokens were sent, if that is less than `vocab_size * TICK_S`."""
+    return (times_s / TICK_S - token_ids) % vocab_size * TICK_S
 
 
 _Request = TypeVar("_Request", bound=Struct)

@@ -14,18 +14,21 @@ from typing import Any
 import grpc
 import grpc.aio
 import numpy as np
+from numpy.typing import NDArray
 
 from protos import tandem_pb2, tandem_pb2_grpc
 from tandem.bench.peers import Failed, Ready, answer
 from tandem.bench.report import percentile
 from tandem.bench.router.children import (
-    TICK_S,
     Answered,
     Ask,
+    Begin,
+    Begun,
     Connect,
     Connected,
     Heard,
     Listen,
+    delays_s,
     requests,
 )
 from tandem.bench.router.texts import texts
@@ -37,7 +40,6 @@ _CALL_S = 60.0
 _BEGIN_S = 30.0
 _MAX_ERRORS = 5
 _ENDLESS = 32_768
-_ENDS = grpc.RpcError
 
 
 class Clients:
@@ -48,6 +50,9 @@ class Clients:
         options = [("grpc.enable_http_proxy", 0), ("grpc.use_local_subchannel_pool", 1)]
         self._channels = [grpc.aio.insecure_channel(f"127.0.0.1:{port}", options=options) for _ in range(_CHANNELS)]
         self._stubs: list[Any] = [tandem_pb2_grpc.TandemStub(channel) for channel in self._channels]
+        self._calls: list[Any] = []
+        self._tasks: list[asyncio.Task[None]] = []
+        self._ears = _Ears(0)
 
     async def close(self) -> None:
         for channel in self._channels:
@@ -72,8 +77,8 @@ class Clients:
                     async for response in self._stubs[number % _CHANNELS].Generate(request, timeout=_CALL_S):
                         if first_s is None and response.HasField("chunk"):
                             first_s = now_s()
-                except _ENDS as error:
-                    errors.append(str(error.code()) if isinstance(error, grpc.aio.AioRpcError) else str(error))
+                except grpc.aio.AioRpcError as error:
+                    errors.append(f"{error.code()}: {error.details()}")
                     return
                 if first_s is None:
                     errors.append("an answer without a token")
@@ -86,27 +91,36 @@ class Clients:
         p50_s = percentile(ttft_s, 50) if ttft_s else 0.0
         return Answered(len(ttft_s) / took_s, p50_s, len(ttft_s), errors[:_MAX_ERRORS])
 
-    async def listen(self, listen: Listen) -> Heard:
-        """Streams that never end by themselves; what comes between the end of `warm_s` and that of `seconds` counts."""
-        heard = _Ears(listen)
-        calls = [self._open(number) for number in range(listen.streams)]
-        tasks = [asyncio.create_task(heard.hear(call)) for call in calls]
+    async def begin(self, streams: int) -> None:
+        """Opens streams that never end by themselves, and waits until each has a token."""
+        ears = self._ears = _Ears(streams)
+        self._calls = [self._open(number) for number in range(streams)]
+        self._tasks = [asyncio.create_task(ears.hear(call)) for call in self._calls]
         try:
             async with asyncio.timeout(_BEGIN_S):
-                await heard.all_begun.wait()
-            await asyncio.sleep(listen.warm_s)
-            began_s = heard.begin()
-            await asyncio.sleep(listen.seconds)
-            took_s = heard.end() - began_s
+                await ears.all_begun.wait()
         except TimeoutError as error:
+            await self._end()
             raise TandemError(
-                f"of {listen.streams} streams {heard.num_begun} have begun after {_BEGIN_S:g} s; {heard.errors[:1]}"
+                f"of {streams} streams {ears.num_begun} have begun after {_BEGIN_S:g} s; errors: {ears.errors[:1]}"
             ) from error
-        finally:
-            for call in calls:
-                call.cancel()
-            await asyncio.gather(*tasks)
-        return heard.found(took_s)
+
+    async def listen(self, listen: Listen) -> Heard:
+        """What the streams get between the end of `warm_s` and that of `seconds`. Ends them."""
+        await asyncio.sleep(listen.warm_s)
+        self._ears.counting = True
+        began_s = now_s()
+        await asyncio.sleep(listen.seconds)
+        self._ears.counting = False
+        took_s = now_s() - began_s
+        await self._end()
+        return self._ears.found(took_s, listen.vocab_size)
+
+    async def _end(self) -> None:
+        self._ears.ending = True
+        for call in self._calls:
+            call.cancel()
+        await asyncio.gather(*self._tasks)
 
     def _open(self, number: int) -> Any:
         prompt = f"{number}. Once upon a time there was a stream without an end."
@@ -116,31 +130,21 @@ class Clients:
 
 
 class _Ears:
-    """What all streams got. Delays are kept per chunk, with how many tokens each holds for."""
+    """What all streams got: of each chunk its ids, which tell when they were sent, and when it came."""
 
-    def __init__(self, listen: Listen) -> None:
-        self._streams = listen.streams
-        self._vocab_size = listen.vocab_size
+    def __init__(self, streams: int) -> None:
         self.num_begun = 0
         self.all_begun = asyncio.Event()
+        self.counting = self.ending = False
         self.errors: list[str] = []
-        self._counts = [0] * listen.streams
-        self._num_heard = 0
-        self._ids: list[np.ndarray[Any, np.dtype[np.int64]]] = []
+        self._counts: list[int] = []
+        self._streams = streams
+        self._ids: list[NDArray[np.int64]] = []
         self._times_s: list[float] = []
-        self._counting = False
-
-    def begin(self) -> float:
-        self._counting = True
-        return now_s()
-
-    def end(self) -> float:
-        self._counting = False
-        return now_s()
 
     async def hear(self, call: Any) -> None:
-        number, begun = self._num_heard, False
-        self._num_heard += 1
+        number, begun = len(self._counts), False
+        self._counts.append(0)
         try:
             async for response in call:
                 time_s = now_s()
@@ -152,26 +156,26 @@ class _Ears:
                     self.num_begun += 1
                     if self.num_begun == self._streams:
                         self.all_begun.set()
-                if self._counting:
+                if self.counting:
                     self._counts[number] += len(ids)
                     self._ids.append(np.array(ids, dtype=np.int64))
                     self._times_s.append(time_s)
-            if not self._counting:
-                return
-            self.errors.append("a stream ended by itself")
+            self._failed("it ended by itself")
         except asyncio.CancelledError:
-            if self._counting:
-                self.errors.append("a stream was cancelled")
-        except _ENDS as error:
-            self.errors.append(str(error.code()) if isinstance(error, grpc.aio.AioRpcError) else str(error))
+            self._failed("it was cancelled")
+        except grpc.aio.AioRpcError as error:
+            self._failed(f"{error.code()}: {error.details()}")
 
-    def found(self, took_s: float) -> Heard:
+    def _failed(self, why: str) -> None:
+        if not self.ending:
+            self.errors.append(f"a stream: {why}")
+
+    def found(self, took_s: float, vocab_size: int) -> Heard:
         if not self._ids:
             raise TandemError(f"no stream got a token for {took_s:.1f} s; errors: {self.errors[:1]}")
         lengths = np.array([len(ids) for ids in self._ids])
-        ticks = np.repeat((np.array(self._times_s) / TICK_S).astype(np.int64), lengths)
-        delays_s = (ticks - np.concatenate(self._ids)) % self._vocab_size * TICK_S
-        p50_s, p99_s = np.percentile(delays_s, (50, 99))
+        times_s = np.repeat(np.array(self._times_s), lengths)
+        p50_s, p99_s = np.percentile(delays_s(np.concatenate(self._ids), times_s, vocab_size), (50, 99))
         return Heard(
             tokens_per_s=sum(self._counts) / took_s,
             delay_p50_s=float(p50_s),
@@ -188,7 +192,7 @@ def main() -> None:
     loop = asyncio.new_event_loop()
     asyncio.set_event_loop(loop)
     clients: Clients | None = None
-    for request in requests(Connect | Ask | Listen):
+    for request in requests(Connect | Ask | Begin | Listen):
         try:
             match request:
                 case Connect():
@@ -198,6 +202,10 @@ def main() -> None:
                 case Ask() as ask:
                     assert clients is not None, "nothing is connected"
                     answer(loop.run_until_complete(clients.ask(ask.clients, ask.seconds, texts(ask.seed))))
+                case Begin(streams=streams):
+                    assert clients is not None, "nothing is connected"
+                    loop.run_until_complete(clients.begin(streams))
+                    answer(Begun())
                 case Listen() as listen:
                     assert clients is not None, "nothing is connected"
                     answer(loop.run_until_complete(clients.listen(listen)))

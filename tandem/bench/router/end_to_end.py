@@ -18,6 +18,8 @@ from tandem.bench.router import children
 from tandem.bench.router.children import (
     Answered,
     Ask,
+    Begin,
+    Begun,
     Connect,
     Connected,
     Heard,
@@ -44,6 +46,8 @@ FRAME_TOKENS = 8
 """Tokens that a worker sends at once, unless the run says otherwise."""
 PREFILLS, DECODES = 5, 3
 _WARM_S = 1.0
+_SLOW_STEP_S = 0.5
+"""Until all streams have begun."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,10 +110,11 @@ class EndToEnd:
         """What `streams` got at `tokens_per_s` together (0: as fast as the workers are acknowledged), and the part of its core
         that the router computed."""
         step_s = streams * frame_tokens / tokens_per_s if tokens_per_s else 0.0
+        self._workers.ask(Pace(1, _SLOW_STEP_S), Paced, "taken a pace")
+        self._clients.ask(Begin(streams), Begun, f"begun {streams} streams")
         self._workers.ask(Pace(frame_tokens, step_s), Paced, "taken a pace")
         before_s = self._used_s()
-        listen = Listen(streams, _WARM_S, seconds, VOCAB_SIZE)
-        heard = self._clients.ask(listen, Heard, f"listened for {seconds:g} s")
+        heard = self._clients.ask(Listen(_WARM_S, seconds, VOCAB_SIZE), Heard, f"listened for {seconds:g} s")
         return heard, (self._used_s() - before_s) / (_WARM_S + seconds)
 
     def _used_s(self) -> float:

@@ -96,6 +96,9 @@ class FakeWorker:
         """From the next step on, which is at `first_step_s`."""
         self._pace = pace
         self._next_step_s = first_step_s
+        if not pace.step_s:
+            for stream in list(self._streams.values()):
+                self._draw(stream)
 
     def tick(self, time_s: float) -> float:
         """Does what is due; returns when to call again."""
