@@ -1,5 +1,5 @@
 """The router of the end-to-end bench: the real server in a process of its own, on one core, with nothing added but its bench's
-questions. They are answered on another thread, which does nothing meanwhile.
+questions. They are read on another thread, which does nothing meanwhile.
 """
 
 from __future__ import annotations
@@ -9,6 +9,8 @@ import os
 import tempfile
 import threading
 import time
+from collections.abc import Sequence
+from concurrent.futures import Future
 from pathlib import Path
 
 from router.server import RouterServer
@@ -16,7 +18,7 @@ from tandem.bench.peers import Failed, Ready, answer
 from tandem.bench.report import percentile
 from tandem.bench.router.children import Open, Opened, Tokenize, Tokenized, Use, Used, requests
 from tandem.bench.router.texts import texts
-from tandem.config import load_config
+from tandem.config import Config, load_config
 from tandem.errors import TandemError
 from tandem.model_files import resolve_model
 from tandem.tokenizer.tokenizer import Tokenizer, load_tokenizer
@@ -27,43 +29,56 @@ _START_S = 30.0
 def main() -> None:
     """Serves until stdin ends."""
     answer(Ready("tandem"))
-    server: RouterServer | None = None
+    asked = requests(Open | Tokenize | Use)
+    opening = next(asked, None)
+    assert opening is None or isinstance(opening, Open), "it has to be opened first"
+    if opening is None:
+        return
+    os.sched_setaffinity(0, {opening.core})
+    try:
+        config = _config(opening.config)
+        tokenizer = load_tokenizer(resolve_model(config.model.path))
+        asyncio.run(_serve(RouterServer(config, tokenizer, drain_s=0.0), tokenizer))
+    except TandemError as error:
+        answer(Failed(str(error)))
+
+
+def _config(text: str) -> Config:
+    with tempfile.TemporaryDirectory(prefix="tandem-bench-") as folder:
+        path = Path(folder) / "config.yaml"
+        path.write_text(text, encoding="utf-8")
+        return load_config(path)
+
+
+async def _serve(server: RouterServer, tokenizer: Tokenizer) -> None:
     stop = threading.Event()
-    thread: threading.Thread | None = None
-    tokenizer: Tokenizer | None = None
-    for request in requests(Open | Tokenize | Use):
+    loop = asyncio.get_running_loop()
+
+    def tokenize(prompts: Sequence[str], done: Future[Tokenized]) -> None:
+        done.set_result(_tokenized(tokenizer, prompts))
+
+    def listen() -> None:
         try:
-            match request:
-                case Open():
-                    os.sched_setaffinity(0, {request.core})
-                    with tempfile.TemporaryDirectory(prefix="tandem-bench-") as folder:
-                        path = Path(folder) / "config.yaml"
-                        path.write_text(request.config, encoding="utf-8")
-                        config = load_config(path)
-                    tokenizer = load_tokenizer(resolve_model(config.model.path))
-                    server = RouterServer(config, tokenizer, drain_s=0.0)
-                    thread = threading.Thread(target=_serve, args=(server, stop), name="router")
-                    thread.start()
-                    if not server.started.wait(_START_S):
-                        raise TandemError(f"the router has not started for {_START_S:g} s")
-                    answer(Opened(server.grpc_port, server.control_port, server.model))
-                case Tokenize(seed=seed):
-                    assert tokenizer is not None, "nothing was opened"
-                    answer(_tokenized(tokenizer, texts(seed)))
-                case Use():
-                    answer(Used(time.process_time()))
-        except TandemError as error:
-            answer(Failed(str(error)))
-    stop.set()
-    if thread is not None:
-        thread.join()
+            if not server.started.wait(_START_S):
+                return
+            answer(Opened(server.grpc_port, server.control_port, server.model))
+            for request in requests(Tokenize | Use):
+                match request:
+                    case Tokenize(seed=seed):
+                        done: Future[Tokenized] = Future()
+                        loop.call_soon_threadsafe(tokenize, texts(seed), done)  # on the thread that does it for requests
+                        answer(done.result())
+                    case Use():
+                        answer(Used(time.process_time()))
+        finally:
+            stop.set()
+
+    listener = threading.Thread(target=listen, name="questions", daemon=True)
+    listener.start()
+    await server.serve(stop)
 
 
-def _serve(server: RouterServer, stop: threading.Event) -> None:
-    asyncio.run(server.serve(stop))
-
-
-def _tokenized(tokenizer: Tokenizer, prompts: list[str]) -> Tokenized:
+def _tokenized(tokenizer: Tokenizer, prompts: Sequence[str]) -> Tokenized:
     took_s = []
     for prompt in prompts:
         began_s = time.perf_counter()
