@@ -42,7 +42,7 @@ class Tokenize(Struct, tag="tokenize", tag_field="t"):
 
 
 class Tokenized(Struct, tag="tokenized", tag_field="t"):
-    """Router →."""
+    """Router →. The rate is that of a core, `p50_s` what passed for one text."""
 
     texts_per_s: Annotated[float, Meta(gt=0)]
     p50_s: float
@@ -72,7 +72,7 @@ class Joined(Struct, tag="joined", tag_field="t"):
 
 
 class Pace(Struct, tag="pace", tag_field="t"):
-    """→ fake workers: from now on streams get frames of so many tokens, each `step_s` one; 0: as soon as the one before the last is
+    """→ fake workers: from now on a stream gets a frame of so many tokens each `step_s`; 0: as soon as the one before the last is
     acknowledged."""
 
     frame_tokens: int
@@ -131,14 +131,12 @@ class Listen(Struct, tag="listen", tag_field="t"):
 
 
 class Heard(Struct, tag="heard", tag_field="t"):
-    """Clients →. `delay_*` are from the worker's send to the client's receipt of a token, `chunk_tokens` how many came at once."""
+    """Clients →. `delay_*` is from a worker's send to the client's receipt of a token, `chunk_tokens` how many came at once."""
 
     tokens_per_s: float
     delay_p50_s: float
     delay_p99_s: float
     chunk_tokens: float
-    least_tokens: int
-    """Of the stream that got least."""
     errors: list[str]
 
 
@@ -156,13 +154,17 @@ def delays_s(token_ids: NDArray[np.int64], times_s: NDArray[np.float64], vocab_s
     return (times_s / TICK_S - token_ids) % vocab_size * TICK_S
 
 
+ToRouter = Open | Tokenize | Use
+ToWorkers = Join | Pace
+ToClients = Connect | Ask | Begin | Listen
+
 _Request = TypeVar("_Request", bound=Struct)
 
 
-def requests(kind: type[_Request]) -> Iterator[_Request]:
+def requests(decoder: msgspec.json.Decoder[_Request]) -> Iterator[_Request]:
     """In a child: what the parent says, until it closes the line."""
     for line in sys.stdin.buffer:
-        yield msgspec.json.decode(line, type=kind)
+        yield decoder.decode(line)
 
 
 def child(name: str, module: str) -> Peer:

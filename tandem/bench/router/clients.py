@@ -9,10 +9,11 @@ import asyncio
 import os
 from collections.abc import Sequence
 from itertools import count
-from typing import Any
+from typing import Any, cast
 
 import grpc
 import grpc.aio
+import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
@@ -28,6 +29,7 @@ from tandem.bench.router.children import (
     Connected,
     Heard,
     Listen,
+    ToClients,
     delays_s,
     requests,
 )
@@ -39,6 +41,7 @@ _CHANNELS = 4
 _CALL_S = 60.0
 _BEGIN_S = 30.0
 _MAX_ERRORS = 5
+_decoder: msgspec.json.Decoder[ToClients] = msgspec.json.Decoder(ToClients)
 _ENDLESS = 32_768
 
 
@@ -49,7 +52,7 @@ class Clients:
         # Channels that are alike share a connection unless they are told not to.
         options = [("grpc.enable_http_proxy", 0), ("grpc.use_local_subchannel_pool", 1)]
         self._channels = [grpc.aio.insecure_channel(f"127.0.0.1:{port}", options=options) for _ in range(_CHANNELS)]
-        self._stubs: list[Any] = [tandem_pb2_grpc.TandemStub(channel) for channel in self._channels]
+        self._stubs: list[Any] = [tandem_pb2_grpc.TandemStub(cast("grpc.Channel", own)) for own in self._channels]
         self._calls: list[Any] = []
         self._tasks: list[asyncio.Task[None]] = []
         self._ears = _Ears(0)
@@ -173,6 +176,8 @@ class _Ears:
     def found(self, took_s: float, vocab_size: int) -> Heard:
         if not self._ids:
             raise TandemError(f"no stream got a token for {took_s:.1f} s; errors: {self.errors[:1]}")
+        if silent := self._counts.count(0):
+            self.errors.append(f"{silent} streams got nothing for {took_s:.1f} s")
         lengths = np.array([len(ids) for ids in self._ids])
         times_s = np.repeat(np.array(self._times_s), lengths)
         p50_s, p99_s = np.percentile(delays_s(np.concatenate(self._ids), times_s, vocab_size), (50, 99))
@@ -181,7 +186,6 @@ class _Ears:
             delay_p50_s=float(p50_s),
             delay_p99_s=float(p99_s),
             chunk_tokens=float(lengths.mean()),
-            least_tokens=min(self._counts),
             errors=self.errors[:_MAX_ERRORS],
         )
 
@@ -192,7 +196,7 @@ def main() -> None:
     loop = asyncio.new_event_loop()
     asyncio.set_event_loop(loop)
     clients: Clients | None = None
-    for request in requests(Connect | Ask | Begin | Listen):
+    for request in requests(_decoder):
         try:
             match request:
                 case Connect():

@@ -1,13 +1,13 @@
 """The real router process between fake workers and gRPC clients: what it adds to a request, and what goes through its core.
 
-Owns the processes' places (the router has a core for itself as far as the machine lets it), the order of what is measured, and the
-goals. The workers compute nothing, so whatever takes time is the router, gRPC, ZeroMQ, and the machine.
+Owns the processes' places (the router has a core for itself as far as the machine lets it), the order of what is measured, and
+the goals. The workers compute nothing, so whatever takes time is the router, gRPC, ZeroMQ, and the machine.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from statistics import median
@@ -36,6 +36,8 @@ from tandem.bench.router.children import (
     Used,
 )
 from tandem.bench.router.fake_workers import VOCAB_SIZE
+from tandem.bench.router.texts import TEXT_BYTES
+from tandem.clock import now_s
 from tandem.config import Config, dump_config
 
 TO_TOKENIZER = 0.6
@@ -72,7 +74,9 @@ class EndToEnd:
         cores = sorted(os.sched_getaffinity(0))
         others = cores[1:] or cores
         limits = config.limits.model_copy(update={"max_active_requests": max(1024, config.limits.max_active_requests)})
-        ports = config.router.model_copy(update={"host": "127.0.0.1", "grpc_port": 0, "control_port": 0, "metrics_port": 0})
+        ports = config.router.model_copy(
+            update={"host": "127.0.0.1", "grpc_port": 0, "control_port": 0, "metrics_port": 0}
+        )
         served = config.model_copy(update={"router": ports, "limits": limits})
         with ExitStack() as running:
             self._router = running.enter_context(children.child("the router", "router_process"))
@@ -101,21 +105,23 @@ class EndToEnd:
 
     def ask(self, clients: int, seconds: float, seed: int) -> tuple[Answered, float]:
         """What `clients` at a time found, and the part of its core that the router computed."""
-        before_s = self._used_s()
+        self._pace(1, 0.0)
+        before_s, began_s = self._used_s(), now_s()
         answered = self._clients.ask(Ask(clients, seconds, seed), Answered, f"asked for {seconds:g} s")
-        took_s = answered.num_requests / answered.requests_per_s if answered.num_requests else seconds
-        return answered, (self._used_s() - before_s) / took_s
+        return answered, (self._used_s() - before_s) / (now_s() - began_s)
 
     def listen(self, streams: int, seconds: float, frame_tokens: int, tokens_per_s: float) -> tuple[Heard, float]:
         """What `streams` got at `tokens_per_s` together (0: as fast as the workers are acknowledged), and the part of its core
         that the router computed."""
-        step_s = streams * frame_tokens / tokens_per_s if tokens_per_s else 0.0
-        self._workers.ask(Pace(1, _SLOW_STEP_S), Paced, "taken a pace")
+        self._pace(1, _SLOW_STEP_S)
         self._clients.ask(Begin(streams), Begun, f"begun {streams} streams")
-        self._workers.ask(Pace(frame_tokens, step_s), Paced, "taken a pace")
-        before_s = self._used_s()
+        self._pace(frame_tokens, streams * frame_tokens / tokens_per_s if tokens_per_s else 0.0)
+        before_s, began_s = self._used_s(), now_s()
         heard = self._clients.ask(Listen(_WARM_S, seconds, VOCAB_SIZE), Heard, f"listened for {seconds:g} s")
-        return heard, (self._used_s() - before_s) / (_WARM_S + seconds)
+        return heard, (self._used_s() - before_s) / (now_s() - began_s)
+
+    def _pace(self, frame_tokens: int, step_s: float) -> None:
+        self._workers.ask(Pace(frame_tokens, step_s), Paced, "taken a pace")
 
     def _used_s(self) -> float:
         return self._router.ask(Use(), Used, "said what it used").cpu_s
@@ -147,15 +153,16 @@ def run(
     yield from metrics(found, clients=clients, streams=streams, frame_tokens=frame_tokens)
 
 
-def metrics(found: list[Round], *, clients: int, streams: int, frame_tokens: int) -> Iterator[Metric]:
+def metrics(found: Sequence[Round], *, clients: int, streams: int, frame_tokens: int) -> Iterator[Metric]:
     """From what was found round by round."""
     errors = [e for r in found for part in (r.many, r.alone, r.most, r.steady) for e in part.errors]
-    ratio = median([r.many.requests_per_s / r.tokenized.texts_per_s for r in found])
+    a_core = [r.many.requests_per_s / r.many_use for r in found]
+    ratio = median([rate / r.tokenized.texts_per_s for rate, r in zip(a_core, found, strict=True)])
     yield metric(
         "e2e_requests",
-        [r.many.requests_per_s for r in found],
-        "requests/s",
-        reference=f"the tokenizer alone on the same texts of 4 KiB; {clients} clients, 1 token each",
+        a_core,
+        "requests/s of a core",
+        reference=f"its tokenizer alone on the same texts of {TEXT_BYTES} bytes; {clients} clients, answers of 1 token",
         reference_values=[r.tokenized.texts_per_s for r in found],
         goal=f"ratio >= {TO_TOKENIZER:g}",
         ok=ratio >= TO_TOKENIZER,
@@ -192,7 +199,10 @@ def metrics(found: list[Round], *, clients: int, streams: int, frame_tokens: int
         ok=median(p50_ms) <= DELAY_MS,
     )
     yield metric("e2e_delay_p99", [1e3 * r.steady.delay_p99_s for r in found], "ms", reference="the same")
-    uses = {"requests": [r.many_use for r in found], "tokens": [r.most_use for r in found], "steady": [r.steady_use for r in found]}
-    for name, values in uses.items():
+    for name, values in (
+        ("requests", [r.many_use for r in found]),
+        ("tokens", [r.most_use for r in found]),
+        ("steady", [r.steady_use for r in found]),
+    ):
         yield metric(f"e2e_{name}_core", values, "of a core", reference="what the router's process computed meanwhile")
     yield metric("e2e_errors", [len(errors)], "requests", reference="; ".join(errors[:1]), goal="0", ok=not errors)

@@ -1,8 +1,8 @@
 """Workers without a model, all in one process, on one thread: what a router sees of real ones, at no cost.
 
-Owns the workers' side of the control protocol: hello and heartbeats, dispatches taken at once, reports, tokens kept until they are
-acknowledged and sent again when asked for. A prompt is computed in no time, and a stream gets its tokens at the pace that the
-bench sets. A token's id tells when it was sent (`children.sent_at`). They publish no KV events and serve no blocks.
+Owns the workers' side of the control protocol: hello and heartbeats, dispatches taken at once, reports, tokens kept until they
+are acknowledged and sent again when asked for. A prompt is computed in no time, and a stream gets its tokens at the pace that
+the bench sets. A token's id tells when it was sent (`children.sent_at`). They publish no KV events and serve no blocks.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ from protos.control import (
     Hello,
     Load,
     Resend,
+    Role,
     RoleReport,
     RoutingGroup,
     StepPrices,
@@ -39,7 +40,7 @@ from protos.control import (
 )
 from tandem.bench.peers import Failed as Said
 from tandem.bench.peers import Ready, answer
-from tandem.bench.router.children import Join, Joined, Pace, Paced, sent_at
+from tandem.bench.router.children import Join, Joined, Pace, Paced, ToWorkers, sent_at
 from tandem.clock import now_s
 from tandem.errors import TandemError
 from tandem.unacknowledged import Unacknowledged
@@ -55,8 +56,10 @@ _WELCOME_S = 30.0
 _MAX_WAIT_MS = 100
 _WINDOW = 2
 """Frames of a stream that may be unacknowledged when its pace is that of the acknowledgements."""
-VOCAB_SIZE = 32_768
-"""Ids that tell times; every vocabulary has as many."""
+VOCAB_SIZE = 32_000
+"""Ids that tell times; nearly every vocabulary has as many."""
+
+_decoder: msgspec.json.Decoder[ToWorkers] = msgspec.json.Decoder(ToWorkers)
 
 
 @dataclass(slots=True)
@@ -114,7 +117,7 @@ class FakeWorker:
         return min(due_s, self._next_step_s)
 
     def _hello(self) -> Hello:
-        role = "prefill" if self.name.startswith("prefill") else "decode"
+        role: Role = "prefill" if self.name.startswith("prefill") else "decode"
         return Hello(PROTOCOL_VERSION, self.name, role, self._epoch, os.getpid(), _ENDPOINTS, _CAPACITY, _GROUP)
 
     def _heartbeat(self, router: int) -> Heartbeat:
@@ -224,11 +227,11 @@ class _Line:
         self._rest = b""
         self.ended = False
 
-    def read(self) -> list[Join | Pace]:
+    def read(self) -> list[ToWorkers]:
         part = os.read(self.fd, 65_536)
         self.ended = not part
         *lines, self._rest = (self._rest + part).split(b"\n")
-        return [msgspec.json.decode(line, type=Join | Pace) for line in lines]
+        return [_decoder.decode(line) for line in lines]
 
 
 def main() -> None:
@@ -238,7 +241,7 @@ def main() -> None:
     context = zmq.Context[zmq.Socket[bytes]]()
     poller.register(line.fd, zmq.POLLIN)
     workers: dict[zmq.Socket[bytes], FakeWorker] = {}
-    requests: deque[Join | Pace] = deque()
+    requests: deque[ToWorkers] = deque()
     joined_by_s: float | None = None
     try:
         while not line.ended:

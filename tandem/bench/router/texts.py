@@ -5,6 +5,7 @@ Owns where they come from. They share words and no beginning, so no prompt is a 
 
 from __future__ import annotations
 
+from functools import lru_cache
 from pathlib import Path
 from random import Random
 
@@ -16,7 +17,8 @@ NUM_TEXTS = 256
 _MAX_WORDS = TEXT_BYTES // 2
 
 
-def texts(seed: int) -> list[str]:
+@lru_cache(maxsize=4)
+def texts(seed: int) -> tuple[str, ...]:
     """`NUM_TEXTS` texts of `TEXT_BYTES` bytes each, the same for the same seed. Raises ConfigError without a checkout."""
     if not TEXT.is_file():
         raise ConfigError(f"{TEXT} is not there: the router's end-to-end bench needs a checkout of Tandem's source")
@@ -26,4 +28,4 @@ def texts(seed: int) -> list[str]:
     for number in range(NUM_TEXTS):
         at = random.randrange(len(words) - _MAX_WORDS)
         found.append(f"{number}. {' '.join(words[at : at + _MAX_WORDS])}"[:TEXT_BYTES])
-    return found
+    return tuple(found)
