@@ -132,6 +132,8 @@ class ControlPlane:
 
     def _flush(self) -> None:
         outbox, self._outbox = self._outbox, []
+        if self._socket.closed:
+            return
         for process, epoch, data in outbox:
             try:
                 self._socket.send_multipart([identity(process, epoch), data], zmq.NOBLOCK)

@@ -62,6 +62,8 @@ class Round:
     alone: Answered
     most: Heard
     most_use: float
+    single: Heard
+    single_use: float
     steady: Heard
     steady_use: float
 
@@ -137,7 +139,7 @@ def run(
     rounds: int = 3,
     say: Say,
 ) -> Iterator[Metric]:
-    """Measures `rounds` rounds, about three times `seconds` each, and yields what was found. The router serves with the
+    """Measures `rounds` rounds, about five times `seconds` each, and yields what was found. The router serves with the
     tokenizer of the configured model. Raises TandemError if the model is not on this machine."""
     found: list[Round] = []
     with EndToEnd(config) as bench:
@@ -148,14 +150,17 @@ def run(
             many, many_use = bench.ask(clients, seconds, number)
             alone, _ = bench.ask(1, min(2.0, seconds), number)
             most, most_use = bench.listen(streams, seconds, frame_tokens, 0.0)
+            single, single_use = bench.listen(streams, seconds, 1, 0.0)
             steady, steady_use = bench.listen(streams, seconds, frame_tokens, TOKENS_PER_S)
-            found.append(Round(tokenized, many, many_use, alone, most, most_use, steady, steady_use))
+            found.append(
+                Round(tokenized, many, many_use, alone, most, most_use, single, single_use, steady, steady_use)
+            )
     yield from metrics(found, clients=clients, streams=streams, frame_tokens=frame_tokens)
 
 
 def metrics(found: Sequence[Round], *, clients: int, streams: int, frame_tokens: int) -> Iterator[Metric]:
     """From what was found round by round."""
-    errors = [e for r in found for part in (r.many, r.alone, r.most, r.steady) for e in part.errors]
+    errors = [e for r in found for part in (r.many, r.alone, r.most, r.single, r.steady) for e in part.errors]
     a_core = [r.many.requests_per_s / r.many_use for r in found]
     ratio = median([rate / r.tokenized.texts_per_s for rate, r in zip(a_core, found, strict=True)])
     yield metric(
@@ -187,6 +192,12 @@ def metrics(found: Sequence[Round], *, clients: int, streams: int, frame_tokens:
         goal=f">= {TOKENS_PER_S}",
         ok=median(most) >= TOKENS_PER_S,
     )
+    yield metric(
+        "e2e_single",
+        [r.single.tokens_per_s for r in found],
+        "tokens/s",
+        reference=f"{streams} streams, a token a frame, as fast as they are acknowledged",
+    )
     steady = [r.steady.tokens_per_s for r in found]
     yield metric("e2e_steady", steady, "tokens/s", reference=f"{shape}, {TOKENS_PER_S} tokens/s are sent")
     p50_ms = [1e3 * r.steady.delay_p50_s for r in found]
@@ -202,6 +213,7 @@ def metrics(found: Sequence[Round], *, clients: int, streams: int, frame_tokens:
     for name, values in (
         ("requests", [r.many_use for r in found]),
         ("tokens", [r.most_use for r in found]),
+        ("single", [r.single_use for r in found]),
         ("steady", [r.steady_use for r in found]),
     ):
         yield metric(f"e2e_{name}_core", values, "of a core", reference="what the router's process computed meanwhile")
