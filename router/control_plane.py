@@ -79,6 +79,7 @@ class ControlPlane:
         self._socket.setsockopt(zmq.ROUTER_HANDOVER, 1)
         self._subscriptions: dict[tuple[str, bytes], tuple[SocketReader, zmq.Socket[bytes]]] = {}
         self._replays: dict[tuple[str, bytes], asyncio.Task[None]] = {}
+        self._outbox: list[tuple[str, bytes, bytes]] = []
         self.num_undecodable = 0
 
     @staticmethod
@@ -123,12 +124,22 @@ class ControlPlane:
         self._handlers.on_message(*who, message)
 
     def send(self, process: str, epoch: bytes, message: FromRouter) -> None:
-        """Sends without waiting; if that is impossible the process is reported closed."""
-        try:
-            self._socket.send_multipart([identity(process, epoch), control.encode(message)], zmq.NOBLOCK)
-        except zmq.ZMQError as error:
-            log.info("can't send to %s: %s", process, error)
-            asyncio.get_running_loop().call_soon(self._handlers.on_closed, process, epoch)
+        """Sends without waiting, together with whatever else this turn of the event loop sends; if that is impossible the process
+        is reported closed."""
+        if not self._outbox:
+            asyncio.get_running_loop().call_soon(self._flush)
+        self._outbox.append((process, epoch, control.encode(message)))
+
+    def _flush(self) -> None:
+        outbox, self._outbox = self._outbox, []
+        if self._socket.closed:
+            return
+        for process, epoch, data in outbox:
+            try:
+                self._socket.send_multipart([identity(process, epoch), data], zmq.NOBLOCK)
+            except zmq.ZMQError as error:
+                log.info("can't send to %s: %s", process, error)
+                self._handlers.on_closed(process, epoch)
         if self._reader is not None:
             self._reader.again()
 
@@ -202,6 +213,7 @@ class ControlPlane:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
+        self._flush()
         if self._reader is not None:
             self._reader.close()
         self._socket.close(linger=LAST_WORDS_MS)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import pytest
@@ -13,11 +13,12 @@ import zmq
 import zmq.asyncio
 
 from protos import kv_events
-from protos.control import Endpoints
+from protos.control import Endpoints, Goodbye, Refused, decode_from_router, encode
 from protos.kv_events import BlockStored, EventBatch
 from router import control_plane
 from router.actions import Replay
 from router.control_plane import ControlPlane, Handlers
+from tandem.zmq_io import identity
 
 EPOCH = b"1" * 8
 BATCH = kv_events.encode_batch(EventBatch(0.0, [BlockStored([b"k" * 16], None, [], 4)], epoch=EPOCH))
@@ -90,5 +91,46 @@ def test_a_replay_that_falls_silent_is_said_to_be_incomplete(monkeypatch: pytest
             await until(lambda: heard.ends == [False])
         finally:
             await control.close()
+
+    asyncio.run(story())
+
+
+def test_what_is_sent_in_one_turn_arrives_in_order_and_an_unreachable_process_is_reported_closed() -> None:
+    async def story() -> None:
+        closed: list[str] = []
+        came: list[str] = []
+        handlers = replace(
+            Heard().handlers(),
+            on_closed=lambda process, _: closed.append(process),
+            on_message=lambda process, *_: came.append(process),
+        )
+        control = ControlPlane("127.0.0.1", 0, handlers)
+        port = control.bind()
+        control.listen()
+        context = zmq.asyncio.Context()
+        worker: Any = context.socket(zmq.DEALER)
+        worker.setsockopt(zmq.IDENTITY, identity("a", EPOCH))
+        try:
+            worker.connect(f"tcp://127.0.0.1:{port}")
+            await worker.send(encode(Goodbye("a", EPOCH)))
+            await until(lambda: came == ["a"])
+            for number in range(100):
+                control.send("a", EPOCH, Refused(reason=str(number)))
+                if number == 50:
+                    control.send("nobody", EPOCH, Refused(reason=""))
+            assert closed == [], "nothing is reported from within a send"
+            async with asyncio.timeout(10.0):
+                got = [decode_from_router(await worker.recv()) for _ in range(100)]
+            assert got == [Refused(reason=str(number)) for number in range(100)]
+            assert closed == ["nobody"]
+
+            control.send("a", EPOCH, Refused(reason="last words"))
+            await control.close()
+            async with asyncio.timeout(10.0):
+                assert decode_from_router(await worker.recv()) == Refused(reason="last words")
+        finally:
+            worker.close(linger=0)
+            await control.close()
+            context.term()
 
     asyncio.run(story())

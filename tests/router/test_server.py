@@ -94,9 +94,19 @@ class Stream:
 
 
 class FakeWorker:
-    """A worker's side of the control protocol on a thread of its own, with a fake model. `step_s` is a token's time."""
+    """A worker's side of the control protocol on a thread of its own, with a fake model. `step_s` is a token's time; `remembers`
+    are keys of which a replay tells from the first."""
 
-    def __init__(self, port: int, name: str, role: Role, *, step_s: float = 0.0, tamper: Any = None) -> None:
+    def __init__(
+        self,
+        port: int,
+        name: str,
+        role: Role,
+        *,
+        step_s: float = 0.0,
+        tamper: Any = None,
+        remembers: tuple[bytes, ...] = (),
+    ) -> None:
         self.name, self.role, self.step_s = name, role, step_s
         self.epoch = name.encode().ljust(8, b"_")[:8]
         self.tamper: Callable[[Tokens], list[Tokens]] = tamper or (lambda message: [message])
@@ -115,6 +125,8 @@ class FakeWorker:
             replay=f"tcp://127.0.0.1:{self._replay.bind_to_random_port('tcp://127.0.0.1')}",
         )
         self.batches: list[bytes] = []
+        if remembers:
+            self.remember(*remembers)
         self._thread = threading.Thread(target=self._run, daemon=True)
         self._thread.start()
 
@@ -652,9 +664,8 @@ def test_a_defect_in_the_core_ends_neither_a_subscription_nor_a_replay(
         monkeypatch.setattr(core, name, failing(name))
     ended: list[bool] = []
     monkeypatch.setattr(core.index, "on_replay_end", lambda process, epoch, complete: ended.append(complete))
-    holder = FakeWorker(router.server.control_port, "decode-0", "decode")
+    holder = FakeWorker(router.server.control_port, "decode-0", "decode", remembers=(b"k" * 16,))
     router.workers.append(holder)
-    holder.remember(b"k" * 16)
     wait_for(lambda: True in ended)
     wait_for(lambda: bool(holder.publish(b"l" * 16)) or calls.count("on_events") >= 2)
     assert "on_replayed" in calls
