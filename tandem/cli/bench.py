@@ -343,16 +343,34 @@ def router(
     holders: Annotated[int, typer.Option(min=1, help="Workers that hold each prompt of 64 blocks.")] = 8,
     rounds: Annotated[int, typer.Option(min=1, max=1000, help="Each with other blocks.")] = 3,
     against: Annotated[str, typer.Option(help="dynamo: in turns with Tandem. `make peers` installs it.")] = "",
+    end_to_end: Annotated[
+        bool,
+        typer.Option(
+            "--end-to-end",
+            help="Instead: the router's process between fake workers and gRPC clients; the other options but --rounds don't apply.",
+        ),
+    ] = False,
+    config_path: ConfigOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """The router on one core. Its prefix index: how soon it says which worker holds how much of a prompt, how many events a
     second it takes in, and its memory. Whole decisions: from a prompt's tokens to the dispatches, with everything that is
     counted, and freed again.
 
+    With --end-to-end: requests of 4 kB of text a second, what is added to one request, and tokens a second to 256 streams.
+
     Takes some twenty seconds a round. The exit code is 1 if a goal isn't reached.
     """
+    from tandem.bench.router import end_to_end as whole
     from tandem.bench.router import run as bench
 
+    if end_to_end:
+        if against:
+            raise ConfigError(f"--against {against} can't be given with --end-to-end")
+        if as_json:
+            print_json(header())
+        _print(whole.run(load_config(config_path), rounds=rounds, say=_say), as_json)
+        return
     compared = bench.named(_names(against)) if against else False
     if as_json:
         print_json(header() | {"router": {"workers": workers, "entries": entries, "holders": holders}})
