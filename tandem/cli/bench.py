@@ -347,7 +347,7 @@ def router(
         bool,
         typer.Option(
             "--end-to-end",
-            help="Instead: the router's process between fake workers and gRPC clients; the other options but --rounds don't apply.",
+            help="Instead: the router's process between fake workers and gRPC clients; of the other options --rounds applies.",
         ),
     ] = False,
     config_path: ConfigOption = None,
