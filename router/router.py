@@ -30,7 +30,6 @@ Failed or Aborted.
 
 from __future__ import annotations
 
-import math
 import random
 from dataclasses import dataclass
 
@@ -50,7 +49,6 @@ from protos.control import (
     Refused,
     Resend,
     RoleReport,
-    RoutingGroup,
     Tokens,
     ToRouter,
     Welcome,
@@ -67,12 +65,13 @@ from router.actions import (
     TokensEvent,
     Unsubscribe,
 )
-from router.admission import BATCH, INTERACTIVE, Admission, Held, Slo
+from router.admission import BATCH, INTERACTIVE, Slo
 from router.approximate import Approximate
 from router.fleet import Fleet
 from router.journal import PROBE_S, Accepted, DispatchRecord, Gap, Journal, Outcome, Record, Request, Run
+from router.line import Line
 from router.membership import Changed, Joined, Lost, Member, Membership, Rejected, own_tier
-from router.planner import EXPECTED_ANSWER_TOKENS, Planner, send_first_tokens
+from router.planner import Planner, send_first_tokens
 from router.policy.base import Policy
 from router.policy.seconds import PredictedSeconds
 from router.prefix_index import MAX_KEYS, PrefixIndex
@@ -151,7 +150,6 @@ class RouterCore:
         self.index = PrefixIndex(settings.max_index_keys)
         self._approximate = Approximate(self.index)
         self.fleet = Fleet()
-        self.admission = Admission()
         self.journal = Journal()
         self._planner = Planner(
             membership=self.membership,
@@ -161,6 +159,9 @@ class RouterCore:
             policy=policy or PredictedSeconds(),
             rng=rng,
             hold_s=settings.hold_s,
+        )
+        self._line = Line(
+            self._planner, self.fleet, self.journal, interactive=settings.interactive, batch=settings.batch
         )
         self._rng = rng
         self._waiting: dict[str, None] = {}
@@ -184,7 +185,7 @@ class RouterCore:
     @property
     def num_waiting(self) -> int:
         """Requests that wait for a worker, or for room at one."""
-        return len(self._waiting) + len(self.admission)
+        return len(self._waiting) + len(self._line)
 
     def max_model_len(self) -> int:
         """Tokens of prompt and answer together; 0 while no worker has said its limit and none is configured."""
@@ -198,24 +199,16 @@ class RouterCore:
 
         Raises Overloaded if too many are active and InvalidRequest if the prompt is longer than the context.
         """
-        if len(self.journal) >= self.settings.max_active_requests:
-            retry_s = self._retry_s()
-            raise Overloaded(
-                f"{len(self.journal)} requests are active, the limit is {self.settings.max_active_requests}; retry in "
-                f"{retry_s:.1f} s",
-                retry_s,
-            )
+        self._line.check_place(self.settings.max_active_requests)
         self._check_context(request)
         record = self.journal.open(request, now_s)
-        late_s = self._late_s(record, now_s) if self.settings.reject_late else 0.0
-        if late_s > 0.0:
-            self.journal.drop(record)
-            slo_s = self._slo_s(record)
-            retry_s = math.ceil(10.0 * late_s) / 10.0
-            raise Overloaded(
-                f"its first token is predicted after {slo_s + late_s:.2f} s, the SLO is {slo_s:g} s; retry in {retry_s:g} s",
-                retry_s,
-            )
+        group = self.membership.served_group
+        if self.settings.reject_late and group is not None:
+            try:
+                self._line.check_slo(record, group, now_s)
+            except Overloaded:
+                self.journal.drop(record)
+                raise
         return self._plan(record, now_s)
 
     def cancel(self, request_id: str, now_s: float, error: TandemError | None = None) -> list[Action]:
@@ -542,9 +535,9 @@ class RouterCore:
         self._release_ended(record, now_s)
         for dispatch in list(record.dispatches.values()):
             actions.append(self._abort(record, dispatch, "the request has ended", now_s))
-        self.num_left_waiting += record.request_id in self._waiting or record.request_id in self.admission
+        self.num_left_waiting += record.request_id in self._waiting or record.request_id in self._line
         self._waiting.pop(record.request_id, None)
-        self.admission.remove(record.request_id)
+        self._line.remove(record.request_id)
         outcome: Outcome = "completed"
         if error is not None:
             outcome = "cancelled" if isinstance(error, Cancelled) else "failed"
@@ -625,90 +618,23 @@ class RouterCore:
             sent = self._planner.dispatch(record, group, now_s, wait=False)
             assert not isinstance(sent, float), "it may not wait"
             return sent
-        if record.request_id not in self.admission:
-            self._line_up(record, group, now_s)
+        if record.request_id not in self._line:
+            self._line.enter(record, group, now_s)
         return self._release(now_s)
-
-    def _line_up(self, record: Record, group: RoutingGroup, now_s: float) -> None:
-        """Into the line for room. One that was dispatched before keeps its place."""
-        again = bool(record.sent)
-        uncached = self._planner.uncached_tokens(record, group)
-        slo = self._slo(record)
-        record.tpot_s = slo.tpot_s
-        held = self.admission.add(
-            record.request_id,
-            record.request.tenant,
-            slo.first_token_s(uncached),
-            self._work_s(uncached, len(record.request.prompt)),
-            self._num_computing(),
-            now_s,
-            record.due_s if again else None,
-        )
-        record.due_s = held.due_s
 
     def _release(self, now_s: float) -> list[Action]:
         """Dispatches those in line for which there is room."""
-        if not self.admission:
+        if not self._line:
             return []
         group = self.membership.served_group
         actions: list[Action] = []
         if group is None or not len(self.fleet.decodes):
-            for request_id in self.admission:
-                self.admission.remove(request_id)
+            for request_id in self._line:
+                self._line.remove(request_id)
                 record = self.journal.get(request_id)
                 actions += self._wait(record, now_s) if record is not None else []
             return actions
-
-        def dispatch(held: Held) -> float:
-            record = self.journal.get(held.request_id)
-            assert record is not None, "the line holds an ended request"
-            record.due_s = held.due_s
-            sent = self._planner.dispatch(record, group, now_s)
-            if isinstance(sent, float):
-                return sent
-            actions.extend(sent)
-            return 0.0
-
-        self.admission.release(now_s, dispatch)
-        return actions
-
-    def _slo(self, record: Record) -> Slo:
-        return self.settings.batch if record.request.batch else self.settings.interactive
-
-    def _slo_s(self, record: Record) -> float:
-        group = self.membership.served_group
-        uncached = self._planner.uncached_tokens(record, group) if group is not None else len(record.request.prompt)
-        return self._slo(record).first_token_s(uncached)
-
-    def _num_computing(self) -> int:
-        """Workers that compute prompts."""
-        return len(self.fleet.prefills) or len(self.fleet.decodes)
-
-    def _work_s(self, num_tokens: int, num_prompt_tokens: int) -> float:
-        """What it takes to compute the last `num_tokens` of a prompt, at the first worker: they are taken to be alike."""
-        workers = self.fleet.workers
-        pairs = num_tokens * (num_prompt_tokens - num_tokens / 2)
-        return self.fleet.compute_s(int(workers[0]), num_tokens, pairs) if len(workers) else 0.0
-
-    def _late_s(self, record: Record, now_s: float) -> float:
-        """By how much a request that came now is predicted to miss its SLO: what is due before it, by as many as compute."""
-        group = self.membership.served_group
-        if group is None or not len(self.fleet.workers):
-            return 0.0
-        uncached = self._planner.uncached_tokens(record, group)
-        slo_s = self._slo(record).first_token_s(uncached)
-        due_s = self.admission.due_s(record.request.tenant, slo_s, now_s)
-        waits_s, _ = self.fleet.waits_s(self.fleet.workers, due_s, now_s)
-        own_s = self._work_s(uncached, len(record.request.prompt))
-        queued_s = self.admission.ahead_s(due_s) / max(1, self._num_computing())
-        return float(waits_s.min()) + queued_s + own_s + self.fleet.overhead_s - slo_s
-
-    def _retry_s(self) -> float:
-        """When a place is predicted to be free: requests end about evenly."""
-        answer = self.fleet.answer_tokens or EXPECTED_ANSWER_TOKENS
-        steps = [self.fleet.step_s(number) for number in self.fleet.decodes.tolist()]
-        each_s = answer * (sum(steps) / len(steps)) if steps else 1.0
-        return max(0.1, each_s / max(1, len(self.journal)))
+        return self._line.release(group, now_s)
 
     def _learn_overhead(self, record: Record) -> None:
         """What the first token took beyond what its worker took for it: messages and the like. Known once both the token and the
