@@ -97,7 +97,8 @@ class _Account:
     serves_blocks: bool
     slab_bytes: int
     prices: StepPrices | None = None
-    """As last reported."""
+    """As last reported, like `speeds`: of fetches, of the DISK tier."""
+    speeds: tuple[float, float] = (0.0, 0.0)
     serial: int = 0
     own: dict[Fence, _Own] = field(default_factory=dict)
     line: list[_Own] = field(default_factory=list)
@@ -105,6 +106,8 @@ class _Account:
     excess_s: float = 0.0
     """What the worker has to compute beyond our predictions: others' prompts, and our errors, and what is left of a step whose
     prompt was overtaken. First in line."""
+    has_slots: bool = False
+    """Whether its slots say anything."""
     overtaken: _Own | None = None
     """Whose step it is, if it is a step."""
 
@@ -273,10 +276,12 @@ class Fleet:
             for columns, is_known, new in zip(_PRICES, known, values, strict=True):
                 if is_known:
                     self.table[columns, number] = new
-        if load.fetch_bytes_per_s:
-            self.table[FETCH_RATE, number] = load.fetch_bytes_per_s
-        if load.disk_bytes_per_s:
-            self.table[DISK_RATE, number] = load.disk_bytes_per_s
+        speeds = (load.fetch_bytes_per_s, load.disk_bytes_per_s)
+        if speeds != account.speeds:
+            account.speeds = speeds
+            for column, speed in zip((FETCH_RATE, DISK_RATE), speeds, strict=True):
+                if speed:
+                    self.table[column, number] = speed
         if known != account.measured or now_s >= self._filled_in_s + FILL_IN_S:
             account.measured = known
             self._filled_in_s = now_s
@@ -394,6 +399,10 @@ class Fleet:
 
     def _set_slots(self, number: int, account: _Account, now_s: float) -> None:
         self.table[TOUCHED_AT, number] = now_s
+        has_work = bool(account.line) or account.excess_s > 0.0
+        if not has_work and not account.has_slots:
+            return
+        account.has_slots = has_work
         work = [0.0] * NUM_SLOTS
         due = [0.0] * NUM_SLOTS
         step_s = self._step_left_s(number, account)
