@@ -79,7 +79,7 @@ def run(
         running.callback(os.sched_setaffinity, 0, os.sched_getaffinity(0))
         os.sched_setaffinity(0, cpus)
         engine = fitted_engine(path, "bf16", weights, worker, kv_tokens(CASES), _MAX_BATCH, _MAX_LEN)
-        contenders[_TANDEM] = EngineLoad(engine, _MAX_BATCH).rate
+        contenders[_TANDEM] = EngineLoad(engine, _MAX_BATCH, worker.block_size).rate
         roofline = Roofline(model, "bf16", weights, worker.threads)
         rates, bounds = in_turns(contenders, roofline.bound, rounds, _SETTLE_S, say)
     for case in CASES:

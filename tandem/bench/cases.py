@@ -66,22 +66,18 @@ def plan(
     *,
     max_position: int,
     step_tokens: int,
-    block_size: int,
     limit_tokens: int,
 ) -> Plan:
     """Which of `batches` times `contexts` are measured on a model of `max_position` tokens, with KV of at most `limit_tokens`:
     small ones first, prefill before decode (what it leaves in the prefix cache is evicted first).
 
     A prompt that fills a step of `step_tokens` by itself is prefilled alone: more of them are computed one after the other.
-    Sequences start to decode together only if the last block of each prompt, which the prefix cache doesn't hold, fits one step.
+    Sequences start to decode together only if the last token of each prompt fits one step.
     """
     cases: list[Case] = []
     skipped: list[str] = []
-    max_batch = step_tokens // block_size
-    for batch in sorted({batch for batch in batches if batch > max_batch}):
-        skipped.append(
-            f"batch {batch}: the last blocks of its prompts, {block_size} tokens each, don't fit a step of {step_tokens} tokens"
-        )
+    for batch in sorted({batch for batch in batches if batch > step_tokens}):
+        skipped.append(f"batch {batch}: the last tokens of its prompts don't fit a step of {step_tokens} tokens")
     prefill_batches = []
     for context in sorted(set(contexts)):
         if context + DECODE_TOKENS > max_position:
@@ -89,7 +85,7 @@ def plan(
                 f"context {context}: with {DECODE_TOKENS} generated tokens it is longer than the model's {max_position}"
             )
             continue
-        for batch in sorted({batch for batch in batches if batch <= max_batch}):
+        for batch in sorted({batch for batch in batches if batch <= step_tokens}):
             if batch > 1 and context >= step_tokens:
                 prefill_batches.append(f"{batch} x {context}")
             else:

@@ -117,7 +117,6 @@ def run(
         contexts,
         max_position=model.max_position,
         step_tokens=worker.max_step_tokens,
-        block_size=worker.block_size,
         limit_tokens=limit_tokens,
     )
     for reason in planned.skipped:
@@ -126,7 +125,7 @@ def run(
         return
     yield from memory.run(path, dtype, weights, worker, say)
     engine = fitted_engine(path, dtype, weights, worker, kv_tokens(planned.cases), planned.max_batch, planned.max_len)
-    load = EngineLoad(engine, planned.max_batch)
+    load = EngineLoad(engine, planned.max_batch, worker.block_size)
     roofline = Roofline(model, dtype, weights, worker.threads)
     load.rate(Case("prefill", 1, planned.cases[0].context))  # first calls build and warm what later ones reuse
     slowest = 0.0

@@ -30,10 +30,11 @@ class Steps:
 
 
 class EngineLoad:
-    """Runs cases on one engine. `num_prompts` is the largest batch of its decode cases."""
+    """Runs cases on one engine with blocks of `block_size` tokens. `num_prompts` is the largest batch of its decode cases."""
 
-    def __init__(self, engine: LocalEngine, num_prompts: int) -> None:
+    def __init__(self, engine: LocalEngine, num_prompts: int, block_size: int) -> None:
         self._engine = engine
+        self._block_size = block_size
         self._random = Random(_SEED)
         self._prompts: list[list[int]] = [[] for _ in range(num_prompts)]
         self._prepared = [0] * num_prompts
@@ -47,7 +48,8 @@ class EngineLoad:
         return case.batch * case.context / max(output.token_times_s[0] for output in outputs)
 
     def decode(self, case: Case) -> Steps:
-        """One run of a decode case: the steps after the first, which computes what the prefix cache can't hold of a prompt."""
+        """One run of a decode case: the steps after the first, which computes each prompt's last token. Its prompts are as
+        many whole blocks as `context` has, and a token: with more to compute, they would not begin in the same step."""
         self.prepare(case)
         times_s: list[float] = []
         parts: list[dict[str, float]] = []
@@ -56,7 +58,8 @@ class EngineLoad:
             times_s.append(now_s())
             parts.append(self._engine.parts.runner.seconds())
 
-        self._answers(self._prefixes(case), DECODE_TOKENS, on_step)
+        num_tokens = (case.context - 1) // self._block_size * self._block_size + 1
+        self._answers([prompt[:num_tokens] for prompt in self._prompts[: case.batch]], DECODE_TOKENS, on_step)
         if len(times_s) != DECODE_TOKENS:
             raise TandemError(
                 f"{case.name} took {len(times_s)} steps, not {DECODE_TOKENS}: its prompts' KV was not in the prefix cache"
@@ -77,11 +80,8 @@ class EngineLoad:
             return
         for prompt in self._prompts[: case.batch]:
             prompt.extend(self._tokens(case.context - len(prompt)))
-        self._answers(self._prefixes(case), 1)
+        self._answers([prompt[: case.context] for prompt in self._prompts[: case.batch]], 1)
         self._prepared[: case.batch] = [max(case.context, done) for done in self._prepared[: case.batch]]
-
-    def _prefixes(self, case: Case) -> list[list[int]]:
-        return [prompt[: case.context] for prompt in self._prompts[: case.batch]]
 
     def _tokens(self, count: int) -> list[int]:
         vocab_size = self._engine.parts.model.config.vocab_size

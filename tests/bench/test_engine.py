@@ -28,13 +28,13 @@ SMOLLM2 = ModelConfig("llama", 30, 576, 1536, 9, 3, 64, 49_152, 8192, 1e-5, Rope
 
 
 def planned_for(batches: list[int], contexts: list[int], limit_tokens: int) -> Plan:
-    return plan(batches, contexts, max_position=8192, step_tokens=512, block_size=16, limit_tokens=limit_tokens)
+    return plan(batches, contexts, max_position=8192, step_tokens=512, limit_tokens=limit_tokens)
 
 
 def test_a_batch_that_can_not_start_together_is_skipped_with_the_limit() -> None:
-    planned = planned_for([32, 33, 10**12], [128], 10**9)
-    assert planned.max_batch == 32
-    assert [reason.partition(":")[0] for reason in planned.skipped] == ["batch 33", f"batch {10**12}"]
+    planned = planned_for([512, 513, 10**12], [128], 10**9)
+    assert planned.max_batch == 512
+    assert [reason.partition(":")[0] for reason in planned.skipped] == ["batch 513", f"batch {10**12}"]
 
 
 def test_a_context_that_the_model_does_not_have_is_skipped_with_its_limit() -> None:
@@ -109,7 +109,7 @@ def test_a_long_prefills_multiplications_are_two_a_weight_and_attention() -> Non
 def load(tiny_model: Path) -> EngineLoad:
     cases = [Case("decode", 3, 40), Case("decode", 2, 70), Case("prefill", 2, 50)]
     engine = fitted_engine(tiny_model, "bf16", "bf16", WorkerConfig(), kv_tokens(cases), 3, 70 + DECODE_TOKENS)
-    return EngineLoad(engine, 3)
+    return EngineLoad(engine, 3, 16)
 
 
 @pytest.fixture(scope="module")
@@ -131,7 +131,7 @@ def test_decode_starts_from_prompts_that_are_there_each_with_its_own_kv(load: En
         after = engine.counters()
         blocks = (case.context - 1) // 16
         assert after.prefix_hit_tokens - before.prefix_hit_tokens == case.batch * blocks * 16
-        assert after.prefill_tokens - before.prefill_tokens == case.batch * (case.context - blocks * 16)
+        assert after.prefill_tokens - before.prefill_tokens == case.batch
         assert after.decode_tokens - before.decode_tokens == case.batch * (DECODE_TOKENS - 1)
         assert steps.seconds > sum(steps.parts.values())
     prompts = {tuple(prompt[:16]) for prompt in load._prompts}
@@ -149,7 +149,7 @@ def test_prefill_is_never_found_in_the_cache(load: EngineLoad) -> None:
 def test_decode_from_prompts_that_were_evicted_is_an_error_not_a_figure(tiny_model: Path) -> None:
     # A step holds one such prompt alone, so without the cache its sequences can't begin together.
     case, worker = Case("decode", 2, 40), WorkerConfig(max_step_tokens=40)
-    evicted = EngineLoad(fitted_engine(tiny_model, "bf16", "bf16", worker, kv_tokens([case]), 2, 80), 2)
+    evicted = EngineLoad(fitted_engine(tiny_model, "bf16", "bf16", worker, kv_tokens([case]), 2, 80), 2, 16)
     evicted.prepare(case)
     evicted._engine.parts.pool.clear_cached()
     with pytest.raises(TandemError, match="was not in the prefix cache"):
