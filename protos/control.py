@@ -226,6 +226,8 @@ class Heartbeat(Struct, tag="heartbeat", tag_field="t"):
     load: Load
     counters: Counters
     links: Annotated[list[Link], Meta(max_length=16_384)] = []
+    draining: bool = False
+    """It takes no more dispatches and will leave: what it has ends there, or is given back with Failed `draining`."""
 
 
 class Sampling(Struct, frozen=True):
@@ -338,6 +340,13 @@ class Resend(Struct, tag="resend", tag_field="t"):
     position: Count
 
 
+class Started(Struct, tag="started", tag_field="t"):
+    """Worker → router, once per dispatch: the step that is about to run is the first to compute something of it. Sent before that
+    step, so that should the step be the worker's last one, it is known what it computed."""
+
+    fence: Fence
+
+
 class FetchedFrom(Struct, frozen=True):
     """How much of a role's KV came from one source."""
 
@@ -366,7 +375,8 @@ class RoleReport(Struct, tag="role_report", tag_field="t"):
 
 
 class Failed(Struct, tag="failed", tag_field="t"):
-    """Worker → router: this dispatch ended without finishing; all it held here is released. `code` is a `TandemError.code`."""
+    """Worker → router: this dispatch ended without finishing; all it held here is released. `code` is a `TandemError.code`;
+    `draining` is nobody's failure."""
 
     fence: Fence
     code: Name
@@ -402,7 +412,7 @@ class Goodbye(Struct, tag="goodbye", tag_field="t"):
     epoch: U64
 
 
-ToRouter = Hello | Heartbeat | Tokens | RoleReport | Failed | Aborted | Goodbye
+ToRouter = Hello | Heartbeat | Started | Tokens | RoleReport | Failed | Aborted | Goodbye
 FromRouter = Welcome | Refused | Dispatch | FirstTokens | Ack | Resend | Abort | Peers
 
 

@@ -70,20 +70,40 @@ class SamplingParams(_message.Message):
     def __init__(self, max_tokens: _Optional[int] = ..., temperature: _Optional[float] = ..., top_k: _Optional[int] = ..., top_p: _Optional[float] = ..., min_p: _Optional[float] = ..., repetition_penalty: _Optional[float] = ..., presence_penalty: _Optional[float] = ..., frequency_penalty: _Optional[float] = ..., logit_bias: _Optional[_Mapping[int, float]] = ..., num_logprobs: _Optional[int] = ..., seed: _Optional[int] = ..., stop: _Optional[_Iterable[str]] = ..., stop_token_ids: _Optional[_Iterable[int]] = ..., ignore_eos: _Optional[bool] = ..., min_tokens: _Optional[int] = ..., n: _Optional[int] = ...) -> None: ...
 
 class GenerateRequest(_message.Message):
-    __slots__ = ("prompt", "chat", "token_ids", "sampling", "model", "batch")
+    __slots__ = ("prompt", "chat", "token_ids", "sampling", "model", "batch", "resume", "idempotency_key")
     PROMPT_FIELD_NUMBER: _ClassVar[int]
     CHAT_FIELD_NUMBER: _ClassVar[int]
     TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
     SAMPLING_FIELD_NUMBER: _ClassVar[int]
     MODEL_FIELD_NUMBER: _ClassVar[int]
     BATCH_FIELD_NUMBER: _ClassVar[int]
+    RESUME_FIELD_NUMBER: _ClassVar[int]
+    IDEMPOTENCY_KEY_FIELD_NUMBER: _ClassVar[int]
     prompt: str
     chat: Chat
     token_ids: TokenIds
     sampling: SamplingParams
     model: str
     batch: bool
-    def __init__(self, prompt: _Optional[str] = ..., chat: _Optional[_Union[Chat, _Mapping]] = ..., token_ids: _Optional[_Union[TokenIds, _Mapping]] = ..., sampling: _Optional[_Union[SamplingParams, _Mapping]] = ..., model: _Optional[str] = ..., batch: _Optional[bool] = ...) -> None: ...
+    resume: Resume
+    idempotency_key: str
+    def __init__(self, prompt: _Optional[str] = ..., chat: _Optional[_Union[Chat, _Mapping]] = ..., token_ids: _Optional[_Union[TokenIds, _Mapping]] = ..., sampling: _Optional[_Union[SamplingParams, _Mapping]] = ..., model: _Optional[str] = ..., batch: _Optional[bool] = ..., resume: _Optional[_Union[Resume, _Mapping]] = ..., idempotency_key: _Optional[str] = ...) -> None: ...
+
+class Resume(_message.Message):
+    __slots__ = ("ticket", "samples")
+    TICKET_FIELD_NUMBER: _ClassVar[int]
+    SAMPLES_FIELD_NUMBER: _ClassVar[int]
+    ticket: bytes
+    samples: _containers.RepeatedCompositeFieldContainer[SampleSoFar]
+    def __init__(self, ticket: _Optional[bytes] = ..., samples: _Optional[_Iterable[_Union[SampleSoFar, _Mapping]]] = ...) -> None: ...
+
+class SampleSoFar(_message.Message):
+    __slots__ = ("token_ids", "finish_reason")
+    TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
+    FINISH_REASON_FIELD_NUMBER: _ClassVar[int]
+    token_ids: _containers.RepeatedScalarFieldContainer[int]
+    finish_reason: str
+    def __init__(self, token_ids: _Optional[_Iterable[int]] = ..., finish_reason: _Optional[str] = ...) -> None: ...
 
 class GenerateResponse(_message.Message):
     __slots__ = ("accepted", "chunk", "completed")
@@ -96,14 +116,18 @@ class GenerateResponse(_message.Message):
     def __init__(self, accepted: _Optional[_Union[Accepted, _Mapping]] = ..., chunk: _Optional[_Union[Chunk, _Mapping]] = ..., completed: _Optional[_Union[Completed, _Mapping]] = ...) -> None: ...
 
 class Accepted(_message.Message):
-    __slots__ = ("request_id", "seed", "num_prompt_tokens")
+    __slots__ = ("request_id", "seed", "num_prompt_tokens", "ticket", "resume_no")
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     SEED_FIELD_NUMBER: _ClassVar[int]
     NUM_PROMPT_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    TICKET_FIELD_NUMBER: _ClassVar[int]
+    RESUME_NO_FIELD_NUMBER: _ClassVar[int]
     request_id: str
     seed: int
     num_prompt_tokens: int
-    def __init__(self, request_id: _Optional[str] = ..., seed: _Optional[int] = ..., num_prompt_tokens: _Optional[int] = ...) -> None: ...
+    ticket: bytes
+    resume_no: int
+    def __init__(self, request_id: _Optional[str] = ..., seed: _Optional[int] = ..., num_prompt_tokens: _Optional[int] = ..., ticket: _Optional[bytes] = ..., resume_no: _Optional[int] = ...) -> None: ...
 
 class TopLogprob(_message.Message):
     __slots__ = ("token_id", "logprob", "token")
@@ -184,7 +208,7 @@ class RoleRun(_message.Message):
     def __init__(self, role: _Optional[str] = ..., process: _Optional[str] = ..., attempt: _Optional[int] = ..., local_hit_tokens: _Optional[int] = ..., fetched_tokens: _Optional[int] = ..., computed_tokens: _Optional[int] = ..., fetched: _Optional[_Iterable[_Union[FetchedFrom, _Mapping]]] = ..., queue_s: _Optional[float] = ..., fetch_s: _Optional[float] = ..., compute_s: _Optional[float] = ..., predicted_ttft_s: _Optional[float] = ...) -> None: ...
 
 class Completed(_message.Message):
-    __slots__ = ("request_id", "num_prompt_tokens", "num_generated_tokens", "num_cached_tokens", "ttft_s", "total_s", "runs", "exposed_transfer_s")
+    __slots__ = ("request_id", "num_prompt_tokens", "num_generated_tokens", "num_cached_tokens", "ttft_s", "total_s", "runs", "exposed_transfer_s", "exact", "resume_no")
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     NUM_PROMPT_TOKENS_FIELD_NUMBER: _ClassVar[int]
     NUM_GENERATED_TOKENS_FIELD_NUMBER: _ClassVar[int]
@@ -193,6 +217,8 @@ class Completed(_message.Message):
     TOTAL_S_FIELD_NUMBER: _ClassVar[int]
     RUNS_FIELD_NUMBER: _ClassVar[int]
     EXPOSED_TRANSFER_S_FIELD_NUMBER: _ClassVar[int]
+    EXACT_FIELD_NUMBER: _ClassVar[int]
+    RESUME_NO_FIELD_NUMBER: _ClassVar[int]
     request_id: str
     num_prompt_tokens: int
     num_generated_tokens: int
@@ -201,7 +227,9 @@ class Completed(_message.Message):
     total_s: float
     runs: _containers.RepeatedCompositeFieldContainer[RoleRun]
     exposed_transfer_s: float
-    def __init__(self, request_id: _Optional[str] = ..., num_prompt_tokens: _Optional[int] = ..., num_generated_tokens: _Optional[int] = ..., num_cached_tokens: _Optional[int] = ..., ttft_s: _Optional[float] = ..., total_s: _Optional[float] = ..., runs: _Optional[_Iterable[_Union[RoleRun, _Mapping]]] = ..., exposed_transfer_s: _Optional[float] = ...) -> None: ...
+    exact: bool
+    resume_no: int
+    def __init__(self, request_id: _Optional[str] = ..., num_prompt_tokens: _Optional[int] = ..., num_generated_tokens: _Optional[int] = ..., num_cached_tokens: _Optional[int] = ..., ttft_s: _Optional[float] = ..., total_s: _Optional[float] = ..., runs: _Optional[_Iterable[_Union[RoleRun, _Mapping]]] = ..., exposed_transfer_s: _Optional[float] = ..., exact: _Optional[bool] = ..., resume_no: _Optional[int] = ...) -> None: ...
 
 class GetClusterRequest(_message.Message):
     __slots__ = ()

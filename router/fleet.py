@@ -108,6 +108,8 @@ class _Account:
     prompt was overtaken. First in line."""
     has_slots: bool = False
     """Whether its slots say anything."""
+    draining: bool = False
+    """It takes no more dispatches."""
     overtaken: _Own | None = None
     """Whose step it is, if it is a step."""
 
@@ -130,7 +132,7 @@ class Fleet:
         self.prefills: Numbers = np.zeros(0, dtype=np.int64)
         self.decodes: Numbers = np.zeros(0, dtype=np.int64)
         self.workers: Numbers = np.zeros(0, dtype=np.int64)
-        """Of the served group: prefill workers, decode workers, and both in that order."""
+        """Of the served group, those that take dispatches: prefill workers, decode workers, and both in that order."""
         self.reachable: NDArray[np.bool_] = np.zeros(0, dtype=np.bool_)
         """Which processes serve blocks of the served group."""
         self.slab_bytes = 0
@@ -193,6 +195,15 @@ class Fleet:
             self._accounts[number].group = group
             self._arrange()
 
+    def drain(self, process: str) -> bool:
+        """A worker takes no more dispatches. Whether that is news."""
+        number = self._numbers.get(process)
+        if number is None or self._accounts[number].draining:
+            return False
+        self._accounts[number].draining = True
+        self._arrange()
+        return True
+
     def serve(self, group: object) -> None:
         """The served group is this one now; None: there is none."""
         if group != self._group:
@@ -220,8 +231,9 @@ class Fleet:
 
     def _arrange(self) -> None:
         served = {n: a for n, a in sorted(self._accounts.items()) if self._group is not None and a.group == self._group}
-        prefills = [number for number, account in served.items() if account.role == "prefill"]
-        decodes = [number for number, account in served.items() if account.role == "decode"]
+        taking = [(number, account.role) for number, account in served.items() if not account.draining]
+        prefills = [number for number, role in taking if role == "prefill"]
+        decodes = [number for number, role in taking if role == "decode"]
         self.prefills, self.decodes, self.workers = (
             np.array(numbers, dtype=np.int64) for numbers in (prefills, decodes, prefills + decodes)
         )

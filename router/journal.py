@@ -29,6 +29,24 @@ PROBE_S = 1.0
 
 
 @dataclass(frozen=True, slots=True)
+class SoFar:
+    """What a client has of one sample, and why it ended if it has."""
+
+    token_ids: tuple[int, ...] = ()
+    finish_reason: FinishReason | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Resumed:
+    """That a request goes on with an answer that broke off at another router: for the `resume_no`-th time, with `so_far` of each
+    sample, which were drawn by workers of this `root`; empty: not known."""
+
+    resume_no: int
+    root: bytes
+    so_far: tuple[SoFar, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class Request:
     """A validated request. `deadline_s` is a point in time on the router's clock."""
 
@@ -40,6 +58,7 @@ class Request:
     tenant: str = ""
     batch: bool = False
     """Of the class that is promised less: it waits while others are due sooner."""
+    resumed: Resumed | None = None
 
 
 @dataclass(slots=True)
@@ -72,6 +91,8 @@ class DispatchRecord:
     first_tokens_sent: bool = False
     ended: set[int] = field(default_factory=set)
     """Samples whose end the worker has been told."""
+    started: bool = False
+    """Its worker has begun to compute something of it."""
     generates: bool = False
     """A frame of tokens has come from it: it has all it needs."""
     probe_after_s: float = PROBE_S
@@ -112,6 +133,12 @@ class Record:
     """Its tokens as they are hashed and travel, once that was needed."""
     keys_root: Key | None = None
     keys: tuple[Key, ...] = ()
+    tokens_root: bytes = b""
+    """Of the workers that drew its tokens."""
+    exact: bool = True
+    """All its tokens were drawn by workers of one root."""
+    num_deaths: int = 0
+    """Workers that died while they computed it."""
     planned: bool = False
     prefill_here_only: bool = False
     avoid: set[tuple[str, bytes]] = field(default_factory=set)
@@ -153,11 +180,18 @@ class Record:
         samples = range(dispatch.index, dispatch.index + dispatch.n)
         return [i for i in samples if not self.samples[i].finished and not (once and self.samples[i].tokens)]
 
+    def drawn_by(self, root: bytes) -> None:
+        """Workers of this root draw its tokens from now on."""
+        if self.tokens_root != root and any(sample.tokens for sample in self.samples):
+            self.exact = False
+        self.tokens_root = root
+
     def first_tokens_known(self) -> bool:
         return all(sample.tokens or sample.finished for sample in self.samples)
 
     def new_fence(self, role: DispatchRole) -> Fence:
-        fence = Fence(self.request_id, 0, role, self.attempts[role])
+        resume_no = 0 if self.request.resumed is None else self.request.resumed.resume_no
+        fence = Fence(self.request_id, resume_no, role, self.attempts[role])
         self.attempts[role] += 1
         return fence
 
@@ -206,6 +240,8 @@ class Summary:
     placements: tuple[Placement, ...]
     placed_after_s: tuple[float, ...]
     runs: tuple[Run, ...]
+    exact: bool = True
+    resume_no: int = 0
 
     @property
     def predicted_ttft_s(self) -> float | None:
@@ -235,6 +271,9 @@ class Journal:
     def open(self, request: Request, now_s: float) -> Record:
         assert request.request_id not in self._records, f"request id {request.request_id} is in use"
         record = Record(request, now_s, [Sample() for _ in range(request.n)], request.sampling)
+        if request.resumed is not None:
+            record.tokens_root = request.resumed.root
+            record.samples = [Sample(list(had.token_ids), had.finish_reason) for had in request.resumed.so_far]
         self._records[request.request_id] = record
         return record
 
@@ -299,6 +338,8 @@ class Journal:
             placements=tuple(record.placements),
             placed_after_s=tuple(record.placed_after_s),
             runs=tuple(record.runs),
+            exact=record.exact,
+            resume_no=0 if record.request.resumed is None else record.request.resumed.resume_no,
         )
         self.recent.append(summary)
         return summary

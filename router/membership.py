@@ -18,6 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Literal
 
 from protos.control import PROTOCOL_VERSION, Heartbeat, Hello, Peers, Role, RoutingGroup, Source, Tier
 
@@ -67,13 +68,19 @@ class Changed:
     endpoints_changed: bool
 
 
+Cause = Literal["closed", "left", "silent", "stuck", "replaced", "rejoined"]
+"""Why a process is lost: its connection closed, it said goodbye, no heartbeat came, a step does not end, a new process has its
+name, or it came back by itself after it had lost us."""
+
+
 @dataclass(frozen=True, slots=True)
 class Lost:
-    """A process is no member any more; all it held is gone for us."""
+    """A process is no member any more; all it held is gone for us. `reason` is for people."""
 
     name: str
     epoch: bytes
     role: Role
+    cause: Cause
     reason: str
 
 
@@ -148,7 +155,9 @@ class Membership:
                 Rejected(f"{hello.process} said it was a {old.role}, now a {hello.role}: a role is for a whole epoch")
             ]
         if old is not None and old.epoch == hello.epoch and old.role != "pool" and old.heartbeat is not None:
-            events.append(self._lose(old, now_s, "said hello again: it had lost this router, and dropped its work"))
+            events.append(
+                self._lose(old, now_s, "rejoined", "said hello again: it had lost this router, and dropped its work")
+            )
         elif old is not None and old.epoch == hello.epoch:
             group_changed = old.hello.group != hello.group
             endpoints_changed = old.hello.endpoints != hello.endpoints
@@ -175,7 +184,7 @@ class Membership:
             epoch, first_seen_s = hello.epoch, now_s
             self._rivals[old.name] = (epoch, first_seen_s)
         if now_s - old.heard_at_s > 2 * self._heartbeat_s:
-            return self._lose(old, now_s, f"replaced by a new process of the name {old.name!r}")
+            return self._lose(old, now_s, "replaced", f"replaced by a new process of the name {old.name!r}")
         if old.heard_at_s > first_seen_s:
             del self._rivals[old.name]
             return Rejected(f"the name {old.name!r} is taken by a live process (pid {old.hello.pid})")
@@ -202,12 +211,14 @@ class Membership:
         self._unanswered_until_s[name, epoch] = now_s + 2 * self._liveness_s
         return True
 
-    def leave(self, name: str, epoch: bytes, now_s: float, reason: str) -> Lost | None:
+    def leave(self, name: str, epoch: bytes, now_s: float, *, goodbye: bool) -> Lost | None:
         """A goodbye or a closed connection. None if that epoch is no member."""
         member = self._members.get(name)
         if member is None or member.epoch != epoch:
             return None
-        return self._lose(member, now_s, reason)
+        if goodbye:
+            return self._lose(member, now_s, "left", "said goodbye")
+        return self._lose(member, now_s, "closed", "its connection closed")
 
     def expired(self, now_s: float) -> list[Lost]:
         """Those whose liveness or progress deadline has passed. Time in which this router itself did not run (no call for
@@ -223,22 +234,20 @@ class Membership:
         for member in list(self._members.values()):
             silent_s = now_s - member.heard_at_s
             if silent_s > self._liveness_s:
-                lost.append(
-                    self._lose(member, now_s, f"no heartbeat for {silent_s:.1f} s, the limit is {self._liveness_s} s")
-                )
+                reason = f"no heartbeat for {silent_s:.1f} s, the limit is {self._liveness_s} s"
+                lost.append(self._lose(member, now_s, "silent", reason))
             elif member.heartbeat is not None and member.heartbeat.step_age_s > self._progress_s:
                 age_s = member.heartbeat.step_age_s
-                lost.append(
-                    self._lose(member, now_s, f"one step runs for {age_s:.1f} s, the limit is {self._progress_s} s")
-                )
+                reason = f"one step runs for {age_s:.1f} s, the limit is {self._progress_s} s"
+                lost.append(self._lose(member, now_s, "stuck", reason))
         return lost
 
-    def _lose(self, member: Member, now_s: float, reason: str) -> Lost:
+    def _lose(self, member: Member, now_s: float, cause: Cause, reason: str) -> Lost:
         del self._members[member.name]
         self._unanswered_until_s[member.name, member.epoch] = now_s + 2 * self._liveness_s
         self._rivals.pop(member.name, None)
         self._choose_group()
-        return Lost(member.name, member.epoch, member.role, reason)
+        return Lost(member.name, member.epoch, member.role, cause, reason)
 
     def _choose_group(self) -> None:
         counts: dict[RoutingGroup, int] = {}

@@ -208,6 +208,7 @@ class Planner:
         self._fleet.dispatched(number, fence, self._work(record, role, placement, token_ids, num_samples), now_s)
         self._approximate.routed(number, record.keys, now_s)
         assert record.keys_root is not None
+        record.drawn_by(record.keys_root)
         message = Dispatch(
             fence=fence,
             root=record.keys_root,

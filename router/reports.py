@@ -34,6 +34,8 @@ def completed(summary: Summary, num_generated_tokens: int) -> tandem_pb2.Complet
         total_s=summary.total_s,
         runs=[role_run(run) for run in summary.runs],
         exposed_transfer_s=exposed_transfer_s(summary.runs),
+        exact=summary.exact,
+        resume_no=summary.resume_no,
     )
 
 

@@ -26,6 +26,9 @@ Any message may be lost. An Abort is repeated until `Aborted`, a few times; a fr
 A dispatch from which nothing new came for a while is probed with `Resend`, and with `FirstTokens` where those may be lost: a
 worker sends what it kept, and answers for a fence it doesn't know with Failed `worker_lost`, which makes good a lost Dispatch,
 Failed or Aborted.
+
+A request that goes on with an answer that broke off at another router begins with the tokens that its client has: a continuation
+like after a crash.
 """
 
 from __future__ import annotations
@@ -49,6 +52,7 @@ from protos.control import (
     Refused,
     Resend,
     RoleReport,
+    Started,
     Tokens,
     ToRouter,
     Welcome,
@@ -70,16 +74,19 @@ from router.approximate import Approximate
 from router.fleet import Fleet
 from router.journal import PROBE_S, Accepted, DispatchRecord, Gap, Journal, Outcome, Record, Request, Run
 from router.line import Line
-from router.membership import Changed, Joined, Lost, Member, Membership, Rejected, own_tier
-from router.planner import Planner, send_first_tokens
+from router.membership import Cause, Changed, Joined, Lost, Member, Membership, Rejected, own_tier
+from router.planner import Planner, root_of, send_first_tokens
+from router.poison import Poison
 from router.policy.base import Policy
 from router.policy.seconds import PredictedSeconds
 from router.prefix_index import MAX_KEYS, PrefixIndex
 from tandem.errors import (
     Cancelled,
     DeadlineExceeded,
+    Draining,
     InvalidRequest,
     Overloaded,
+    Quarantined,
     TandemError,
     Unavailable,
     WorkerLost,
@@ -87,7 +94,7 @@ from tandem.errors import (
 )
 
 RETRYABLE = frozenset(
-    {"fetch_failed", "overloaded", "transport_error", "unavailable", "worker_lost", "storage_fault", "internal"}
+    {"fetch_failed", "overloaded", "transport_error", "unavailable", "worker_lost", "storage_fault", "internal", "draining"}
 )
 """Failures of a dispatch after which another one may succeed."""
 ABORT_RETRY_S = 1.0
@@ -95,6 +102,10 @@ ABORT_TRIES = 10
 MAX_PROBE_S = 8.0
 """Probes of a silent dispatch come after `journal.PROBE_S`, and then at doubling intervals up to this."""
 MAX_BACKOFF_S = 5.0
+TRIAL_RETRY_S = 0.02
+"""A suspect looks so often whether it may be tried."""
+DEATHS: frozenset[Cause] = frozenset({"closed", "replaced", "stuck"})
+"""Losses of which a request may be the cause."""
 MAX_RUNS = 64
 
 
@@ -163,6 +174,7 @@ class RouterCore:
         self._line = Line(
             self._planner, self.fleet, self.journal, interactive=settings.interactive, batch=settings.batch
         )
+        self.poison = Poison()
         self._rng = rng
         self._waiting: dict[str, None] = {}
         self._closing: dict[Fence, _Closing] = {}
@@ -174,8 +186,8 @@ class RouterCore:
 
     @property
     def ready(self) -> bool:
-        """Whether a request could be served now: a decode worker is there."""
-        return bool(self.membership.workers("decode"))
+        """Whether a request could be served now: a decode worker is there and stays."""
+        return bool(len(self.fleet.decodes))
 
     @property
     def num_closing(self) -> int:
@@ -197,11 +209,15 @@ class RouterCore:
     def submit(self, request: Request, now_s: float) -> list[Action]:
         """Takes a request. Whatever happens, one terminal event will be emitted for it.
 
-        Raises Overloaded if too many are active and InvalidRequest if the prompt is longer than the context.
+        Raises Overloaded if too many are active, InvalidRequest if the prompt is longer than the context, and Quarantined if
+        it has killed workers.
         """
         self._line.check_place(self.settings.max_active_requests)
         self._check_context(request)
+        self.poison.check(request.prompt, now_s)
         record = self.journal.open(request, now_s)
+        if not record.unfinished():
+            return self._end(record, None, now_s)
         group = self.membership.served_group
         if self.settings.reject_late and group is not None:
             try:
@@ -210,6 +226,12 @@ class RouterCore:
                 self.journal.drop(record)
                 raise
         return self._plan(record, now_s)
+
+    @property
+    def root(self) -> bytes:
+        """Of the keys of the workers that serve; empty while there are none."""
+        group = self.membership.served_group
+        return b"" if group is None else root_of(group)
 
     def cancel(self, request_id: str, now_s: float, error: TandemError | None = None) -> list[Action]:
         """Ends a request: the client left, or `error` says why. Unknown ids are ignored: it has ended already."""
@@ -255,7 +277,11 @@ class RouterCore:
             case Heartbeat():
                 return self._on_heartbeat(message, now_s)
             case Goodbye():
-                return self.on_closed(process, epoch, now_s, reason="said goodbye")
+                return self._on_left(process, epoch, now_s, goodbye=True)
+            case Started(fence=fence):
+                if (found := self.journal.find(fence, process, epoch)) is not None:
+                    found[1].started = True
+                return []
             case Aborted(fence=fence):
                 return self._on_aborted(process, epoch, fence, now_s)
             case Tokens():
@@ -265,12 +291,9 @@ class RouterCore:
             case Failed():
                 return self._on_failed(process, epoch, message, now_s)
 
-    def on_closed(
-        self, process: str, epoch: bytes, now_s: float, reason: str = "its connection closed"
-    ) -> list[Action]:
-        """A process can't be reached any more, or has left."""
-        lost = self.membership.leave(process, epoch, now_s, reason)
-        return self._on_lost(lost, now_s) if lost is not None else []
+    def on_closed(self, process: str, epoch: bytes, now_s: float) -> list[Action]:
+        """A process can't be reached any more."""
+        return self._on_left(process, epoch, now_s, goodbye=False)
 
     def on_events(self, process: str, epoch: bytes, seq: int, batch: EventBatch, now_s: float) -> list[Action]:
         """Takes a live batch of KV events."""
@@ -368,6 +391,10 @@ class RouterCore:
                 actions += self._plan(record, now_s)
         return actions + self._release(now_s)
 
+    def _on_left(self, process: str, epoch: bytes, now_s: float, *, goodbye: bool) -> list[Action]:
+        lost = self.membership.leave(process, epoch, now_s, goodbye=goodbye)
+        return self._on_lost(lost, now_s) if lost is not None else []
+
     def _on_lost(self, lost: Lost, now_s: float) -> list[Action]:
         self.index.forget(lost.name)
         number = self.fleet.number(lost.name)
@@ -378,16 +405,25 @@ class RouterCore:
         for fence in [fence for fence, closing in self._closing.items() if closing.process == lost.name]:
             del self._closing[fence]
         actions: list[Action] = [Unsubscribe(lost.name, lost.epoch, lost.reason), *self._tell_peers()]
-        for record in self.journal:
-            roles: set[DispatchRole] = set()
-            for dispatch in list(record.dispatches.values()):
-                if dispatch.process == lost.name:
-                    roles.add(dispatch.fence.role)
-                    del record.dispatches[dispatch.fence]
-            if roles:
-                error = WorkerLost(f"{lost.role} worker {lost.name} was lost ({lost.reason})")
-                record.plan_after_s = now_s + self._rng.uniform(0.0, self.settings.max_jitter_s)
-                actions += self._after_failure(record, roles, error, now_s)
+        held = [
+            (record, dispatch)
+            for record in self.journal
+            for dispatch in record.dispatches.values()
+            if dispatch.process == lost.name
+        ]
+        roles: dict[str, set[DispatchRole]] = {}
+        for record, dispatch in held:
+            roles.setdefault(record.request_id, set()).add(dispatch.fence.role)
+            del record.dispatches[dispatch.fence]
+        culprit = self.poison.on_death(held, now_s) if lost.cause in DEATHS else None
+        if culprit is not None:
+            text = f"{culprit.num_deaths} workers died while they computed this request, the last was {lost.name}"
+            actions += self._end(culprit, Quarantined(text), now_s)
+        error = WorkerLost(f"{lost.role} worker {lost.name} was lost ({lost.reason})")
+        for record in {record.request_id: record for record, _ in held if record is not culprit}.values():
+            record.plan_after_s = now_s + self._rng.uniform(0.0, self.settings.max_jitter_s)
+            counted = lost.cause != "left"
+            actions += self._after_failure(record, roles[record.request_id], error, now_s, counted=counted)
         return actions
 
     def _tell_peers(self) -> list[Action]:
@@ -396,6 +432,8 @@ class RouterCore:
 
     def _on_heartbeat(self, message: Heartbeat, now_s: float) -> list[Action]:
         self.membership.heartbeat(message, now_s)
+        if message.draining:
+            self.fleet.drain(message.process)
         self.fleet.reported(message.process, message.load, message.links, message.step_age_s, now_s)
         from_seq = self.index.on_announced(message.process, message.epoch, message.events_seq, now_s)
         return [*self._replay(message.process, from_seq), *self._release(now_s)]
@@ -428,6 +466,7 @@ class RouterCore:
             dispatch.ended.add(index)
         if not dispatch.generates:
             dispatch.generates = True
+            self.poison.cleared(record.request_id)
             actions += self._hand_over(record, dispatch, now_s)
         if isinstance(verdict, Accepted):
             dispatch.progress_at_s = now_s
@@ -486,7 +525,9 @@ class RouterCore:
         if message.code not in RETRYABLE:
             return self._end(record, error, now_s)
         actions: list[Action] = []
-        if message.code == "fetch_failed":
+        if message.code == Draining.code:
+            self.fleet.drain(process)
+        elif message.code == "fetch_failed":
             record.prefill_here_only = True
             prefill = record.prefill()
             if prefill is not None:
@@ -495,7 +536,8 @@ class RouterCore:
             record.avoid.add((process, epoch))
             backoff_s = min(MAX_BACKOFF_S, self.settings.max_jitter_s * 2 ** record.failures[role])
             record.plan_after_s = now_s + self._rng.uniform(0.0, backoff_s)
-        return actions + self._after_failure(record, {role}, error, now_s)
+        counted = message.code != Draining.code
+        return actions + self._after_failure(record, {role}, error, now_s, counted=counted)
 
     def _on_aborted(self, process: str, epoch: bytes, fence: Fence, now_s: float) -> list[Action]:
         """Nothing of this fence is held any more. If nobody asked for that, the dispatch is lost."""
@@ -509,12 +551,13 @@ class RouterCore:
         return self._after_failure(record, {fence.role}, error, now_s)
 
     def _after_failure(
-        self, record: Record, roles: set[DispatchRole], error: TandemError, now_s: float
+        self, record: Record, roles: set[DispatchRole], error: TandemError, now_s: float, *, counted: bool = True
     ) -> list[Action]:
-        """Dispatches of `roles` are gone: plans again, or ends the request when that has happened too often."""
+        """Dispatches of `roles` are gone: plans again, or ends the request when that has happened too often. What a worker gave
+        back as it left is not `counted`."""
         if "prefill" in roles and record.first_tokens_known():
             roles = roles - {"prefill"}  # it had done its part; what decode can't fetch any more, decode will say
-        for role in roles:
+        for role in roles if counted else ():
             record.failures[role] += 1
             if record.failures[role] >= self.settings.max_attempts:
                 tries = f"after {record.failures[role]} attempts of {role}, the limit is {self.settings.max_attempts}"
@@ -538,6 +581,7 @@ class RouterCore:
         self.num_left_waiting += record.request_id in self._waiting or record.request_id in self._line
         self._waiting.pop(record.request_id, None)
         self._line.remove(record.request_id)
+        self.poison.cleared(record.request_id)
         outcome: Outcome = "completed"
         if error is not None:
             outcome = "cancelled" if isinstance(error, Cancelled) else "failed"
@@ -601,8 +645,13 @@ class RouterCore:
         group = self.membership.served_group
         if group is None or not len(self.fleet.decodes) or now_s < record.plan_after_s:
             return self._wait(record, now_s)
+        if not self.poison.may_go(record.request_id):
+            record.plan_after_s = now_s + TRIAL_RETRY_S
+            self._waiting[record.request_id] = None
+            return []
         self._waiting.pop(record.request_id, None)
         record.waiting_since_s = None
+        actions: list[Action] = []
         if not record.planned:
             record.planned = True
             try:
@@ -614,13 +663,28 @@ class RouterCore:
                 record.sampling = msgspec.structs.replace(
                     record.sampling, max_tokens=min(record.sampling.max_tokens, room)
                 )
+            actions = self._end_full(record)
+            if not record.unfinished():
+                return actions + self._end(record, None, now_s)
         if record.prefill() is not None or not record.uncovered():
             sent = self._planner.dispatch(record, group, now_s, wait=False)
             assert not isinstance(sent, float), "it may not wait"
-            return sent
+            return actions + sent
         if record.request_id not in self._line:
             self._line.enter(record, group, now_s)
-        return self._release(now_s)
+        return actions + self._release(now_s)
+
+    @staticmethod
+    def _end_full(record: Record) -> list[Action]:
+        """Ends the samples of a resumed request that had all their tokens already, but not their ends."""
+        actions: list[Action] = []
+        for index in record.unfinished():
+            sample = record.samples[index]
+            if len(sample.tokens) >= record.sampling.max_tokens:
+                sample.finish_reason = "length"
+                event = TokensEvent(index, len(sample.tokens), (), (), "length")
+                actions.append(Emit(record.request_id, event))
+        return actions
 
     def _release(self, now_s: float) -> list[Action]:
         """Dispatches those in line for which there is room."""

@@ -122,16 +122,27 @@ class SloConfig(_Section):
     tpot_s: float = Field(0.0, ge=0, le=3600, description="each token after the first; 0: nothing is promised")
 
 
+PORT_STEP = 10
+"""Between the ports of one router and those of the next one on the same machine."""
+
+
 class RouterConfig(_Section):
     """The front door and the control plane."""
 
+    replicas: int = Field(
+        1, ge=1, le=16, description="routers on this machine; each next one listens on ports that are higher by 10"
+    )
     host: str = Field("127.0.0.1", description="the address it binds: loopback unless you say otherwise")
-    address: str = Field("", description="where workers and pool nodes reach it; empty: the address it binds")
+    addresses: list[str] = Field(
+        default=[],
+        max_length=64,
+        description="where workers and pool nodes reach the routers, `host` or `host:control_port` each; empty: on this machine",
+    )
     grpc_port: Annotated[int, Field(ge=0, le=65_535)] = 8050
     control_port: Annotated[int, Field(ge=0, le=65_535)] = 8051
     metrics_port: Annotated[int, Field(ge=0, le=65_535, description="Prometheus; 0: off")] = 8052
     heartbeat_s: float = Field(0.25, gt=0, le=10)
-    liveness_s: float = Field(3.0, gt=0, le=60, description="without a heartbeat for so long a process is lost")
+    liveness_s: float = Field(2.0, gt=0, le=60, description="without a heartbeat for so long a process is lost")
     progress_s: float = Field(60.0, gt=0, description="a step that takes longer counts as a death")
     max_attempts: int = Field(3, ge=1, le=10, description="dispatches of one role before the request fails")
     interactive: SloConfig = SloConfig()
@@ -141,10 +152,34 @@ class RouterConfig(_Section):
         4_000_000, ge=1_000, le=1_000_000_000, description="blocks that the prefix index knows; some 100 bytes each"
     )
 
+    def replica(self, number: int) -> RouterConfig:
+        """What router `number` of this machine listens on: one router, with its own ports."""
+        shifted = {key: port + number * PORT_STEP for key in ROUTER_PORTS if (port := getattr(self, key))}
+        return self.model_copy(update={"replicas": 1, **shifted})
+
     @property
-    def control_endpoint(self) -> str:
-        """What workers and pool nodes dial."""
-        return f"tcp://{self.address or self.host}:{self.control_port}"
+    def control_endpoints(self) -> list[str]:
+        """What workers and pool nodes dial: every router."""
+        if not self.addresses:
+            ports = [self.replica(number).control_port for number in range(self.replicas)]
+            return [f"tcp://{_bracketed(self.host)}:{port}" for port in ports]
+        return [f"tcp://{_with_port(address, self.control_port)}" for address in self.addresses]
+
+
+ROUTER_PORTS = ("grpc_port", "control_port", "metrics_port")
+"""The keys of `router` that are ports; 0 means any free one for the first two, and off for the last."""
+
+
+def _bracketed(host: str) -> str:
+    return f"[{host}]" if ":" in host and not host.startswith("[") else host
+
+
+def _with_port(address: str, port: int) -> str:
+    """`host:port` of an address that may have a port of its own; an IPv6 address with one is in brackets."""
+    host, colon, own = address.rpartition(":")
+    if colon and own.isdigit() and (":" not in host or host.endswith("]")):
+        return address
+    return f"{_bracketed(address)}:{port}"
 
 
 class TlsConfig(_Section):

@@ -69,6 +69,22 @@ class WorkerLost(TandemError):
     http_code = 503
 
 
+class Draining(TandemError):
+    """A worker is leaving and gives back what it had not finished; others go on with it."""
+
+    code = "draining"
+    grpc_status = "UNAVAILABLE"
+    http_code = 503
+
+
+class Quarantined(TandemError):
+    """A prompt ended the workers that computed it, one after the other; it is computed no more."""
+
+    code = "quarantined"
+    grpc_status = "INTERNAL"
+    http_code = 500
+
+
 class FetchFailed(TandemError):
     """More KV than `recompute_limit_tokens` could not be had from any source; the router plans again."""
 

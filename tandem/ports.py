@@ -10,7 +10,7 @@ import random
 import socket
 from pathlib import Path
 
-from tandem.config import Config
+from tandem.config import PORT_STEP, ROUTER_PORTS, Config
 from tandem.errors import ConfigError
 
 _EPHEMERAL = Path("/proc/sys/net/ipv4/ip_local_port_range")
@@ -18,12 +18,8 @@ _USUAL_FIRST_EPHEMERAL = 32_768
 _FIRST_PORT = 10_000
 _TRIES = 50
 
-KEYS = ("grpc_port", "control_port", "metrics_port")
-"""The keys of `router` that are ports; 0 means any free one for the first two, and off for the last."""
-
-
 def with_free_ports(config: Config) -> Config:
-    """`config` with each of the router's gRPC and control ports that is 0 replaced by one that is free now.
+    """`config` with each of the router's gRPC and control ports that is 0 replaced by one that is free now, for every replica.
 
     Raises ConfigError if `router.host` is not an address of this machine.
     """
@@ -32,27 +28,46 @@ def with_free_ports(config: Config) -> Config:
         updates = {}
         for key in ("grpc_port", "control_port"):
             if getattr(router, key) == 0:
-                probe = held.enter_context(_free(router.host))
-                updates[key] = probe.getsockname()[1]
+                updates[key] = _hold_free(router.host, router.replicas, held)
     return config.model_copy(update={"router": router.model_copy(update=updates)})
 
 
 def busy_ports(config: Config) -> list[str]:
-    """A sentence for each of the router's ports that can't be listened on now, or that another of its keys has too."""
+    """A sentence for each of the routers' ports that can't be listened on now, or that another of their keys has too."""
     found, seen = [], dict[int, str]()
-    for key in KEYS:
-        port, host = getattr(config.router, key), config.router.host
-        if not port:
-            continue
-        if port in seen:
-            found.append(f"router.{key} is {port}, and so is router.{seen[port]}; they must differ")
-            continue
-        seen[port] = key
-        try:
-            _bound(host, port).close()
-        except OSError as error:
-            found.append(f"router.{key}: can't listen on {host}:{port}: {error.strerror}")
+    host = config.router.host
+    for number in range(config.router.replicas):
+        replica = config.router.replica(number)
+        which = f" of router {number}" if number else ""
+        for key in ROUTER_PORTS:
+            port = getattr(replica, key)
+            if not port:
+                continue
+            if port in seen:
+                found.append(f"router.{key}{which} is {port}, and so is {seen[port]}; they must differ")
+                continue
+            seen[port] = f"router.{key}{which}"
+            try:
+                _bound(host, port).close()
+            except OSError as error:
+                found.append(f"router.{key}{which}: can't listen on {host}:{port}: {error.strerror}")
     return found
+
+
+def _hold_free(host: str, num_replicas: int, held: contextlib.ExitStack) -> int:
+    """A port that is free, like those of the other replicas that follow from it. All stay bound while `held` is open."""
+    for _ in range(_TRIES):
+        with contextlib.ExitStack() as tried:
+            first = tried.enter_context(_free(host))
+            port: int = first.getsockname()[1]
+            try:
+                for number in range(1, num_replicas):
+                    tried.enter_context(_bound(host, port + number * PORT_STEP))
+            except (OSError, OverflowError):
+                continue
+            held.push(tried.pop_all())
+            return port
+    raise ConfigError(f"router.replicas: no {num_replicas} free ports on {host}, each 10 above the last")
 
 
 def _free(host: str) -> socket.socket:
