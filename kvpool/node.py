@@ -91,7 +91,7 @@ class PoolNode:
         os.setpriority(os.PRIO_PROCESS, 0, max(NICENESS, os.getpriority(os.PRIO_PROCESS, 0)))
         self._link = RouterLink(
             self._context,
-            [self._config.router.control_endpoint],
+            self._config.router.control_endpoints,
             identity=identity(self._name, self._epoch),
             make_hello=self._hello,
             make_heartbeat=self._heartbeat,

@@ -94,7 +94,16 @@ from tandem.errors import (
 )
 
 RETRYABLE = frozenset(
-    {"fetch_failed", "overloaded", "transport_error", "unavailable", "worker_lost", "storage_fault", "internal", "draining"}
+    {
+        "fetch_failed",
+        "overloaded",
+        "transport_error",
+        "unavailable",
+        "worker_lost",
+        "storage_fault",
+        "internal",
+        "draining",
+    }
 )
 """Failures of a dispatch after which another one may succeed."""
 ABORT_RETRY_S = 1.0

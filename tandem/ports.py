@@ -18,6 +18,7 @@ _USUAL_FIRST_EPHEMERAL = 32_768
 _FIRST_PORT = 10_000
 _TRIES = 50
 
+
 def with_free_ports(config: Config) -> Config:
     """`config` with each of the router's gRPC and control ports that is 0 replaced by one that is free now, for every replica.
 

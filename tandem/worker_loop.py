@@ -92,10 +92,10 @@ class WorkerLoop:
             epoch=epoch,
         )
         log.info(
-            "holding %d blocks of %d bytes; joining the router at %s",
+            "holding %d blocks of %d bytes; joining %s",
             parts.pool.num_blocks,
             parts.layout.slab_bytes,
-            self._config.router.control_endpoint,
+            ", ".join(self._config.router.control_endpoints),
         )
         parts.arena.populate()
         model_name = self._config.model.name or default_model_name(path)
@@ -264,7 +264,7 @@ class _TransferThread:
             try:
                 self._link = RouterLink(
                     context,
-                    [self._config.router.control_endpoint],
+                    self._config.router.control_endpoints,
                     identity=identity(self._name, self._epoch),
                     make_hello=self._hello,
                     make_heartbeat=self._heartbeat,

@@ -117,7 +117,7 @@ def test_only_the_served_group_routes_and_the_next_takes_over_when_its_last_work
     members.hello(hello("new0", group=OTHER), 0.0)
     members.hello(hello("new1", group=OTHER), 0.0)
     assert [m.name for m in members.workers("decode")] == ["old"]
-    members.leave("old", b"1" * 8, 0.0, "goodbye")
+    members.leave("old", b"1" * 8, 0.0, goodbye=True)
     assert [m.name for m in members.workers("decode")] == ["new0", "new1"]
 
 
