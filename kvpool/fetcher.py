@@ -220,7 +220,7 @@ class Fetcher:
         while todo:
             match todo.popleft():
                 case Send(source=source, message=message):
-                    if isinstance(message, Fetch):
+                    if isinstance(message, Fetch) and message.fetch_id not in self._machine_of_ask:
                         self._machine_of_ask[message.fetch_id] = machine
                         self._asks_of.setdefault(machine.plan.fetch_id, []).append(message.fetch_id)
                     if not self._send(source, message, now_s):
