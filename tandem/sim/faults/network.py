@@ -213,8 +213,9 @@ class Network:
         copies = 1
         if source.is_stream or target.is_stream:
             # An answer of many messages over one connection: with one message the rest is lost.
-            target.broken = target.broken or (weather.loss > 0.0 and rng.random() < weather.loss)
-            if not target.broken:
+            asker = target if target.is_stream else source
+            asker.broken = asker.broken or (weather.loss > 0.0 and rng.random() < weather.loss)
+            if not asker.broken:
                 self._carry(source, target, frames)
             return
         if weather.loss and rng.random() < weather.loss:

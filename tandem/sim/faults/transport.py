@@ -149,7 +149,10 @@ class VirtualChannel:
         self._world.after(len(read.locations) * (BLOCK_S + slower_s), lambda: self._go_on(read))
 
     def abort(self, read_id: int) -> bool:
-        read = self._reads.pop(read_id)
+        read = self._reads.pop(read_id, None)
+        if read is None:  # it is over, and nobody has heard of that yet
+            self.transport.results = [result for result in self.transport.results if result.read_id != read_id]
+            return True
         memories = self.transport.memories
         memories.watch.given_up(read)
         if self.transport.name != "ucx" or not self._is_stalled():
