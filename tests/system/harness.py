@@ -75,19 +75,18 @@ class RunningCluster:
         self.config_file = folder / "config.yaml"
         self.config_file.write_text(dump_config(self.config))
         self.processes: dict[str, subprocess.Popen[bytes]] = {}
-        self.client = Client(f"127.0.0.1:{self.config.router.grpc_port}")
+        self.client = Client(self.config.router.grpc_target)
 
     def start(self, names: Sequence[str] = ("router", "pool-0", "prefill-0", "decode-0")) -> RunningCluster:
         for name in names:
             self.spawn(name)
-        self.wait_ready([name for name in names if name != "router"])
+        self.wait_ready([name for name in names if not name.startswith("router")])
         return self
 
     def spawn(self, name: str) -> None:
         module = _MODULES[name.split("-")[0]]
         command = [sys.executable, "-m", module, "--config", str(self.config_file)]
-        if module != "router":
-            command += ["--name", name]
+        command += ["--name", name]
         environment = os.environ | {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive", "PYTHONPATH": str(REPOSITORY)}
         with (self.folder / f"{name}.log").open("ab") as log:
             self.processes[name] = subprocess.Popen(
@@ -131,7 +130,7 @@ class RunningCluster:
     def stop(self) -> dict[str, int]:
         """SIGTERM to all, workers first; returns exit codes. Whoever doesn't end in time is killed and has −9."""
         self.client.close()
-        for name in sorted(self.processes, key=lambda name: name == "router"):
+        for name in sorted(self.processes, key=lambda name: name.startswith("router")):
             process = self.processes[name]
             if process.poll() is None:
                 process.terminate()
