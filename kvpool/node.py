@@ -12,15 +12,16 @@ import logging
 import os
 import secrets
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import zmq
 
 from kvpool.followed import FollowedWorker
 from kvpool.keeper import MAX_BLOCKS_PER_FETCH, keepers_of
 from kvpool.keys import Key
-from kvpool.node_tiers import NodeTiers, Opening
+from kvpool.node_tiers import Memory, NodeTiers, Opening
 from kvpool.sink import FetchedBatch, FetchEnded, FetchPlan, WantedBlock
+from kvpool.transport.base import Transport
 from protos import control
 from protos.control import (
     Capacity,
@@ -34,6 +35,7 @@ from protos.control import (
     Load,
     Lost,
     Peers,
+    RoutingGroup,
     Source,
 )
 from tandem.clock import now_s
@@ -62,19 +64,28 @@ Name = tuple[str, bytes]
 
 
 class PoolNode:
-    """One pool node from its first hello to its goodbye. `run` is all there is to call.
+    """One pool node from its first hello to its goodbye. `run` is all there is to call: `open`, then a `turn` after the other.
 
     The tiers are opened when a router first says how large slabs are, and stay so: a group with other slabs needs a pool node
     of its own (a new process). Until they are open the node says that it holds nothing.
     """
 
-    def __init__(self, config: Config, name: str) -> None:
+    def __init__(
+        self,
+        config: Config,
+        name: str,
+        *,
+        context: zmq.Context[Socket] | None = None,
+        poller: zmq.Poller | None = None,
+        new_id: Callable[[int], bytes] = secrets.token_bytes,
+    ) -> None:
         self._config = config
         self._name = name
         self._machine_id = config.transfer.machine_id or machine_id()
-        self._epoch = secrets.token_bytes(8)
-        self._context: zmq.Context[Socket] = zmq.Context()
-        self._poller = zmq.Poller()
+        self._new_id = new_id
+        self._epoch = new_id(8)
+        self._context: zmq.Context[Socket] = context or zmq.Context()
+        self._poller = poller or zmq.Poller()
         self._opening: Opening | None = None
         self._tiers: NodeTiers | None = None
         self._peers: Peers | None = None
@@ -89,6 +100,18 @@ class PoolNode:
         directories can't be had."""
         check_memory("pool.host_bytes", self._config.pool.host_bytes)
         os.setpriority(os.PRIO_PROCESS, 0, max(NICENESS, os.getpriority(os.PRIO_PROCESS, 0)))
+        try:
+            self.open()
+            due_s = 0.0
+            while not stop.is_set():
+                timeout_s = min(max(0.0, due_s - now_s()), _STOP_CHECK_S)
+                due_s = self.turn(dict(self._poller.poll(int(timeout_s * 1000))))
+            self._link.send_all(Goodbye(self._name, self._epoch))
+        finally:
+            self._close()
+
+    def open(self) -> None:
+        """Begins to dial the routers."""
         self._link = RouterLink(
             self._context,
             self._config.router.control_endpoints,
@@ -99,18 +122,11 @@ class PoolNode:
             on_refused=self._on_refused,
             on_lost=lambda number: None,  # what is kept stays useful; the next hello tells the router all
         )
-        try:
-            for socket in self._link.sockets():
-                self._poller.register(socket, zmq.POLLIN)
-            due_s = 0.0
-            while not stop.is_set():
-                timeout_s = min(max(0.0, due_s - now_s()), _STOP_CHECK_S)
-                due_s = self._step(dict(self._poller.poll(int(timeout_s * 1000))))
-            self._link.send_all(Goodbye(self._name, self._epoch))
-        finally:
-            self._close()
+        for socket in self._link.sockets():
+            self._poller.register(socket, zmq.POLLIN)
 
-    def _step(self, ready: dict[Socket | int, int]) -> float:
+    def turn(self, ready: dict[Socket | int, int]) -> float:
+        """Takes in what is `ready`, goes on with all that there is to do; when to call again at the latest."""
         for socket in self._link.sockets():
             if socket in ready:
                 self._link.handle(socket, now_s())
@@ -158,8 +174,11 @@ class PoolNode:
         if self._tiers is not None:
             self._keep_for(self._tiers, message)
         elif self._opening is None:
-            self._opening = Opening(self._config, message.group, message.slab_bytes)
-            self._poller.register(self._opening.fileno(), zmq.POLLIN)
+            self._open_tiers(message.group, message.slab_bytes)
+
+    def _open_tiers(self, group: RoutingGroup, slab_bytes: int) -> None:
+        self._opening = Opening(self._config, group, slab_bytes)
+        self._poller.register(self._opening.fileno(), zmq.POLLIN)
 
     def _take_tiers(self, opening: Opening) -> None:
         self._poller.unregister(opening.fileno())
@@ -168,6 +187,10 @@ class PoolNode:
             memory = opening.take()
         finally:
             opening.close()
+        self._serve(memory)
+
+    def _serve(self, memory: Memory, transports: Sequence[Transport] | None = None) -> None:
+        """The tiers are open. `transports` as `NodeTiers` takes them."""
         self._tiers = NodeTiers(
             memory,
             self._config,
@@ -177,6 +200,7 @@ class PoolNode:
             machine_id=self._machine_id,
             on_blocks=self._on_blocks,
             on_ended=self._on_ended,
+            transports=transports,
         )
         self._tiers.register(self._poller)
         self._link.hello_again()
@@ -298,7 +322,7 @@ class PoolNode:
         wanted = tuple([WantedBlock(key, parent, size, b) for (key, parent), b in zip(pairs, blocks, strict=True)])
         deadline_s = now + self._config.transfer.fetch_timeout_s
         plan = FetchPlan(
-            secrets.token_bytes(16), f"pool:{self._name}", wanted, (worker.source,), "", deadline_s, BACKGROUND_ORDER
+            self._new_id(16), f"pool:{self._name}", wanted, (worker.source,), "", deadline_s, BACKGROUND_ORDER
         )
         self._fetches[plan.fetch_id] = (name, plan)
         self._busy.update(key for key, _ in pairs)

@@ -12,7 +12,7 @@ import os
 import select
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,7 @@ from kvpool.service import KVService
 from kvpool.sink import FetchedBatch, FetchEnded
 from kvpool.tiering import Tiering
 from kvpool.tiers.disk.tier import DiskTier
+from kvpool.transport.base import Transport
 from kvpool.transport.build import make_transports
 from protos.control import Capacity, Counters, Load, RoutingGroup
 from protos.kv_events import BlockRemoved, Event
@@ -153,7 +154,8 @@ class Opening:
 
 class NodeTiers:
     """Serves what `memory` holds; owns and closes it from now on, also if this raises. One thread calls it. `on_blocks` and
-    `on_ended` are `KVService`'s. Raises ConfigError or TransportError for what can't be opened."""
+    `on_ended` are `KVService`'s, and so are `transports`: those of the configuration if none are given. Raises ConfigError or
+    TransportError for what can't be opened."""
 
     def __init__(
         self,
@@ -166,6 +168,7 @@ class NodeTiers:
         machine_id: str,
         on_blocks: Callable[[bytes, FetchedBatch], None],
         on_ended: Callable[[FetchEnded], None],
+        transports: Sequence[Transport] | None = None,
     ) -> None:
         settings, transfer = config.pool, config.transfer
         self.group = memory.group
@@ -194,6 +197,8 @@ class NodeTiers:
             # What expired while nobody was there isn't announced.
             if self._expiry is not None:
                 self._expiry.tick(now_s(), time.time())
+            if transports is None:
+                transports = make_transports(transfer, self.arena, epoch, machine_id=machine_id, native=native())
             self.service = KVService(
                 context=context,
                 pool=self.pool,
@@ -201,7 +206,7 @@ class NodeTiers:
                 process=name,
                 epoch=epoch,
                 bind_host=transfer.host,
-                transports=make_transports(transfer, self.arena, epoch, machine_id=machine_id, native=native()),
+                transports=transports,
                 machine_id=machine_id,
                 lease_s=transfer.lease_s,
                 grace_s=transfer.grace_s,

@@ -12,14 +12,15 @@ import queue
 import secrets
 import sys
 import threading
-from collections.abc import Callable
-from typing import Literal
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
 
 import msgspec
 import zmq
 
 from kvpool.service import KVService
 from kvpool.sink import FetchedBatch, FetchEnded
+from kvpool.transport.base import Transport
 from kvpool.transport.build import make_transports
 from protos import control
 from protos.control import (
@@ -99,8 +100,8 @@ class WorkerLoop:
         )
         parts.arena.populate()
         model_name = self._config.model.name or default_model_name(path)
-        engine_thread = _EngineThread(parts)
-        transfer = _TransferThread(self._config, parts, engine_thread, self._role, self._name, model_name, epoch)
+        engine_thread = EngineThread(parts)
+        transfer = TransferThread(self._config, parts, engine_thread, self._role, self._name, model_name, epoch)
         engine_thread.connect(transfer)
         cores = claim_cores(self._worker.threads)
         thread = threading.Thread(target=transfer.run, name="transfer")
@@ -130,7 +131,7 @@ class WorkerLoop:
             cores.close()
 
 
-class _EngineThread:
+class EngineThread:
     """schedule → run → postprocess, and a queue of what others want the engine to know."""
 
     def __init__(self, parts: EngineParts) -> None:
@@ -142,8 +143,9 @@ class _EngineThread:
         self.step_began_s: float | None = None
         self.loads: dict[int, Load] = {}
         self.counters = Counters()
+        self._checked = True
 
-    def connect(self, transfer: _TransferThread) -> None:
+    def connect(self, transfer: TransferThread) -> None:
         self._publish = transfer.take_output
         self._engine.on_output = transfer.take_output
         self._engine.on_published = transfer.wake
@@ -152,23 +154,29 @@ class _EngineThread:
         """From any thread: `message` is called on the engine thread before its next step."""
         self._inbox.put(message)
 
-    def run(self, stop: threading.Event, transfer: _TransferThread) -> None:
-        checked = True
+    def run(self, stop: threading.Event, transfer: TransferThread) -> None:
         while not stop.is_set() and transfer.error is None:
             self._intake(block=not self._engine.has_work)
-            self.step_id += 1
-            self.step_began_s = now_s()
-            output = self._engine.step(self.step_began_s, now_s)
-            self.step_began_s = None
-            self.loads = self._engine.loads()
-            self.counters = self._engine.counters()
-            if not output.is_empty:
-                self._publish(output)
-            if not self._engine.is_idle:
-                checked = False
-            elif not checked and self._inbox.empty():
-                self._parts.pool.check()
-                checked = True
+            self.end_step(self.begin_step())
+
+    def begin_step(self) -> Output:
+        """Computes a step; `end_step` has to follow."""
+        self.step_id += 1
+        self.step_began_s = now_s()
+        return self._engine.step(self.step_began_s, now_s)
+
+    def end_step(self, output: Output) -> None:
+        """The step is over: says what came of it."""
+        self.step_began_s = None
+        self.loads = self._engine.loads()
+        self.counters = self._engine.counters()
+        if not output.is_empty:
+            self._publish(output)
+        if not self._engine.is_idle:
+            self._checked = False
+        elif not self._checked and self._inbox.empty():
+            self._parts.pool.check()
+            self._checked = True
 
     def _intake(self, *, block: bool) -> None:
         try:
@@ -180,7 +188,7 @@ class _EngineThread:
             pass
 
 
-class _TransferThread:
+class TransferThread:
     """Sockets, copies, checksums, heartbeats. Everything it owns is touched by its thread alone, but for `take_output`,
     `stop` and `error`."""
 
@@ -188,7 +196,7 @@ class _TransferThread:
         self,
         config: Config,
         parts: EngineParts,
-        engine: _EngineThread,
+        engine: EngineThread,
         role: Literal["prefill", "decode"],
         name: str,
         model: str,
@@ -242,45 +250,55 @@ class _TransferThread:
         context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         transfer = self._config.transfer
         machine = transfer.machine_id or machine_id()
+        native = self._parts.native
         try:
-            self._service = KVService(
-                context=context,
-                pool=self._parts.pool,
-                arena=self._parts.arena,
-                process=self._name,
-                epoch=self._epoch,
-                bind_host=transfer.host,
-                transports=make_transports(
-                    transfer, self._parts.arena, self._epoch, machine_id=machine, native=self._parts.native
-                ),
-                machine_id=machine,
-                lease_s=transfer.lease_s,
-                grace_s=transfer.grace_s,
-                on_blocks=self._on_blocks,
-                on_ended=self._on_ended,
-                on_kept=lambda: self._engine.post(lambda: None),
-                peer_bytes_per_s=transfer.peer_bytes_per_s,
+            self.open(
+                context,
+                make_transports(transfer, self._parts.arena, self._epoch, machine_id=machine, native=native),
+                machine,
             )
             try:
-                self._link = RouterLink(
-                    context,
-                    self._config.router.control_endpoints,
-                    identity=identity(self._name, self._epoch),
-                    make_hello=self._hello,
-                    make_heartbeat=self._heartbeat,
-                    on_message=self._on_message,
-                    on_refused=self._on_refused,
-                    on_lost=self._on_router_lost,
-                )
-                try:
-                    self._poll_until_stopped()
-                    self._link.send_all(Goodbye(self._name, self._epoch))
-                finally:
-                    self._link.close(_GOODBYE_LINGER_MS)
+                self._poll_until_stopped()
+                self._link.send_all(Goodbye(self._name, self._epoch))
             finally:
+                self._link.close(_GOODBYE_LINGER_MS)
                 self._service.close()
         finally:
             context.term()
+
+    def open(self, context: zmq.Context[zmq.Socket[bytes]], transports: Sequence[Transport], machine: str) -> None:
+        """Listens, and begins to dial the routers. Closes what it opened if it raises."""
+        transfer = self._config.transfer
+        self._service = KVService(
+            context=context,
+            pool=self._parts.pool,
+            arena=self._parts.arena,
+            process=self._name,
+            epoch=self._epoch,
+            bind_host=transfer.host,
+            transports=transports,
+            machine_id=machine,
+            lease_s=transfer.lease_s,
+            grace_s=transfer.grace_s,
+            on_blocks=self._on_blocks,
+            on_ended=self._on_ended,
+            on_kept=lambda: self._engine.post(lambda: None),
+            peer_bytes_per_s=transfer.peer_bytes_per_s,
+        )
+        try:
+            self._link = RouterLink(
+                context,
+                self._config.router.control_endpoints,
+                identity=identity(self._name, self._epoch),
+                make_hello=self._hello,
+                make_heartbeat=self._heartbeat,
+                on_message=self._on_message,
+                on_refused=self._on_refused,
+                on_lost=self._on_router_lost,
+            )
+        except BaseException:
+            self._service.close()
+            raise
 
     def _poll_until_stopped(self) -> None:
         poller = zmq.Poller()
@@ -294,13 +312,17 @@ class _TransferThread:
             ready = dict(poller.poll(min(timeout_ms, 1000)))
             if ready.pop(self._wake_fd, 0):
                 os.eventfd_read(self._wake_fd)
-            for socket in self._link.sockets():
-                if ready.pop(socket, 0):
-                    self._link.handle(socket, now_s())
-            self._service.handle(ready, now_s())
-            self._send_outputs()
-            now = now_s()
-            due_s = min(self._service.tick(now), self._link.tick(now), self._resend(now))
+            due_s = self.turn(ready)
+
+    def turn(self, ready: dict[Any, int]) -> float:
+        """Takes in what is `ready`, says and does what the engine wants said and done; when to call again at the latest."""
+        for socket in self._link.sockets():
+            if ready.pop(socket, 0):
+                self._link.handle(socket, now_s())
+        self._service.handle(ready, now_s())
+        self._send_outputs()
+        now = now_s()
+        return min(self._service.tick(now), self._link.tick(now), self._resend(now))
 
     def _send_outputs(self) -> None:
         while True:

@@ -35,6 +35,7 @@ from tandem.engine.meter import Meter
 from tandem.engine.onboarding import Onboarding
 from tandem.engine.output import Outbox, Output
 from tandem.engine.runner import Chunk
+from tandem.engine.sampler import Sampler, sample
 from tandem.engine.scheduler import Scheduler, StepPlan
 from tandem.engine.sequence import Sequence as Seq
 from tandem.engine.sequence import State
@@ -66,6 +67,7 @@ class Engine:
         limits: EngineLimits,
         new_fetch_id: Callable[[], bytes],
         writer: bytes = NOBODY,
+        sampler: Sampler = sample,
     ) -> None:
         self._pool = pool
         self._memory = memory
@@ -96,6 +98,7 @@ class Engine:
             tables=self._tables,
             durability=self._durability,
             outbox=self._outbox,
+            sampler=sampler,
         )
         self._onboarding = Onboarding(
             limits=limits,

@@ -9,7 +9,7 @@ same numerics class, and after any crash.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -39,6 +39,10 @@ class Sampled:
 
     token_id: int
     logprobs: TokenLogprobs | None
+
+
+Sampler = Callable[[torch.Tensor, Sequence[SampleRequest]], list[Sampled]]
+"""As `sample`."""
 
 
 def sample(logits: torch.Tensor, requests: Sequence[SampleRequest]) -> list[Sampled]:

@@ -16,7 +16,7 @@ from tandem.engine.block_tables import BlockTables
 from tandem.engine.durability import Durability
 from tandem.engine.jobs import Jobs
 from tandem.engine.output import Outbox
-from tandem.engine.sampler import Sampled, SampleRequest, sample
+from tandem.engine.sampler import Sampled, Sampler, SampleRequest
 from tandem.engine.scheduler import Scheduler
 from tandem.engine.sequence import Job, Sequence, State
 
@@ -36,6 +36,7 @@ class Streams:
         tables: BlockTables,
         durability: Durability,
         outbox: Outbox,
+        sampler: Sampler,
     ) -> None:
         self._vocab_size = vocab_size
         self._jobs = jobs
@@ -43,6 +44,7 @@ class Streams:
         self._tables = tables
         self._durability = durability
         self._outbox = outbox
+        self._sample = sampler
 
     # --- samples that are drawn here ---------------------------------------------------------------------------------
 
@@ -65,7 +67,7 @@ class Streams:
                         output_token_ids=output,
                     )
                 )
-        drawn = iter(sample(logits if len(rows) == len(drawing) else logits[rows], requests))
+        drawn = iter(self._sample(logits if len(rows) == len(drawing) else logits[rows], requests))
         for sequence in drawing:
             job = sequence.job
             first = not job.forked
