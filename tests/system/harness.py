@@ -21,7 +21,7 @@ import psutil
 
 from protos import tandem_pb2 as pb
 from tandem.client import Client
-from tandem.config import Config, dump_config, load_config
+from tandem.config import PORT_STEP, Config, dump_config, load_config
 from tandem.errors import TandemError
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -41,6 +41,21 @@ def free_port() -> int:
                 continue
             return port
     raise AssertionError("100 ports tried, none free")
+
+
+def free_ports(num_replicas: int) -> tuple[int, int]:
+    """A gRPC and a control port for the first of so many routers, that those of the others are free beside."""
+    for _ in range(100):
+        ports = free_port(), free_port()
+        needed = {port + number * PORT_STEP for port in ports for number in range(num_replicas)}
+        if len(needed) == 2 * num_replicas and all(_is_free(port) for port in needed):
+            return ports
+    raise AssertionError("no ports in a row are free")
+
+
+def _is_free(port: int) -> bool:
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", port)) != 0
 
 
 def wait_until(condition: Callable[[], Any], deadline_s: float, what: str) -> Any:
