@@ -20,6 +20,7 @@ from kvpool.followed import FollowedWorker
 from kvpool.keeper import MAX_BLOCKS_PER_FETCH, keepers_of
 from kvpool.keys import Key
 from kvpool.node_tiers import Memory, NodeTiers, Opening
+from kvpool.peer_lists import PeerLists
 from kvpool.sink import FetchedBatch, FetchEnded, FetchPlan, WantedBlock
 from kvpool.transport.base import Transport
 from protos import control
@@ -88,6 +89,7 @@ class PoolNode:
         self._poller = poller or zmq.Poller()
         self._opening: Opening | None = None
         self._tiers: NodeTiers | None = None
+        self._peer_lists = PeerLists()
         self._peers: Peers | None = None
         self._members: set[Name] = set()
         self._workers: dict[Name, FollowedWorker] = {}
@@ -120,7 +122,7 @@ class PoolNode:
             make_heartbeat=self._heartbeat,
             on_message=self._on_message,
             on_refused=self._on_refused,
-            on_lost=lambda number: None,  # what is kept stays useful; the next hello tells the router all
+            on_lost=self._peer_lists.lost,  # what is kept stays useful; the next hello tells the router all
         )
         for socket in self._link.sockets():
             self._poller.register(socket, zmq.POLLIN)
@@ -136,6 +138,8 @@ class PoolNode:
                 if socket in ready:
                     worker.hear(socket, now)
         due_s = self._link.tick(now)
+        if (gone_s := self._peer_lists.due_s()) is not None and gone_s <= now:
+            self._take_peers(self._peer_lists.merged(now))
         if self._opening is not None and self._opening.fileno() in ready:
             self._take_tiers(self._opening)
         tiers = self._tiers
@@ -168,13 +172,16 @@ class PoolNode:
         if not isinstance(message, Peers):
             log.warning("a pool node has no use for %s", type(message).__name__)
             return
-        if message.group is None or not message.slab_bytes:
+        self._take_peers(self._peer_lists.said(router, message, now_s()))
+
+    def _take_peers(self, peers: Peers | None) -> None:
+        if peers is None or peers.group is None:
             return  # no worker has joined yet
-        self._peers = message
+        self._peers = peers
         if self._tiers is not None:
-            self._keep_for(self._tiers, message)
+            self._keep_for(self._tiers, peers)
         elif self._opening is None:
-            self._open_tiers(message.group, message.slab_bytes)
+            self._open_tiers(peers.group, peers.slab_bytes)
 
     def _open_tiers(self, group: RoutingGroup, slab_bytes: int) -> None:
         self._opening = Opening(self._config, group, slab_bytes)

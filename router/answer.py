@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from protos import tandem_pb2
 from protos.control import TokenLogprobs
 from router.actions import CompletedEvent, FailedEvent, TokensEvent
-from router.journal import Summary
+from router.journal import SoFar, Summary
 from tandem.errors import TandemError
 from tandem.tokenizer.text_stream import TextStream
 from tandem.tokenizer.tokenizer import Tokenizer
@@ -46,6 +46,18 @@ class Answer:
         self._news = asyncio.Event()
         self._summary: Summary | None = None
         self._error: TandemError | None = None
+
+    def resume(self, index: int, had: SoFar) -> SoFar:
+        """The client has the beginning of this sample already: nothing of it is shown again. Returns it as it counts: it ends
+        where a stop string was complete. To be called before anything else."""
+        delta = self._texts[index].push(list(had.token_ids))
+        self._num_tokens[index] = delta.num_tokens_used
+        if delta.stopped and had.finish_reason is None:
+            self._pending[index] = _Pending(delta.num_tokens_used, finish_reason="stop")
+            self._news.set()
+        reason = "stop" if delta.stopped else had.finish_reason
+        self._finished[index] = reason is not None
+        return SoFar(had.token_ids[: delta.num_tokens_used], reason)
 
     @property
     def num_generated_tokens(self) -> int:

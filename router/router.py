@@ -328,7 +328,7 @@ class RouterCore:
         for record in self.journal:
             if now_s >= record.request.deadline_s:
                 budget_s = record.request.deadline_s - record.accepted_at_s
-                actions += self._end(record, DeadlineExceeded(f"not complete after {budget_s:.3f} s"), now_s)
+                actions += self._end(record, DeadlineExceeded(f"not complete after {budget_s:.2f} s"), now_s)
         for request_id in list(self._waiting):
             waiting = self.journal.get(request_id)
             if waiting is not None and now_s >= waiting.plan_after_s:

@@ -16,30 +16,35 @@ import threading
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import ParamSpec
+from typing import Any, NoReturn, ParamSpec
 
 import grpc
 import grpc.aio
+import msgspec
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
+from kvpool.keys import tokens_as_bytes
 from protos import tandem_pb2, tandem_pb2_grpc
 from protos.control import ToRouter
 from protos.kv_events import EventBatch
-from protos.metadata import MAX_TENANT_CHARS, TENANT
+from protos.metadata import ERROR_CODE, MAX_TENANT_CHARS, RETRY_AFTER, TENANT
 from router.actions import Action, Emit, Replay, Send, Subscribe, TokensEvent, Unsubscribe
 from router.admission import Slo
 from router.answer import Answer
 from router.control_plane import ControlPlane, Handlers
 from router.explain import explain
-from router.journal import Request, Summary
+from router.journal import Request, Resumed, Summary
 from router.metrics import Metrics
+from router.open_answers import MAX_KEY_CHARS, Open, OpenAnswers
 from router.reports import audit, cluster, completed
 from router.router import RouterCore, Settings
-from router.validation import Validator, prompt_bytes
+from router.secret import shared_secret
+from router.tickets import Ticket, Tickets, digest_of
+from router.validation import Asked, Validator, prompt_bytes
 from tandem.clock import now_s
 from tandem.config import Config, SloConfig
-from tandem.errors import ConfigError, Overloaded, TandemError, Unavailable
+from tandem.errors import Cancelled, ConfigError, DeadlineExceeded, Draining, InvalidRequest, Overloaded, TandemError
 from tandem.model_files import default_model_name, resolve_model
 from tandem.tokenizer.tokenizer import Tokenizer, load_tokenizer
 
@@ -56,9 +61,22 @@ P = ParamSpec("P")
 
 
 def run(config: Config, name: str, stop: threading.Event) -> None:
-    """Serves as router `name` until `stop` is set, then drains. Raises TandemError if a port is in use or there is no model."""
+    """Serves as router `name` until `stop` is set, then drains: `router` is the first one of its machine, `router-1` the next.
+    Raises TandemError if a port is in use, there is no model, or the name is not that of a router."""
+    number = number_of(name)
+    config = config.model_copy(update={"router": config.router.replica(number)})
     tokenizer = load_tokenizer(resolve_model(config.model.path))
-    asyncio.run(RouterServer(config, tokenizer).serve(stop))
+    asyncio.run(RouterServer(config, tokenizer, name=name).serve(stop))
+
+
+def number_of(name: str) -> int:
+    """Which router of its machine one of this name is. Raises ConfigError for a name that tells no number."""
+    base, _, number = name.partition("-")
+    if base != "router" or (number and not number.isdecimal()):
+        raise ConfigError(
+            f"--name: {name!r} is no router's; the first one is 'router', the others 'router-1', 'router-2', …"
+        )
+    return int(number or 0)
 
 
 def _slo(config: SloConfig) -> Slo:
@@ -82,7 +100,7 @@ def _logged(handler: Callable[P, None]) -> Callable[P, None]:
 class RouterServer:
     """One router. `serve` runs it; the ports it listens on are known once `started` is set."""
 
-    def __init__(self, config: Config, tokenizer: Tokenizer, drain_s: float = DRAIN_S) -> None:
+    def __init__(self, config: Config, tokenizer: Tokenizer, drain_s: float = DRAIN_S, name: str = "router") -> None:
         self._config = config
         self._drain_s = drain_s
         self._tokenizer = tokenizer
@@ -91,7 +109,7 @@ class RouterServer:
         settings = config.router
         self.core = RouterCore(
             Settings(
-                router=f"router-{config.cluster}",
+                router=name,
                 epoch=secrets.token_bytes(8),
                 model=self.model,
                 heartbeat_s=settings.heartbeat_s,
@@ -109,7 +127,9 @@ class RouterServer:
             random.Random(secrets.randbits(64)),
         )
         self.metrics = Metrics()
-        self.answers: dict[str, Answer] = {}
+        secret_file = settings.secret_file or config.run_path / "router.secret"
+        self._tickets = Tickets(shared_secret(Path(secret_file).expanduser()))
+        self.answers = OpenAnswers()
         self.started = threading.Event()
         self.grpc_port = settings.grpc_port
         self.control_port = settings.control_port
@@ -158,7 +178,14 @@ class RouterServer:
         # Token ids take up to five bytes each on the wire where the limit counts four: leave the verdict to the validation.
         max_bytes = 2 * self._config.limits.max_prompt_bytes + 2**20
         # Without SO_REUSEPORT a second router on the port is an error, not a silent share of the requests.
-        options = [("grpc.so_reuseport", 0), ("grpc.max_receive_message_length", max_bytes)]
+        options = [
+            ("grpc.so_reuseport", 0),
+            ("grpc.max_receive_message_length", max_bytes),
+            # Clients ask a silent connection whether it is still there.
+            ("grpc.http2.min_recv_ping_interval_without_data_ms", 500),
+            ("grpc.http2.max_ping_strikes", 0),
+            ("grpc.keepalive_permit_without_calls", 1),
+        ]
         server = grpc.aio.server(options=options)
         tandem_pb2_grpc.add_TandemServicer_to_server(_Servicer(self), server)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
@@ -201,8 +228,8 @@ class RouterServer:
         while self.answers and now_s() < end_s:
             self._tick(now_s())
             await asyncio.sleep(TICK_S)
-        for request_id in list(self.answers):
-            self._do(self.core.cancel(request_id, now_s(), Unavailable("the router is stopping")))
+        for request_id in self.answers.ids():
+            self._do(self.core.cancel(request_id, now_s(), Draining("the router is stopping")))
         end_s = now_s() + 1.0
         while self.answers and now_s() < end_s:
             await asyncio.sleep(TICK_S)
@@ -249,10 +276,7 @@ class RouterServer:
                     control.replay(action)
 
     def _emit(self, emit: Emit) -> None:
-        answer = self.answers.get(emit.request_id)
-        if answer is None:
-            return
-        num_tokens = answer.take(emit.event)
+        num_tokens = self.answers.emit(emit.request_id, emit.event, now_s())
         if num_tokens is not None and isinstance(emit.event, TokensEvent):
             self._do(self.core.stop_sample(emit.request_id, emit.event.index, num_tokens, now_s()))
 
@@ -266,7 +290,7 @@ class RouterServer:
         arrived_s = now_s()
         limits = self._config.limits
         if self._stopping:
-            raise Unavailable("the router is stopping")
+            raise Draining("the router is stopping")
         if len(self.answers) + self._num_opening >= limits.max_active_requests:
             raise Overloaded(
                 f"{len(self.answers) + self._num_opening} requests are active, the limit is {limits.max_active_requests}"
@@ -278,20 +302,12 @@ class RouterServer:
         finally:
             self._num_opening -= 1
         budget_s = min(limits.default_deadline_s, budget_s) if budget_s is not None else limits.default_deadline_s
-        request_id = secrets.token_hex(12)
-        continues = request.WhichOneof("input") != "chat"
-        answer = Answer(request_id, self._tokenizer, asked.stop, asked.n, continues=continues)
-        self.answers[request_id] = answer
+        opened, submitted, answer = self._open(request, asked, prompt, arrived_s + budget_s, tenant)
         ended = False
         try:
-            core_request = Request(
-                request_id, prompt, asked.sampling, asked.n, arrived_s + budget_s, tenant=tenant, batch=request.batch
-            )
-            self._do(self.core.submit(core_request, now_s()))
-            accepted = tandem_pb2.Accepted(
-                request_id=request_id, seed=asked.sampling.seed, num_prompt_tokens=len(prompt)
-            )
-            yield tandem_pb2.GenerateResponse(accepted=accepted)
+            if submitted is not None:
+                self._do(self.core.submit(submitted, now_s()))
+            yield tandem_pb2.GenerateResponse(accepted=opened.accepted)
             async for chunk in answer.chunks():
                 yield tandem_pb2.GenerateResponse(chunk=chunk)
             assert answer.summary is not None
@@ -299,10 +315,84 @@ class RouterServer:
             message = completed(answer.summary, answer.num_generated_tokens)
             yield tandem_pb2.GenerateResponse(completed=message)
         finally:
-            if not ended:
-                self._do(self.core.cancel(request_id, now_s()))
-            del self.answers[request_id]
-            self._count(request_id, answer)
+            if self.answers.leave(opened, answer):
+                self._do(self.core.cancel(opened.request_id, now_s()))
+            if self.answers.close(opened, remember=ended):
+                self._count(opened.request_id, answer)
+
+    def _open(
+        self,
+        request: tandem_pb2.GenerateRequest,
+        asked: Asked,
+        prompt: tuple[int, ...],
+        deadline_s: float,
+        tenant: str,
+    ) -> tuple[Open, Request | None, Answer]:
+        """A new answer with its reader, and what is to be submitted for it: nothing where a request of the same idempotency key
+        is answered already. Raises InvalidRequest for what does not fit the ticket or the key that comes with it."""
+        digest = digest_of(tokens_as_bytes(prompt), asked.sampling, asked.n, asked.stop)
+        answer_to = functools.partial(
+            Answer,
+            tokenizer=self._tokenizer,
+            stop=asked.stop,
+            n=asked.n,
+            continues=request.WhichOneof("input") != "chat",
+        )
+        given_seed = request.sampling.seed if request.sampling.HasField("seed") else None
+        if len(request.idempotency_key) > MAX_KEY_CHARS:
+            raise InvalidRequest(
+                f"idempotency_key has {len(request.idempotency_key)} characters, the limit is {MAX_KEY_CHARS}"
+            )
+        ticket = Ticket(
+            request_id=secrets.token_hex(12),
+            resume_no=0,
+            asked=digest,
+            seed=asked.sampling.seed,
+            root=self.core.root,
+            tenant=tenant,
+        )
+        key, resumed = None, None
+        if request.HasField("resume"):
+            before = self._tickets.read(request.resume.ticket)
+            if (before.asked, before.tenant) != (digest, tenant) or given_seed not in (None, before.seed):
+                raise InvalidRequest("the ticket is of another request, or of another tenant")
+            ticket = msgspec.structs.replace(before, resume_no=before.resume_no + 1)
+            so_far = self._validator.so_far(request.resume, asked)
+            # The call that had it is broken, or will be: an answer has one place.
+            self._do(
+                self.core.cancel(before.request_id, now_s(), Cancelled("its client goes on with it in another call"))
+            )
+        elif request.idempotency_key:
+            key = (tenant, request.idempotency_key)
+            if (opened := self.answers.find(key, (digest, given_seed), now_s())) is not None:
+                answer = answer_to(opened.request_id)
+                self.answers.join(opened, answer)
+                return opened, None, answer
+        answer = answer_to(ticket.request_id)
+        if request.HasField("resume"):
+            had = tuple(answer.resume(index, sample) for index, sample in enumerate(so_far))
+            resumed = Resumed(ticket.resume_no, ticket.root, had)
+        accepted = tandem_pb2.Accepted(
+            request_id=ticket.request_id,
+            seed=ticket.seed,
+            num_prompt_tokens=len(prompt),
+            ticket=self._tickets.sign(ticket),
+            resume_no=ticket.resume_no,
+        )
+        opened = Open(accepted, (digest, given_seed), [answer], key)
+        self.answers.add(opened)
+        sampling = msgspec.structs.replace(asked.sampling, seed=ticket.seed)
+        submitted = Request(
+            ticket.request_id,
+            prompt,
+            sampling,
+            asked.n,
+            deadline_s,
+            tenant=tenant,
+            batch=request.batch,
+            resumed=resumed,
+        )
+        return opened, submitted, answer
 
     async def _tokenize(self, request: tandem_pb2.GenerateRequest) -> tuple[int, ...]:
         max_model_len = self.core.max_model_len()
@@ -333,7 +423,7 @@ class RouterServer:
 
     def audit(self) -> tandem_pb2.AuditResponse:
         """What the router believes against what its processes report."""
-        return audit(self.core, set(self.answers), now_s())
+        return audit(self.core, self.answers.ids(), now_s())
 
 
 class _Servicer(tandem_pb2_grpc.TandemServicer):
@@ -356,13 +446,10 @@ class _Servicer(tandem_pb2_grpc.TandemServicer):
                 async with asyncio.timeout(patience_s):  # unlike wait_for, it makes no task of each message
                     await context.write(response)
         except TandemError as error:
-            if isinstance(error, Overloaded):
-                context.set_trailing_metadata((("retry-after-s", f"{error.retry_after_s:g}"),))
-            await context.abort(grpc.StatusCode[error.grpc_status], str(error))
+            await _abort(context, error)
         except TimeoutError:
             # What it holds here would be held for ever: gRPC waits for the client's window without a deadline of its own.
-            reason = f"the client read nothing for {patience_s:g} s"
-            await context.abort(grpc.StatusCode.DEADLINE_EXCEEDED, reason)
+            await _abort(context, DeadlineExceeded(f"the client read nothing for {patience_s:g} s"))
         finally:
             await responses.aclose()  # type: ignore[attr-defined]
 
@@ -380,4 +467,13 @@ class _Servicer(tandem_pb2_grpc.TandemServicer):
         try:
             return self._server.explain(request.request_id)
         except TandemError as error:
-            await context.abort(grpc.StatusCode[error.grpc_status], str(error))
+            await _abort(context, error)
+
+
+async def _abort(context: grpc.aio.ServicerContext[Any, Any], error: TandemError) -> NoReturn:
+    """Ends a call with an error's status, and with its code beside it: without one, a client knows that the connection broke."""
+    said = [(ERROR_CODE, error.code)]
+    if isinstance(error, Overloaded):
+        said.append((RETRY_AFTER, f"{error.retry_after_s:g}"))
+    context.set_trailing_metadata(tuple(said))
+    await context.abort(grpc.StatusCode[error.grpc_status], str(error))

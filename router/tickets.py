@@ -14,6 +14,7 @@ import msgspec
 from msgspec import Meta
 
 from protos.control import Count, Digest, Name, Sampling
+from protos.metadata import MAX_TENANT_CHARS
 from tandem.errors import InvalidRequest
 
 MAX_TICKET_BYTES = 1024
@@ -29,9 +30,9 @@ class Ticket(msgspec.Struct, frozen=True, array_like=True, kw_only=True):
     request_id: Name
     resume_no: Count
     asked: Digest
-    seed: Count
+    seed: Annotated[int, Meta(ge=0, le=2**63 - 1)]
     root: Annotated[bytes, Meta(max_length=16)]
-    tenant: str
+    tenant: Annotated[str, Meta(max_length=MAX_TENANT_CHARS)]
 
 
 _decoder = msgspec.msgpack.Decoder(Ticket)

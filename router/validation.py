@@ -11,13 +11,15 @@ import secrets
 from dataclasses import dataclass
 
 from protos import tandem_pb2
-from protos.control import Sampling
+from protos.control import FinishReason, Sampling
+from router.journal import SoFar
 from tandem.config import LimitsConfig
 from tandem.errors import InvalidRequest
 from tandem.tokenizer.tokenizer import Tokenizer
 
 MAX_LISTED_IDS = 1024
 MAX_PENALTY = 2.0
+_FINISH_REASONS: dict[str, FinishReason | None] = {"": None, "stop": "stop", "length": "length"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,6 +92,25 @@ class Validator:
         )
         self._check_prompt_size(request)
         return Asked(sampling, n, tuple(given.stop))
+
+    def so_far(self, resume: tandem_pb2.Resume, asked: Asked) -> list[SoFar]:
+        """What the client of a resumed request has of each sample. Raises InvalidRequest if it can't be of this request."""
+        if len(resume.samples) != asked.n:
+            raise InvalidRequest(f"resume has {len(resume.samples)} samples, the request has {asked.n}")
+        found = []
+        for index, sample in enumerate(resume.samples):
+            token_ids = tuple(sample.token_ids)
+            if len(token_ids) > asked.sampling.max_tokens:
+                raise InvalidRequest(
+                    f"resume has {len(token_ids)} tokens of sample {index}, max_tokens is {asked.sampling.max_tokens}"
+                )
+            self._check_vocabulary(f"sample {index} of resume", list(token_ids))
+            if sample.finish_reason not in _FINISH_REASONS:
+                raise InvalidRequest(
+                    f"resume has the finish reason {sample.finish_reason!r}, must be '', 'stop' or 'length'"
+                )
+            found.append(SoFar(token_ids, _FINISH_REASONS[sample.finish_reason]))
+        return found
 
     def _check_stop(self, given: tandem_pb2.SamplingParams) -> None:
         limits = self._limits

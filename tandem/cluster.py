@@ -152,9 +152,8 @@ class Cluster:
 
     @property
     def target(self) -> str:
-        """`host:port` of the router's gRPC API, as a client on this machine dials it."""
-        host = self.config.router.host
-        return f"{'127.0.0.1' if host in ('0.0.0.0', '::') else host}:{self.config.router.grpc_port}"
+        """`host:port` of each router's gRPC API, as a client on this machine dials it, with commas between."""
+        return self.config.router.grpc_target
 
     @property
     def log_dir(self) -> Path:
@@ -190,7 +189,8 @@ class Cluster:
         try:
             progress("starting Ray")
             self._start_ray(on_ray_dir)
-            self._start_role("router", "router")
+            for number in range(self.config.router.replicas):
+                self._start_role(f"router-{number}" if number else "router", "router")
             progress(f"starting the router at {self.target}")
             with Client(self.target) as client:
                 self._wait(client, deadline_s, progress, pause, set())

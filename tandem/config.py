@@ -141,6 +141,11 @@ class RouterConfig(_Section):
     grpc_port: Annotated[int, Field(ge=0, le=65_535)] = 8050
     control_port: Annotated[int, Field(ge=0, le=65_535)] = 8051
     metrics_port: Annotated[int, Field(ge=0, le=65_535, description="Prometheus; 0: off")] = 8052
+    secret_file: str = Field(
+        "",
+        description="what resume tickets are signed with, the same for all routers of a cluster; empty: a file in the run "
+        "folder, made by the router that comes first",
+    )
     heartbeat_s: float = Field(0.25, gt=0, le=10)
     liveness_s: float = Field(2.0, gt=0, le=60, description="without a heartbeat for so long a process is lost")
     progress_s: float = Field(60.0, gt=0, description="a step that takes longer counts as a death")
@@ -164,6 +169,12 @@ class RouterConfig(_Section):
             ports = [self.replica(number).control_port for number in range(self.replicas)]
             return [f"tcp://{_bracketed(self.host)}:{port}" for port in ports]
         return [f"tcp://{_with_port(address, self.control_port)}" for address in self.addresses]
+
+    @property
+    def grpc_target(self) -> str:
+        """Where a client on this machine reaches the routers here: `host:port` of each, with commas between."""
+        host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(self.host, self.host)
+        return ",".join(f"{_bracketed(host)}:{self.replica(number).grpc_port}" for number in range(self.replicas))
 
 
 ROUTER_PORTS = ("grpc_port", "control_port", "metrics_port")

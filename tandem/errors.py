@@ -61,6 +61,12 @@ class Unavailable(TandemError):
     http_code = 503
 
 
+class RouterLost(Unavailable):
+    """No router answers a client, or the one that did is gone."""
+
+    code = "router_lost"
+
+
 class WorkerLost(TandemError):
     """A worker died or stopped answering while it owned work."""
 

@@ -18,6 +18,7 @@ from typing import Any, Literal
 import msgspec
 import zmq
 
+from kvpool.peer_lists import PeerLists
 from kvpool.service import KVService
 from kvpool.sink import FetchedBatch, FetchEnded
 from kvpool.transport.base import Transport
@@ -39,7 +40,6 @@ from protos.control import (
     Load,
     Peers,
     Resend,
-    Source,
     Tokens,
 )
 from tandem.clock import now_s
@@ -213,6 +213,7 @@ class TransferThread:
         self._wake_fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self._stopping = False
         self._unacknowledged = Unacknowledged()
+        self._peer_lists = PeerLists()
         self._pools: set[tuple[str, bytes]] = set()
         self.error: BaseException | None = None
 
@@ -322,6 +323,8 @@ class TransferThread:
         self._service.handle(ready, now_s())
         self._send_outputs()
         now = now_s()
+        if (gone_s := self._peer_lists.due_s()) is not None and gone_s <= now:
+            self._take_peers(self._peer_lists.merged(now), now)
         return min(self._service.tick(now), self._link.tick(now), self._resend(now))
 
     def _send_outputs(self) -> None:
@@ -376,8 +379,8 @@ class TransferThread:
                 self._unacknowledged.acknowledge(router, fence, index, position, final, now)
                 if final:
                     post(lambda: engine.on_stop_sample(router, fence, index))
-            case Peers(pools=pools):
-                self._on_peers(pools, now)
+            case Peers():
+                self._take_peers(self._peer_lists.said(router, message, now), now)
             case Resend(fence=fence, index=index, position=position):
                 kept = self._unacknowledged.from_position(router, fence, index, position)
                 for tokens in kept:
@@ -387,15 +390,18 @@ class TransferThread:
             case _:
                 log.warning("a worker has no use for %s", type(message).__name__)
 
-    def _on_peers(self, pools: list[Source], now: float) -> None:
+    def _take_peers(self, peers: Peers | None, now: float) -> None:
         """Pool nodes that left hold nothing of ours any more."""
-        told = {(pool.process, pool.epoch) for pool in pools}
+        if peers is None:
+            return
+        told = {(pool.process, pool.epoch) for pool in peers.pools}
         for name in self._pools - told:
             self._service.drop_peer(*name, now)
         self._pools = told
-        self._engine.post(lambda: self._parts.engine.on_pools(pools))
+        self._engine.post(lambda: self._parts.engine.on_pools(peers.pools))
 
     def _on_router_lost(self, router: int) -> None:
+        self._peer_lists.lost(router)
         self._unacknowledged.drop_router(router)
         self._engine.post(lambda: self._parts.engine.on_router_lost(router))
 

@@ -35,7 +35,8 @@ ConfigOption = Annotated[
 TargetOption = Annotated[
     str,
     typer.Option(
-        "--target", help="host:port of a router. Default: the cluster that runs here, else the configured port."
+        "--target",
+        help="host:port of a router, or of several with commas between. Default: the cluster that runs here, else as configured.",
     ),
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="One JSON object a line, for programs.")]
@@ -46,7 +47,7 @@ def target_of(target: str, config: Config) -> str:
     if target:
         return target
     running = RunFile(config.run_path).read()
-    return running.target if running else f"{config.router.host}:{config.router.grpc_port}"
+    return running.target if running else config.router.grpc_target
 
 
 def configured_target(target: str, config_path: Path | None) -> str:

@@ -24,6 +24,7 @@ from rich.console import Console
 
 from protos import tandem_pb2 as pb
 from protos import tandem_pb2_grpc
+from protos.metadata import ERROR_CODE
 from tandem.cli.common import cluster_table
 from tandem.cli.run_file import RunFile, Running
 from tandem.errors import ConfigError
@@ -65,6 +66,7 @@ class ScriptedRouter(tandem_pb2_grpc.TandemServicer):
                 chunk=pb.Chunk(index=index, position=1, token_ids=[2], text=" day", finish_reason=ends)
             )
         if request.sampling.max_tokens == 500:
+            context.set_trailing_metadata(((ERROR_CODE, "worker_lost"),))
             context.abort(grpc.StatusCode.UNAVAILABLE, "decode-0 was lost")
         while request.sampling.max_tokens == 600 and context.is_active():
             self.pause.wait(0.05)
@@ -186,7 +188,7 @@ def test_with_json_an_error_is_the_last_line(router: Any) -> None:
     result = tandem("generate", "hello", "--json", "--max-tokens", "500", "--target", router.target)
     assert result.returncode == 1
     assert json.loads(result.stdout.splitlines()[-1]) == {
-        "error": {"code": "unavailable", "message": "decode-0 was lost"}
+        "error": {"code": "worker_lost", "message": "decode-0 was lost"}
     }
 
 

@@ -79,7 +79,11 @@ def test_a_cluster_serves_survives_a_killed_worker_and_goes_without_a_trace(conf
     assert not alive
     assert set(Path(tempfile.gettempdir()).glob("tandem-*")) <= folders
     assert set(Path("/dev/shm").iterdir()) <= shared
-    assert sorted(path.name for path in (configuration.parent / "run").iterdir()) == ["logs", "serve.json"]
+    assert sorted(path.name for path in (configuration.parent / "run").iterdir()) == [
+        "logs",
+        "router.secret",
+        "serve.json",
+    ]
 
 
 @pytest.mark.slow

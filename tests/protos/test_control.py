@@ -43,6 +43,7 @@ from protos.control import (
     RoutingGroup,
     Sampling,
     Source,
+    Started,
     TokenLogprobs,
     Tokens,
     Welcome,
@@ -57,6 +58,7 @@ GROUP = RoutingGroup(b"m" * 16, "format", b"n" * 16, 16)
 TO_ROUTER = [
     Hello(1, "p", "decode", EPOCH, 42, ENDPOINTS, Capacity(1, 2, 3, 4, 5), GROUP, "model"),
     Heartbeat("p", EPOCH, 7, 0.5, -1, Load(1, 2), Counters(3)),
+    Started(FENCE),
     Tokens(FENCE, 0, 5, [1, 2], [TokenLogprobs(-0.5, [(3, -1.0)])], "stop", 64),
     RoleReport(FENCE, 1, 2, 3, [FetchedFrom("p", "HOST", "shm", 4, 5)], 0.1, 0.2, 0.3),
     Failed(FENCE, "internal", "why"),

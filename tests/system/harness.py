@@ -21,7 +21,7 @@ import psutil
 
 from protos import tandem_pb2 as pb
 from tandem.client import Client
-from tandem.config import Config, dump_config, load_config
+from tandem.config import PORT_STEP, Config, dump_config, load_config
 from tandem.errors import TandemError
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -41,6 +41,21 @@ def free_port() -> int:
                 continue
             return port
     raise AssertionError("100 ports tried, none free")
+
+
+def free_ports(num_replicas: int) -> tuple[int, int]:
+    """A gRPC and a control port for the first of so many routers, that those of the others are free beside."""
+    for _ in range(100):
+        ports = free_port(), free_port()
+        needed = {port + number * PORT_STEP for port in ports for number in range(num_replicas)}
+        if len(needed) == 2 * num_replicas and all(_is_free(port) for port in needed):
+            return ports
+    raise AssertionError("no ports in a row are free")
+
+
+def _is_free(port: int) -> bool:
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", port)) != 0
 
 
 def wait_until(condition: Callable[[], Any], deadline_s: float, what: str) -> Any:
@@ -75,19 +90,18 @@ class RunningCluster:
         self.config_file = folder / "config.yaml"
         self.config_file.write_text(dump_config(self.config))
         self.processes: dict[str, subprocess.Popen[bytes]] = {}
-        self.client = Client(f"127.0.0.1:{self.config.router.grpc_port}")
+        self.client = Client(self.config.router.grpc_target)
 
     def start(self, names: Sequence[str] = ("router", "pool-0", "prefill-0", "decode-0")) -> RunningCluster:
         for name in names:
             self.spawn(name)
-        self.wait_ready([name for name in names if name != "router"])
+        self.wait_ready([name for name in names if not name.startswith("router")])
         return self
 
     def spawn(self, name: str) -> None:
         module = _MODULES[name.split("-")[0]]
         command = [sys.executable, "-m", module, "--config", str(self.config_file)]
-        if module != "router":
-            command += ["--name", name]
+        command += ["--name", name]
         environment = os.environ | {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive", "PYTHONPATH": str(REPOSITORY)}
         with (self.folder / f"{name}.log").open("ab") as log:
             self.processes[name] = subprocess.Popen(
@@ -131,7 +145,7 @@ class RunningCluster:
     def stop(self) -> dict[str, int]:
         """SIGTERM to all, workers first; returns exit codes. Whoever doesn't end in time is killed and has −9."""
         self.client.close()
-        for name in sorted(self.processes, key=lambda name: name == "router"):
+        for name in sorted(self.processes, key=lambda name: name.startswith("router")):
             process = self.processes[name]
             if process.poll() is None:
                 process.terminate()

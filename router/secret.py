@@ -1,0 +1,47 @@
+"""The secret that all routers of a cluster share.
+
+Owns the file it is in. Whoever can read it can sign resume tickets: it is readable by its owner alone.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+from pathlib import Path
+
+from tandem.errors import ConfigError
+
+MIN_BYTES = 16
+MAX_BYTES = 4096
+
+
+def read_secret(path: Path) -> bytes:
+    """What is in the file. Raises ConfigError if it can't be read, or is too short to be a secret."""
+    try:
+        with path.open("rb") as file:
+            secret = file.read(MAX_BYTES).strip()
+    except OSError as error:
+        raise ConfigError(f"router.secret_file: {path} can't be read: {error.strerror}") from error
+    if len(secret) < MIN_BYTES:
+        raise ConfigError(f"router.secret_file: {path} has {len(secret)} bytes, must be at least {MIN_BYTES}")
+    return secret
+
+
+def shared_secret(path: Path) -> bytes:
+    """As `read_secret`; the file is made if there is none. Of several who make it at once all get the same."""
+    if not path.exists():
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            mine = path.with_name(f"{path.name}.{os.getpid()}.{secrets.token_hex(4)}")
+            descriptor = os.open(mine, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+            with os.fdopen(descriptor, "wb") as file:
+                file.write(secrets.token_hex(32).encode())
+            try:
+                os.link(mine, path)  # unlike a rename, it never replaces what another one made
+            except FileExistsError:
+                pass
+            finally:
+                mine.unlink()
+        except OSError as error:
+            raise ConfigError(f"router.secret_file: {path} can't be made: {error.strerror}") from error
+    return read_secret(path)
