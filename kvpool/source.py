@@ -167,9 +167,12 @@ class FetchServer:
         return self._miss_waiters(over, now_s)
 
     def forget_sink(self, sink_id: bytes) -> None:
-        """That sink is certainly gone: its fetches and leases end."""
+        """That sink is said to be gone: it waits for nothing, and keeps nothing of ours. What it may still read stays leased
+        until that ends by itself: it may live, cut off from those who say so."""
         for served in list(self._sinks.get(sink_id, {}).values()):
-            self._drop(served)
+            self._unpark(served, list(served.parked))
+            if not served.batches:
+                self._drop(served)
         if (number := self._keepers.pop(sink_id, None)) is not None:
             self._pool.forget_keeper(number)
 

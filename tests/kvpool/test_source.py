@@ -201,14 +201,16 @@ def test_what_is_past_a_sinks_bounds_is_a_miss_and_harms_nobody_else() -> None:
     assert world.server.on_message(SINK, fetch(4, "xy", wait=True), 0.0) == []
 
 
-def test_a_sink_that_is_gone_leaves_nothing() -> None:
+def test_a_sink_that_is_said_to_be_gone_waits_for_nothing_and_may_read_until_its_leases_end() -> None:
     world = World()
     world.put("a")
     world.server.on_message(SINK, fetch(1, "ab", wait=True), 0.0)
     world.server.on_message(b"other", fetch(1, "ab", wait=True), 0.0)
     world.server.forget_sink(SINK)
-    assert (world.server.num_fetches, world.server.num_parked, world.pool.stats().num_leases) == (1, 1, 1)
+    assert (world.server.num_parked, world.pool.stats().num_leases) == (1, 2)
     assert [sink for sink, _ in world.put("b", tell_at_s=0.1)] == [b"other"]
+    world.server.tick(1000.0)
+    assert (world.server.num_fetches, world.pool.stats().num_leases) == (0, 0)
 
 
 @pytest.mark.parametrize("deadline_s", [math.nan, -1.0, -math.inf, 0.0])
