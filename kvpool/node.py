@@ -219,7 +219,7 @@ class PoolNode:
             log.warning("told of the workers of another group; this node keeps to the first it was told")
             return
         members = {(source.process, source.epoch) for source in peers.workers}
-        for gone in self._members - members:
+        for gone in sorted(self._members - members):
             tiers.service.drop_peer(*gone, now_s())
         self._members = members
         us = (self._name, self._epoch)
