@@ -14,7 +14,11 @@ from protos import control
 from protos.control import Cancel, Done, Ready
 from tandem.sim.faults.network import Frames, Socket
 from tandem.sim.faults.transport import Memory, Read
-from tandem.sim.faults.world import Violation
+from tandem.sim.faults.world import Process, Violation
+from tandem.zmq_io import identity
+
+GrantName = tuple[bytes, bytes, int]
+"""Sink, fetch id, batch."""
 
 
 @dataclass(eq=False, slots=True)
@@ -38,13 +42,15 @@ class ReadWatch:
     def __init__(self) -> None:
         self._sources: dict[str, Memory] = {}
         """By the endpoint that serves fetches."""
-        self._grants: dict[str, dict[tuple[bytes, bytes, int], Grant]] = {}
+        self._readers: dict[bytes, Process] = {}
+        self._grants: dict[str, dict[GrantName, Grant]] = {}
         self._running: dict[Read, None] = {}
         self.num_grants = 0
         self.num_reads = 0
 
     def serves(self, endpoint: str, memory: Memory) -> None:
         """A process serves its memory at this endpoint."""
+        self._readers[identity(memory.process.name, memory.process.epoch)] = memory.process
         self._sources[endpoint] = memory
         self._grants[endpoint] = {}
 
@@ -65,7 +71,7 @@ class ReadWatch:
                 grant = Grant(source, keys, expires_s, process.offset_s)
                 grants[frames[0], message.fetch_id, message.batch] = grant
                 self.num_grants += 1
-                self.check_source(source, list(grants.values()))
+                self._check_source(source, grants)
             return
         said = control.decode_to_source(frames[-1])
         if isinstance(said, Done | Cancel):
@@ -84,9 +90,7 @@ class ReadWatch:
                 del grants[name]
 
     @staticmethod
-    def _of(
-        grants: dict[tuple[bytes, bytes, int], Grant], sink: bytes, said: Done | Cancel
-    ) -> list[tuple[tuple[bytes, bytes, int], Grant]]:
+    def _of(grants: dict[GrantName, Grant], sink: bytes, said: Done | Cancel) -> list[tuple[GrantName, Grant]]:
         if isinstance(said, Done):
             name = (sink, said.fetch_id, said.batch)
             return [(name, grants[name])] if name in grants else []
@@ -129,12 +133,12 @@ class ReadWatch:
                 grants.clear()
             for name in [name for name, grant in grants.items() if not self._stands(grant)]:
                 del grants[name]
-            self.check_source(source, list(grants.values()))
+            self._check_source(source, grants)
 
-    def check_source(self, source: Memory, grants: list[Grant]) -> None:
+    def _check_source(self, source: Memory, grants: dict[GrantName, Grant]) -> None:
         locations: set[int] = set()
-        for grant in grants:
-            if self._stands(grant):
+        for name, grant in grants.items():
+            if self._stands(grant) and self._readers[name[0]].alive:
                 locations.update(grant.keys)
                 for location in grant.keys:
                     self._check_held(grant, location, "under a lease")
@@ -165,7 +169,7 @@ class ReadWatch:
             if name[0] == sink and location in grant.keys and not grant.given_back
         ]
 
-    def _check_not_read(self, socket: Socket, name: tuple[bytes, bytes, int], grant: Grant) -> None:
+    def _check_not_read(self, socket: Socket, name: GrantName, grant: Grant) -> None:
         for read in self._running:
             if read.channel.theirs is not grant.source or _identity(read) != name[0]:
                 continue
@@ -176,7 +180,7 @@ class ReadWatch:
 
 def _identity(read: Read) -> bytes:
     process = read.channel.transport.ours.process
-    return f"{process.name}@{process.epoch.hex()}".encode()
+    return identity(process.name, process.epoch)
 
 
 def _reader(read: Read) -> str:
