@@ -251,6 +251,10 @@ class KVService:
         self._server.forget_sink(identity(process, epoch))
         self._fetcher.drop_peer(process, epoch, now_s)
 
+    def peer_is_back(self, process: str, epoch: bytes) -> None:
+        """An incarnation that was dropped is there after all, and may be asked again."""
+        self._fetcher.peer_is_back(process, epoch)
+
     # --- inside ------------------------------------------------------------------------------------------------------
 
     def _watch(self, socket: Socket | int, handler: Callable[[float], None]) -> None:

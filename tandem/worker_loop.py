@@ -397,6 +397,8 @@ class TransferThread:
         told = {(source.process, source.epoch) for source in (*peers.workers, *peers.pools)}
         for name in sorted(self._peers - told):
             self._service.drop_peer(*name, now)
+        for name in told - self._peers:
+            self._service.peer_is_back(*name)
         self._peers = told
         self._engine.post(lambda: self._parts.engine.on_pools(peers.pools))
 
