@@ -13,6 +13,7 @@ from typing import TypeVar
 from tandem.sim.faults.clients import Clients
 from tandem.sim.faults.cluster import Cluster, Node
 from tandem.sim.faults.network import Weather
+from tandem.sim.faults.transport import Read
 from tandem.sim.faults.world import World
 
 NodeT = TypeVar("NodeT", bound=Node)
@@ -35,6 +36,7 @@ class Faults:
         self._kinds: dict[str, tuple[int, Callable[[], str | None]]] = {
             "crash of a worker": (4, self._crash_worker),
             "freeze": (4, self._freeze),
+            "interrupted read": (3, self._interrupt_read),
             "crash of a pool node": (1, self._crash_pool),
             "crash of a machine": (1, self._crash_machine),
             "crash of a router": (2, self._crash_router),
@@ -112,7 +114,7 @@ class Faults:
     def _crash_one(self, node: Node | None, *, unreachable: bool) -> str | None:
         if node is None:
             return None
-        seconds = self._rng.uniform(0.1, 4.0)
+        seconds = self._rng.choice((0.05, self._rng.uniform(0.1, 4.0)))
         self._crash(node, seconds, unreachable=unreachable)
         return f"{node.name}, for {seconds:.2f} s" + (", and nobody is told" if unreachable else "")
 
@@ -145,6 +147,30 @@ class Faults:
         self._until(seconds, f"{node.name} thaws", node.thaw)
         return f"{node.name}, for {seconds:.2f} s"
 
+    def _interrupt_read(self) -> str | None:
+        memories = self._cluster.memories
+        if memories.interrupt is not None:
+            return None
+        seconds = self._rng.uniform(0.5, 6.0)
+        what = self._rng.choice((self._freeze_source, self._part_source))
+        memories.interrupt = lambda read: what(read, seconds)
+        return "the next one between machines"
+
+    def _freeze_source(self, read: Read, seconds: float) -> None:
+        source = read.channel.theirs.process
+        if source.alive and not source.frozen:
+            source.freeze()
+            self._until(seconds, f"{source.name} thaws", source.thaw)
+            self._world.tell(f"{source.name} freezes for {seconds:.2f} s while it is read")
+
+    def _part_source(self, read: Read, seconds: float) -> None:
+        names = (read.channel.theirs.process.name, read.channel.transport.ours.process.name)
+        network = self._cluster.network
+        if not network.are_parted(*names):
+            network.part(*names, holds=True)
+            self._until(seconds, f"{names[0]} and {names[1]} reach each other again", lambda: network.join(*names))
+            self._world.tell(f"{names[0]} and {names[1]} are parted for {seconds:.2f} s in the middle of a read")
+
     # --- lines ----------------------------------------------------------------------------------------------------------
 
     def _part_from_router(self) -> str | None:
@@ -175,7 +201,7 @@ class Faults:
             loss=rng.choice((0.0, 0.02, 0.2)),
             doubling=rng.choice((0.0, 0.05, 0.3)),
             reordering=rng.choice((0.0, 0.05, 0.3)),
-            late_s=rng.choice((0.01, 0.3)),
+            late_s=rng.choice((0.01, 0.3, 2.0)),
         )
         seconds = rng.uniform(0.5, 3.0)
 

@@ -70,6 +70,8 @@ class Memories:
         self.watch = Watch()
         self.corruption = 0.0
         """The chance of a block to come damaged."""
+        self.interrupt: Callable[[Read], None] | None = None
+        """Happens once, in the middle of the next read between machines."""
         self.filenos = count(-2, -1)
         self.num_corrupted = self.num_late_writes = 0
 
@@ -142,6 +144,9 @@ class VirtualChannel:
             return
         memories = self.transport.memories
         memories.watch.began(read)
+        if memories.interrupt is not None and self.transport.name != "shm":
+            interrupt, memories.interrupt = memories.interrupt, None
+            self._world.after(BLOCK_S / 2, lambda: interrupt(read))
         half = len(read.locations) // 2
         self._copy(read, 0, half)
         ours, theirs = self.transport.ours.process.name, self.theirs.process.name

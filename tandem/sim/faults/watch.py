@@ -30,11 +30,14 @@ class RouterWatch:
         self._live: dict[Fence, Who] = {}
         self._is_member = False
         self._is_stale = False
+        self._loads = b""
 
     def hears(self, who: Who, message: ToRouter) -> None:
         """A message comes in."""
         member = self._node.core.membership.get(who[0])
         self._is_member = member is not None and member.epoch == who[1]
+        if not self._is_member:
+            self._loads = self._node.core.fleet.table.tobytes()
         if isinstance(message, Tokens):
             self._is_stale = self._live.get(message.fence) != who
             self._check_durable(message)
@@ -44,6 +47,10 @@ class RouterWatch:
     def says(self, who: Who, message: ToRouter, actions: list[Action]) -> list[Action]:
         """What the core made of it; returned as it is."""
         if not self._is_member and not isinstance(message, Hello):
+            if self._loads != self._node.core.fleet.table.tobytes():
+                raise Violation(
+                    f"{self._node.name} believed {type(message).__name__} of {who[0]}, whose epoch is no member's"
+                )
             for action in actions:
                 if not (isinstance(action, Send) and isinstance(action.message, Welcome)):
                     raise Violation(
