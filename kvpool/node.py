@@ -219,8 +219,10 @@ class PoolNode:
             log.warning("told of the workers of another group; this node keeps to the first it was told")
             return
         members = {(source.process, source.epoch) for source in peers.workers}
-        for gone in self._members - members:
+        for gone in sorted(self._members - members):
             tiers.service.drop_peer(*gone, now_s())
+        for name in members - self._members:
+            tiers.service.peer_is_back(*name)
         self._members = members
         us = (self._name, self._epoch)
         pools = [source for source in peers.pools if (source.process, source.epoch) != us] + [self._source()]

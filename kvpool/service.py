@@ -246,9 +246,14 @@ class KVService:
         self._fetcher.tell(source, message)
 
     def drop_peer(self, process: str, epoch: bytes, now_s: float) -> None:
-        """That incarnation is certainly gone: whatever it held here, and we of it, ends."""
+        """That incarnation is said to be gone: what it waits for here, and what we fetch from it, ends. What it may still read
+        stays leased as long as it was promised."""
         self._server.forget_sink(identity(process, epoch))
         self._fetcher.drop_peer(process, epoch, now_s)
+
+    def peer_is_back(self, process: str, epoch: bytes) -> None:
+        """An incarnation that was dropped is there after all, and may be asked again."""
+        self._fetcher.peer_is_back(process, epoch)
 
     # --- inside ------------------------------------------------------------------------------------------------------
 

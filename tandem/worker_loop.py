@@ -214,7 +214,7 @@ class TransferThread:
         self._stopping = False
         self._unacknowledged = Unacknowledged()
         self._peer_lists = PeerLists()
-        self._pools: set[tuple[str, bytes]] = set()
+        self._peers: set[tuple[str, bytes]] = set()
         self.error: BaseException | None = None
 
     # --- from other threads ------------------------------------------------------------------------------------------
@@ -391,13 +391,15 @@ class TransferThread:
                 log.warning("a worker has no use for %s", type(message).__name__)
 
     def _take_peers(self, peers: Peers | None, now: float) -> None:
-        """Pool nodes that left hold nothing of ours any more."""
+        """Pool nodes that left hold nothing of ours any more, and nobody who left answers what we have asked."""
         if peers is None:
             return
-        told = {(pool.process, pool.epoch) for pool in peers.pools}
-        for name in self._pools - told:
+        told = {(source.process, source.epoch) for source in (*peers.workers, *peers.pools)}
+        for name in sorted(self._peers - told):
             self._service.drop_peer(*name, now)
-        self._pools = told
+        for name in told - self._peers:
+            self._service.peer_is_back(*name)
+        self._peers = told
         self._engine.post(lambda: self._parts.engine.on_pools(peers.pools))
 
     def _on_router_lost(self, router: int) -> None:

@@ -113,7 +113,7 @@ class Engine:
     # --- what comes in ---------------------------------------------------------------------------------------------
 
     def on_dispatch(self, router: int, dispatch: Dispatch, now_s: float) -> None:
-        """Takes on a dispatch, or answers `Failed` if it can never run here. A fence that is known already is ignored."""
+        """Takes on a dispatch, or answers `Failed` if it can never run here. A fence that is or was known is ignored."""
         self._jobs.start(router, dispatch, now_s)
 
     def on_first_tokens(self, router: int, fence: Fence, token_ids: list[int], now_s: float) -> None:
@@ -129,6 +129,7 @@ class Engine:
     def on_probe(self, router: int, fence: Fence) -> None:
         """The router asks after a dispatch that shows no sign of life: one that never arrived here, or is over, has failed."""
         if self._jobs.get(router, fence) is None:
+            self._jobs.refuse(router, fence)
             self._outbox.reply(router, Failed(fence, WorkerLost.code, "this worker knows no such dispatch"))
 
     def on_stop_sample(self, router: int, fence: Fence, index: int) -> None:

@@ -20,6 +20,8 @@ from tandem.errors import DeadlineExceeded, InvalidRequest, TandemError
 
 log = logging.getLogger(__name__)
 
+MAX_OVER = 4096
+"""So many dispatches that are over are remembered."""
 _ENDS = ("finished", "aborted_waiting", "aborted_fetching", "aborted_prefill", "aborted_decode", "released_holds")
 
 
@@ -36,6 +38,7 @@ class Jobs:
         self._fetches = fetches
         self._outbox = outbox
         self._jobs: dict[tuple[int, Fence], Job] = {}
+        self._over: dict[tuple[int, Fence], None] = {}
         self._num_arrivals = 0
         self.num_dispatches: dict[int, int] = {}
         """Dispatches taken in so far from each router that is not lost, refused ones too."""
@@ -53,8 +56,9 @@ class Jobs:
     # --- the begin ---------------------------------------------------------------------------------------------------
 
     def start(self, router: int, dispatch: Dispatch, now_s: float) -> None:
-        """Takes on a dispatch, or answers `Failed` if it can never run here. A fence that is known already is ignored."""
-        if (router, dispatch.fence) in self._jobs:
+        """Takes on a dispatch, or answers `Failed` if it can never run here. A fence that is or was known is ignored: the message
+        came twice, or after the one that ended it."""
+        if (router, dispatch.fence) in self._jobs or (router, dispatch.fence) in self._over:
             return
         self.num_dispatches[router] = self.num_dispatches.get(router, 0) + 1
         try:
@@ -129,6 +133,7 @@ class Jobs:
         """Drops a dispatch; `Aborted` follows when nothing of it is held any more (at once for an unknown fence)."""
         job = self._jobs.get((router, fence))
         if job is None:
+            self.refuse(router, fence)
             self._outbox.reply(router, Aborted(fence))
             return
         if job.aborting:
@@ -158,6 +163,12 @@ class Jobs:
                 self.abort(owner, fence, "its router is lost")
         self.num_dispatches.pop(router, None)
 
+    def refuse(self, router: int, fence: Fence) -> None:
+        """This dispatch is over, whether it has come or not."""
+        self._over[router, fence] = None
+        if len(self._over) > MAX_OVER:
+            del self._over[next(iter(self._over))]
+
     def expire(self, now_s: float) -> None:
         """Ends the jobs whose deadline or hold is over."""
         for (router, fence), job in list(self._jobs.items()):
@@ -178,6 +189,7 @@ class Jobs:
 
     def _forget(self, job: Job) -> None:
         del self._jobs[job.router, job.dispatch.fence]
+        self.refuse(job.router, job.dispatch.fence)
         if job.dispatch.fence.role == "prefill":
             self._outbox.withdraw(job.arrival)
 
