@@ -4,7 +4,8 @@ Owns the suspicion, the trials and the quarantine. Pure; it dispatches nothing.
 
 A worker says what it begins to compute before it does (`Started`). When its process dies, the suspects are the requests that it
 had begun and of which it had not sent a token yet: what has sent tokens has shown that it can be computed. A suspect that no
-worker has died of before is tried again, but only one suspect at a time, so that a second death accuses nobody else. A request
+worker has died of before is tried again, but only one suspect at a time, and when all others that the dead worker computed have
+sent tokens again from elsewhere, so that a second death accuses nobody else. A request
 that is the one suspect who was already being computed when another worker died ends with `Quarantined`, and its prompt is
 refused for `QUARANTINE_S`. Silence and slow steps of a machine are no such death.
 """
@@ -28,6 +29,8 @@ class Poison:
 
     def __init__(self) -> None:
         self._suspects: dict[str, None] = {}
+        self._returning: set[str] = set()
+        """Those that had sent tokens, and have not sent more since their worker died."""
         self._on_trial: str | None = None
         self._quarantined_until_s: OrderedDict[bytes, float] = OrderedDict()
         self.num_quarantined = 0
@@ -54,6 +57,10 @@ class Poison:
         accused = [record for record in suspects.values() if record.num_deaths > 0]
         for record in {record.request_id: record for record, _ in started}.values():
             record.num_deaths += 1
+            if record.request_id not in suspects:
+                self._returning.add(record.request_id)
+            else:
+                self._returning.discard(record.request_id)
         if len(accused) == 1:
             self.num_quarantined += 1
             self._quarantined_until_s[_digest(accused[0].request.prompt)] = now_s + QUARANTINE_S
@@ -67,9 +74,11 @@ class Poison:
         return accused[0] if len(accused) == 1 else None
 
     def may_go(self, request_id: str) -> bool:
-        """Whether it may be dispatched now. Of the suspects one may, until it is cleared."""
+        """Whether it may be dispatched now. Of the suspects one may, until it is cleared, when nobody else is to be cleared."""
         if request_id not in self._suspects:
             return True
+        if self._returning:
+            return self._on_trial == request_id
         if self._on_trial is None:
             self._on_trial = request_id
         return self._on_trial == request_id
@@ -77,6 +86,7 @@ class Poison:
     def cleared(self, request_id: str) -> None:
         """It has been computed, or has ended."""
         self._suspects.pop(request_id, None)
+        self._returning.discard(request_id)
         if self._on_trial == request_id:
             self._on_trial = None
 

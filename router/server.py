@@ -43,7 +43,7 @@ from router.secret import shared_secret
 from router.tickets import Ticket, Tickets, digest_of
 from router.validation import Asked, Validator, prompt_bytes
 from tandem.clock import now_s
-from tandem.config import Config, SloConfig
+from tandem.config import Config, SloConfig, router_number
 from tandem.errors import Cancelled, ConfigError, DeadlineExceeded, Draining, InvalidRequest, Overloaded, TandemError
 from tandem.model_files import default_model_name, resolve_model
 from tandem.tokenizer.tokenizer import Tokenizer, load_tokenizer
@@ -63,20 +63,9 @@ P = ParamSpec("P")
 def run(config: Config, name: str, stop: threading.Event) -> None:
     """Serves as router `name` until `stop` is set, then drains: `router` is the first one of its machine, `router-1` the next.
     Raises TandemError if a port is in use, there is no model, or the name is not that of a router."""
-    number = number_of(name)
-    config = config.model_copy(update={"router": config.router.replica(number)})
+    config = config.model_copy(update={"router": config.router.replica(router_number(name))})
     tokenizer = load_tokenizer(resolve_model(config.model.path))
     asyncio.run(RouterServer(config, tokenizer, name=name).serve(stop))
-
-
-def number_of(name: str) -> int:
-    """Which router of its machine one of this name is. Raises ConfigError for a name that tells no number."""
-    base, _, number = name.partition("-")
-    if base != "router" or (number and not number.isdecimal()):
-        raise ConfigError(
-            f"--name: {name!r} is no router's; the first one is 'router', the others 'router-1', 'router-2', …"
-        )
-    return int(number or 0)
 
 
 def _slo(config: SloConfig) -> Slo:

@@ -40,6 +40,7 @@ from protos.control import (
     Load,
     Peers,
     Resend,
+    Started,
     Tokens,
 )
 from tandem.clock import now_s
@@ -59,6 +60,8 @@ log = logging.getLogger(__name__)
 _IDLE_WAIT_S = 0.05
 """How long the engine thread sleeps at most: deadlines, stops and room that another thread freed are noticed so late."""
 _GOODBYE_LINGER_MS = 200
+_STARTED_WAIT_S = 0.1
+"""A step waits at most so long until the word that it begins has been sent: some 0.1 ms when the transfer thread is idle."""
 
 SWITCH_INTERVAL_S = 0.0005
 """A thread that wants to run Python waits at most so long for the other one. The default, 5 ms, is a good part of a step: blocks
@@ -106,11 +109,13 @@ class WorkerLoop:
         cores = claim_cores(self._worker.threads)
         thread = threading.Thread(target=transfer.run, name="transfer")
         thread.start()
+        ended_well = False
         try:
             self._pin(parts.runner, cores)
             engine_thread.run(stop, transfer)
+            ended_well = True
         finally:
-            transfer.stop()
+            transfer.stop(goodbye=ended_well)
             thread.join()
             transfer.close()
             parts.arena.close()
@@ -155,6 +160,7 @@ class EngineThread:
         self._inbox.put(message)
 
     def run(self, stop: threading.Event, transfer: TransferThread) -> None:
+        self._engine.on_output = transfer.take_before_step
         while not stop.is_set() and transfer.error is None:
             self._intake(block=not self._engine.has_work)
             self.end_step(self.begin_step())
@@ -209,9 +215,11 @@ class TransferThread:
         self._name = name
         self._model = model
         self._epoch = epoch
-        self._outputs: queue.SimpleQueue[Output] = queue.SimpleQueue()
+        self._outputs: queue.SimpleQueue[Output | Callable[[], None]] = queue.SimpleQueue()
+        """What the engine said, and what to call when all before it was sent."""
         self._wake_fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self._stopping = False
+        self._says_goodbye = False
         self._unacknowledged = Unacknowledged()
         self._peer_lists = PeerLists()
         self._peers: set[tuple[str, bytes]] = set()
@@ -224,12 +232,23 @@ class TransferThread:
         self._outputs.put(output)
         self.wake()
 
+    def take_before_step(self, output: Output) -> None:
+        """What the engine has to say before it computes. What the step begins to compute has been sent when this returns, if
+        that goes soon: the step may be the last thing that this process does."""
+        self.take_output(output)
+        if any(isinstance(reply, Started) for _, reply in output.replies):
+            sent = threading.Event()
+            self._outputs.put(sent.set)
+            sent.wait(_STARTED_WAIT_S)
+
     def wake(self) -> None:
         """There is something new in the pool."""
         os.eventfd_write(self._wake_fd, 1)
 
-    def stop(self) -> None:
-        """Ends the thread after it has said goodbye."""
+    def stop(self, *, goodbye: bool) -> None:
+        """Ends the thread after it has sent all that the engine said. Without `goodbye` the process has failed, and its end is to
+        be taken for the death that it is."""
+        self._says_goodbye = goodbye
         self._stopping = True
         self.wake()
 
@@ -260,7 +279,9 @@ class TransferThread:
             )
             try:
                 self._poll_until_stopped()
-                self._link.send_all(Goodbye(self._name, self._epoch))
+                self._send_outputs()
+                if self._says_goodbye:
+                    self._link.send_all(Goodbye(self._name, self._epoch))
             finally:
                 self._link.close(_GOODBYE_LINGER_MS)
                 self._service.close()
@@ -333,6 +354,9 @@ class TransferThread:
                 output = self._outputs.get_nowait()
             except queue.Empty:
                 break
+            if not isinstance(output, Output):
+                output()
+                continue
             now = now_s()
             for fetch_id in output.cancels:
                 self._service.cancel_fetch(fetch_id, now)

@@ -24,7 +24,7 @@ import torch
 
 from kvpool.block_pool import BlockPool
 from kvpool.sink import FetchedBatch, FetchEnded
-from protos.control import NOBODY, Counters, Dispatch, Failed, Fence, Load, Source
+from protos.control import NOBODY, Counters, Dispatch, Failed, Fence, Load, Source, Started
 from tandem.engine.block_tables import BlockTables
 from tandem.engine.durability import Durability
 from tandem.engine.fetching import Fetches
@@ -53,7 +53,8 @@ class Runner(Protocol):
 class Engine:
     """Turns dispatches into tokens.
 
-    Every dispatch ends in exactly one of: `Tokens` with a finish reason for each sample, `Failed`, `Aborted`. With
+    Every dispatch ends in exactly one of: `Tokens` with a finish reason for each sample, `Failed`, `Aborted`. `Started` is said
+    of it before the step that first computes something of it runs. With
     `has_work` False a `step` computes nothing, but it looks after deadlines and admits what there is room for: call it some
     times a second. `writer` is the epoch of this process: blocks that it computes carry it.
     """
@@ -174,6 +175,7 @@ class Engine:
         plan = self.scheduler.plan()
         if plan is None:
             return self.take_output()
+        self._say_started(plan)
         if self.on_output is not None and not self._outbox.is_empty:
             self.on_output(self.take_output())
         logits = self._run(plan, clock)
@@ -183,6 +185,14 @@ class Engine:
     def take_output(self) -> Output:
         """What has to be said since the last call."""
         return self._outbox.take()
+
+    def _say_started(self, plan: StepPlan) -> None:
+        """Should the step be the last one of this process, its routers know what it computed."""
+        for item in plan.scheduled:
+            job = item.sequence.job
+            if not job.started:
+                job.started = True
+                self._outbox.reply(job.router, Started(job.dispatch.fence))
 
     def _run(self, plan: StepPlan, clock: Callable[[], float]) -> torch.Tensor:
         for copy in plan.copies:

@@ -53,6 +53,8 @@ class Job:
     """The counter of what it was doing when the abort came."""
     first_tokens: list[int] | None = None
     forked: bool = False
+    started: bool = False
+    """Its router was told that it begins to be computed."""
     stopped: set[int] = field(default_factory=set)
     """Samples that the router ended before their fork, or in a fetch."""
     admitted_s: float | None = None

@@ -23,6 +23,7 @@ from protos.control import (
     RoleReport,
     Sampling,
     Source,
+    Started,
     StepPrices,
     Tokens,
 )
@@ -689,3 +690,49 @@ def test_what_has_to_be_said_does_not_wait_for_the_step() -> None:
     assert steps == 0, "before anything was computed"
     assert not out.promises
     assert out.replies
+
+
+def started(messages: list[Any]) -> list[str]:
+    return [message.fence.request_id for message in messages if isinstance(message, Started)]
+
+
+def test_it_is_said_once_of_each_dispatch_and_before_the_step_that_it_begins_to_be_computed() -> None:
+    world = World()
+    early: list[Any] = []
+    begun_before: dict[str, int] = {}
+
+    def note(output: Output) -> None:
+        early.extend(message for _, message in output.replies)
+        for name in started([message for _, message in output.replies]):
+            begun_before[name] = world.engine.counters().steps
+
+    world.engine.on_output = note
+    world.engine.on_dispatch(0, dispatch("a", list(range(40)), n=2), world.now_s)
+    world.step()
+    assert started(early) == ["a"]
+    world.engine.on_dispatch(0, dispatch("b", list(range(50, 60))), world.now_s)
+    world.run()
+    assert started([*early, *world.said]) == ["a", "b"]
+    assert begun_before["a"] == 0 < begun_before["b"] < world.engine.counters().steps
+
+
+def test_a_dispatch_that_only_fetches_or_waits_is_not_begun() -> None:
+    world = World(num_blocks=8)
+    world.engine.on_dispatch(
+        0,
+        dispatch("fetches", list(range(16)), here=False, sources=[SOURCE], wait_source="prefill-0"),
+        world.now_s,
+    )
+    world.engine.on_dispatch(0, dispatch("waits", list(range(20, 40))), world.now_s)
+    world.step()
+    world.step()
+    assert started(world.said) == []
+
+
+def test_a_preempted_dispatch_is_begun_once() -> None:
+    world = World(num_blocks=12, max_running=6)
+    for i in range(5):
+        world.engine.on_dispatch(0, dispatch(f"r{i}", [i, i + 1, i + 2], max_tokens=30), world.now_s)
+    world.run()
+    assert world.engine.scheduler.num_preemptions > 0
+    assert sorted(started(world.said)) == [f"r{i}" for i in range(5)]

@@ -5,24 +5,29 @@ Owns the processes it starts and leaves none behind. Logs go to files in the tes
 
 from __future__ import annotations
 
+import itertools
 import os
 import random
 import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import grpc
+import msgspec
 import psutil
 
 from protos import tandem_pb2 as pb
 from tandem.client import Client
 from tandem.config import PORT_STEP, Config, dump_config, load_config
 from tandem.errors import TandemError
+from tests.system import quick_worker
+from tests.system.quick_worker import Fault
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 START_DEADLINE_S = 60.0
@@ -70,10 +75,14 @@ def wait_until(condition: Callable[[], Any], deadline_s: float, what: str) -> An
 
 
 class RunningCluster:
-    """1 router, 1 prefill worker, 1 decode worker and 1 pool node by default."""
+    """1 router, 1 prefill worker, 1 decode worker and 1 pool node by default. With `faults`, which may be none, the workers are
+    those of `quick_worker`."""
 
-    def __init__(self, folder: Path, overrides: dict[str, Any] | None = None) -> None:
+    def __init__(
+        self, folder: Path, overrides: dict[str, Any] | None = None, faults: Sequence[Fault] | None = None
+    ) -> None:
         self.folder = folder
+        self._faults = faults
         values: dict[str, Any] = {
             "run_dir": str(folder / "run"),
             "router": {"grpc_port": free_port(), "control_port": free_port(), "metrics_port": free_port()},
@@ -99,10 +108,14 @@ class RunningCluster:
         return self
 
     def spawn(self, name: str) -> None:
-        module = _MODULES[name.split("-")[0]]
+        role = name.split("-")[0]
+        module = _MODULES[role]
+        if self._faults is not None and role in ("prefill", "decode"):
+            module = quick_worker.__name__
         command = [sys.executable, "-m", module, "--config", str(self.config_file)]
         command += ["--name", name]
         environment = os.environ | {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive", "PYTHONPATH": str(REPOSITORY)}
+        environment[quick_worker.VARIABLE] = msgspec.json.encode(self._faults or []).decode()
         with (self.folder / f"{name}.log").open("ab") as log:
             self.processes[name] = subprocess.Popen(
                 command, stdout=log, stderr=subprocess.STDOUT, env=environment, cwd=REPOSITORY
@@ -135,6 +148,12 @@ class RunningCluster:
 
     def generate(self, prompt: Any, **sampling: Any) -> Answer:
         return Answer(self.client, prompt, sampling)
+
+    def watch(self, prompt: Any, **sampling: Any) -> Watched:
+        """Starts a request and returns at once."""
+        watched = Watched(self.client, prompt, sampling)
+        watched.start()
+        return watched
 
     def logs(self, lines: int = 25) -> str:
         parts = []
@@ -193,6 +212,50 @@ class Answer:
         return [run for run in self.completed.runs if run.role == role][-1]
 
 
+class Watched(threading.Thread):
+    """One streamed sample, read by a thread of its own: its tokens, when each came, and how it ended."""
+
+    def __init__(self, client: Client, prompt: Any, sampling: dict[str, Any]) -> None:
+        super().__init__(name="watched", daemon=True)
+        self._client = client
+        self.prompt = prompt
+        self.sampling = sampling
+        self.tokens: list[int] = []
+        self.times_s: list[float] = []
+        self.completed: pb.Completed | None = None
+        self.error: TandemError | None = None
+
+    def run(self) -> None:
+        try:
+            sampling = pb.SamplingParams(**self.sampling)
+            for event in self._client.generate(self.prompt, sampling, timeout_s=120.0):
+                if event.HasField("chunk"):
+                    assert event.chunk.position == len(self.tokens)
+                    self.times_s.extend(time.monotonic() for _ in event.chunk.token_ids)
+                    self.tokens.extend(event.chunk.token_ids)
+                elif event.HasField("completed"):
+                    self.completed = event.completed
+        except TandemError as error:
+            self.error = error
+
+    def result(self, deadline_s: float = 60.0) -> list[int]:
+        """All its tokens, once it has completed."""
+        self.join(deadline_s)
+        assert self.error is None, self.error
+        assert self.completed is not None, f"not complete after another {deadline_s} s, {len(self.tokens)} tokens came"
+        return self.tokens
+
+    @property
+    def longest_gap_s(self) -> float:
+        """The longest time between two of its tokens."""
+        return max((after - before for before, after in itertools.pairwise(self.times_s)), default=0.0)
+
+    def processes(self, role: str) -> list[str]:
+        """Where the role ran, in order; known when it has completed."""
+        assert self.completed is not None
+        return [run.process for run in self.completed.runs if run.role == role]
+
+
 def leftovers(pid: int) -> dict[str, int]:
     """What a live process holds: its mappings and descriptors of arenas, its sockets, its threads."""
     maps = Path(f"/proc/{pid}/maps").read_text()
@@ -204,4 +267,4 @@ def leftovers(pid: int) -> dict[str, int]:
     }
 
 
-__all__ = ["Answer", "RunningCluster", "free_port", "grpc", "leftovers", "wait_until"]
+__all__ = ["Answer", "RunningCluster", "Watched", "free_port", "grpc", "leftovers", "wait_until"]
