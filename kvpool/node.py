@@ -172,7 +172,12 @@ class PoolNode:
         if not isinstance(message, Peers):
             log.warning("a pool node has no use for %s", type(message).__name__)
             return
+        if self._tiers is not None and message.group == self._tiers.group and not self._is_in(message.pools):
+            self._link.hello_again()  # that router has not heard what we hold: our hello was lost, or is on its way
         self._take_peers(self._peer_lists.said(router, message, now_s()))
+
+    def _is_in(self, pools: Sequence[Source]) -> bool:
+        return any((source.process, source.epoch) == (self._name, self._epoch) for source in pools)
 
     def _take_peers(self, peers: Peers | None) -> None:
         if peers is None or peers.group is None:

@@ -445,7 +445,17 @@ class RouterCore:
             self.fleet.drain(message.process)
         self.fleet.reported(message.process, message.load, message.links, message.step_age_s, now_s)
         from_seq = self.index.on_announced(message.process, message.epoch, message.events_seq, now_s)
-        return [*self._replay(message.process, from_seq), *self._release(now_s)]
+        actions = self._replay(message.process, from_seq)
+        member = self.membership.get(message.process)
+        if (
+            member is not None
+            and member.role == "pool"
+            and message.events_seq >= 0
+            and not member.hello.endpoints.events
+        ):
+            # Its hello of what it holds was lost: it says so again when it doesn't find itself among its peers.
+            actions.append(Send(member.name, member.epoch, self.membership.peers()))
+        return [*actions, *self._release(now_s)]
 
     def _replay(self, process: str, from_seq: int | None) -> list[Action]:
         member = self.membership.get(process)

@@ -188,6 +188,9 @@ def test_the_node_says_hello_anew_once_it_knows_what_it_holds(router: Router, no
     assert router.hello.group == GROUP
     assert (router.hello.capacity.num_blocks, router.hello.capacity.slab_bytes) == (HOST_BLOCKS, SLAB)
     assert router.hello.endpoints.machine_id == machine_id()
+    router.hello = None
+    node.send_peers([])
+    wait_for(lambda: router.hello is not None, step=router.step)  # it doesn't find itself: that hello was lost
 
 
 def test_what_workers_announce_outlives_them(router: Router, node: NodeProcess) -> None:

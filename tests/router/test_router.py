@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from typing import Any
 
+import msgspec
 import pytest
 
 from kvpool.keys import prompt_keys, root_key, tokens_from_bytes
@@ -465,6 +466,17 @@ def test_joining_and_leaving_are_told_to_the_shell_and_to_pool_nodes() -> None:
     actions = bench.say("d0", Goodbye("d0", EPOCH))
     assert Unsubscribe("d0", EPOCH, "said goodbye") in actions
     assert [p.workers for _, p in sent(actions, Peers)] == [[]]
+
+
+def test_a_pool_node_whose_hello_of_what_it_holds_was_lost_is_told_that_it_is_missing() -> None:
+    bench = Bench(("d0", "decode"))
+    bench.join("pool-0", "pool", group=None, endpoints=Endpoints("", "", ""))
+    heartbeat = Heartbeat("pool-0", EPOCH, 0, 0.0, -1, Load(), Counters())
+    assert not sent(bench.say("pool-0", heartbeat), Peers), "it holds nothing yet"
+    ((name, peers),) = sent(bench.say("pool-0", msgspec.structs.replace(heartbeat, events_seq=0)), Peers)
+    assert (name, peers.pools) == ("pool-0", [])
+    bench.join("pool-0", "pool")
+    assert not sent(bench.say("pool-0", msgspec.structs.replace(heartbeat, events_seq=1)), Peers)
 
 
 def test_members_hear_a_welcome_each_heartbeat_and_strangers_nothing() -> None:
