@@ -45,7 +45,7 @@ class Cluster:
         self._died = died
         self._rng = world.generator("cluster")
         # A network of one kind between machines: with RDMA, where a cancelled receive proves nothing, or without.
-        self.remote = self._rng.choice(("ucx", "tcp"))
+        self.remote = self._rng.choice(("ucx", "ucx", "tcp"))
         self.config = config(shape.num_routers)
         self.nodes: dict[str, Node] = {}
         self._dead: list[Node] = []

@@ -36,7 +36,8 @@ class Faults:
         self._kinds: dict[str, tuple[int, Callable[[], str | None]]] = {
             "crash of a worker": (4, self._crash_worker),
             "freeze": (4, self._freeze),
-            "interrupted read": (3, self._interrupt_read),
+            "interrupted read": (4, self._interrupt_read),
+            "late last words": (2, self._crash_with_late_words),
             "crash of a pool node": (1, self._crash_pool),
             "crash of a machine": (1, self._crash_machine),
             "crash of a router": (2, self._crash_router),
@@ -118,6 +119,22 @@ class Faults:
         self._crash(node, seconds, unreachable=unreachable)
         return f"{node.name}, for {seconds:.2f} s" + (", and nobody is told" if unreachable else "")
 
+    def _crash_with_late_words(self) -> str | None:
+        """What it sends before it dies arrives when its successor is there."""
+        worker, slow = self._one(self._cluster.workers), self._cluster.network.slow
+        if worker is None or worker.name in slow:
+            return None
+        name, late_s = worker.name, self._rng.uniform(1.0, 3.0)
+        slow[name] = late_s
+
+        def die() -> None:
+            del slow[name]
+            if worker.alive:
+                self._crash(worker, 0.05, unreachable=False)
+
+        self._until(0.3, f"{name} dies", die)
+        return f"{name}, whose messages take {late_s:.2f} s, dies in a moment"
+
     def _crash_machine(self) -> str | None:
         pool = self._one(self._cluster.pools)
         if pool is None:
@@ -151,7 +168,7 @@ class Faults:
         memories = self._cluster.memories
         if memories.interrupt is not None:
             return None
-        seconds = self._rng.uniform(0.5, 6.0)
+        seconds = self._rng.uniform(1.0, 8.0)
         what = self._rng.choice((self._freeze_source, self._part_source))
         memories.interrupt = lambda read: what(read, seconds)
         return "the next one between machines"

@@ -5,27 +5,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
 
-from kvpool import sink as sink_module
 from kvpool.block_pool import BlockPool
-from kvpool.chains import Chains
-from kvpool.keys import Key, KeyChain
+from kvpool.keys import Key
 from kvpool.sink import Action as FetchAction
-from kvpool.sink import AskEvent, FetchMachine
+from kvpool.sink import FetchMachine
 from kvpool.sink import Send as FetchSend
-from kvpool.source import FetchServer
-from protos.control import Done, Fence, Tokens
-from protos.kv_events import EventBatch
+from protos.control import Done, Fence
 from router.actions import Action, Emit
 from router.journal import DispatchRecord, Journal, Record
 from router.membership import Membership
 from router.prefix_index import PrefixIndex
 from router.router import RouterCore
-from tandem.engine.block_tables import BlockTables
 from tandem.engine.durability import Durability
 from tandem.engine.sequence import Sequence as EngineSequence
 from tandem.errors import TandemError
