@@ -17,17 +17,17 @@ from rich.table import Table
 from tandem.cli.common import JsonOption, print_json, stderr, stdout
 from tandem.errors import ConfigError
 from tandem.sim.compare import REMOVABLE, Result, compare, contenders, sanity
+from tandem.sim.faults.report import Summary, command_of, line_of
+from tandem.sim.faults.run import run_seeds
 from tandem.sim.picture import draw
 from tandem.sim.policies.registry import POLICIES
 from tandem.sim.presets import PRESETS, preset_named
 from tandem.sim.trace import read_trace
 
+PROGRESS_SEEDS = 10
+"""After so many runs a word is said of how it goes."""
+
 app = typer.Typer(no_args_is_help=True, help="The production router in virtual time, against simulated workers.")
-
-
-@app.callback()
-def _group() -> None:
-    """Keeps `trace` a subcommand, though there is no other yet."""
 
 
 @app.command()
@@ -98,6 +98,41 @@ def trace(
         return
     for asked in dict.fromkeys(result.rate for result in found):
         _print([result for result in found if result.rate == asked])
+
+
+@app.command()
+def faults(
+    seeds: Annotated[int, typer.Option(min=1, max=10_000_000, help="So many runs, each with a seed of its own.")] = 100,
+    first_seed: Annotated[int, typer.Option(min=0)] = 1,
+    requests: Annotated[int, typer.Option(min=1, max=1_000_000, help="Of each run; a fault comes every 50.")] = 300,
+    story: Annotated[bool, typer.Option("--story", help="Tell what happened in each run, also when all held.")] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """The production classes of router, workers and pool nodes under a virtual clock and network, while processes crash and
+    freeze, messages are lost, doubled, late or cut off, clocks jump and bytes are damaged.
+
+    Checked: every token exactly once and the fake model's truth; one terminal message a request; no memory freed while it is
+    read, none lost, none kept; what routers and pool nodes believe becomes what workers hold; nothing waits for ever. A seed is a
+    run: a violation is told with its story and the command that repeats it. Exits 0 only if all seeds hold.
+    """
+    summary = Summary()
+    for result in run_seeds(first_seed, seeds, requests, tell=story):
+        summary.add(result)
+        if as_json:
+            print_json(line_of(result))
+        elif story or result.violation:
+            stdout.print("\n".join(result.story), highlight=False, markup=False, soft_wrap=True)
+        if result.violation:
+            stderr.print(f"seed {result.seed}: {result.violation}", style="bold red", markup=False, soft_wrap=True)
+            stderr.print(f"again: {command_of(result, requests)}", markup=False, soft_wrap=True)
+        if summary.num_seeds % PROGRESS_SEEDS == 0 and summary.num_seeds < seeds:
+            _say(summary.line())
+    if as_json:
+        print_json(summary.as_line())
+    else:
+        stdout.print(summary.line(), highlight=False, markup=False, soft_wrap=True)
+    if summary.failed:
+        raise typer.Exit(1)
 
 
 def _say(line: str) -> None:

@@ -101,6 +101,8 @@ class ReadWatch:
     def began(self, read: Read) -> None:
         self.num_reads += 1
         self._running[read] = None
+        if not read.channel.theirs.process.alive:
+            return  # nothing will come of it
         for location in read.locations:
             covering = self._covering(read, location)
             if not any(self._stands(grant) or grant.offset_s != grant.source.process.offset_s for grant in covering):

@@ -121,11 +121,13 @@ def _run(world: World, cluster: Cluster, clients: Clients, faults: Faults, num_r
     check_blocks(cluster)
 
 
-def run_seeds(first_seed: int, num_seeds: int, num_requests: int, shape: Shape | None = None) -> Iterator[Result]:
-    """One after the other. The story of a seed that failed comes with its result."""
+def run_seeds(
+    first_seed: int, num_seeds: int, num_requests: int, shape: Shape | None = None, *, tell: bool = False
+) -> Iterator[Result]:
+    """One after the other. The story of a seed that failed comes with its result; with `tell` every story does."""
     for seed in range(first_seed, first_seed + num_seeds):
-        result = run_seed(seed, num_requests, shape)
-        if result.violation:
+        result = run_seed(seed, num_requests, shape, keep_story=tell)
+        if result.violation and not tell:
             result.story = run_seed(seed, num_requests, shape, keep_story=True).story
         gc.collect()
         yield result
