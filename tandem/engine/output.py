@@ -10,9 +10,9 @@ from dataclasses import dataclass, field
 
 from kvpool.keys import Key
 from kvpool.sink import FetchPlan
-from protos.control import Aborted, Failed, RoleReport, Tokens
+from protos.control import Aborted, Failed, Owned, RoleReport, Tokens
 
-Reply = Tokens | RoleReport | Failed | Aborted
+Reply = Tokens | RoleReport | Failed | Aborted | Owned
 
 
 @dataclass(slots=True)
