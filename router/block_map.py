@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from kvpool.keys import KEY_BYTES, Key
+from kvpool.keys import KEY_BYTES, Key, digest_of
 
 if TYPE_CHECKING:
     from router._block_map import BlockMap
@@ -129,6 +129,12 @@ class BlockMapRef:
         """Keys that the process holds, counted once for each tier."""
         self._check(process, 0)
         return self._held.get(process, 0)
+
+    def digest(self, process: int, tier: int) -> tuple[int, bytes]:
+        """How many keys that place holds, and all of them XORed (`kvpool.keys.digest_of`). Looks at every key."""
+        self._check(process, tier)
+        keys = [key for key, places in self._places.items() if (process, tier) in places]
+        return len(keys), digest_of(keys)
 
     def sound(self) -> bool:
         """Whether what is counted is so. Looks at every key."""

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from kvpool.keys import Key
+from kvpool.keys import NO_KEYS, Key
 from protos.control import Tier
 from protos.kv_events import AllBlocksCleared, BlockRemoved, BlockStored, Event, EventBatch
 from router.block_map import NUM_TIERS, Counts, new_block_map
@@ -106,6 +106,15 @@ class PrefixIndex:
     def num_blocks_of(self, process: str) -> int:
         """Blocks of a process, counted once for each tier."""
         return self._map.num_held(self._numbers[process]) if process in self._numbers else 0
+
+    def held(self, process: str, tier: Tier) -> tuple[int, int, bytes]:
+        """For an audit: the last batch of the process' events that is taken in (-1: none, or a replay runs), and how many keys it
+        holds in `tier` by then, and all of them XORed. Looks at every key."""
+        feed = self._feeds.get(process)
+        if feed is None:
+            return -1, 0, NO_KEYS
+        seq = feed.next_seq - 1 if feed.replayed_seq is None else -1
+        return seq, *self._map.digest(feed.number, _MEDIA[tier])
 
     def join(
         self, process: str, number: int, epoch: bytes, tier: Tier, now_s: float, names: ForeignNames | None = None

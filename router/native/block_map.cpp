@@ -14,6 +14,7 @@
 #include <memory>
 #include <new>
 #include <unordered_set>
+#include <utility>
 #include <vector>
 
 namespace {
@@ -86,6 +87,26 @@ class Map {
   uint64_t num_entries() const { return num_entries_; }
 
   uint64_t num_held(uint32_t place) const { return place < held_.size() ? held_[place] : 0; }
+
+  // The keys that the place holds, XORed, and how many. Looks at every key, and changes nothing.
+  std::pair<uint64_t, Key> digest(uint32_t place) {
+    std::vector<char> has(sets_.size());
+    for (size_t id = 0; id < sets_.size(); id++) {
+      const std::vector<uint32_t>& places = sets_[id].places;
+      has[id] = sets_[id].forward == kNone && std::binary_search(places.begin(), places.end(), place);
+    }
+    uint64_t num = 0;
+    Key all{0, 0};
+    for (uint32_t index = oldest_; index != kNone; index = node(index).newer) {
+      uint32_t id = node(index).set;
+      while (sets_[id].forward != kNone) id = sets_[id].forward;
+      if (!has[id]) continue;
+      num++;
+      all.low ^= node(index).key.low;
+      all.high ^= node(index).key.high;
+    }
+    return {num, all};
+  }
 
   // Whether the place held it not yet.
   bool add(uint32_t place, Key key) {
@@ -582,6 +603,15 @@ PyObject* num_held(BlockMap* self, PyObject* args) {
   return PyLong_FromUnsignedLongLong(num);
 }
 
+PyObject* digest(BlockMap* self, PyObject* args) {
+  unsigned int process, tier;
+  if (!PyArg_ParseTuple(args, "II", &process, &tier) || !is_place(process, tier)) return nullptr;
+  return guarded([&]() -> PyObject* {
+    const std::pair<uint64_t, Key> found = self->map->digest(process << kTierBits | tier);
+    return Py_BuildValue("Ky#", (unsigned long long)found.first, (const char*)&found.second, (Py_ssize_t)kKeyBytes);
+  });
+}
+
 PyObject* sound(BlockMap* self, PyObject*) {
   return guarded([&]() -> PyObject* { return PyBool_FromLong(self->map->sound()); });
 }
@@ -598,6 +628,7 @@ PyMethodDef methods[] = {
     {"clear", (PyCFunction)clear, METH_VARARGS, nullptr},
     {"longest", (PyCFunction)longest, METH_VARARGS, nullptr},
     {"num_held", (PyCFunction)num_held, METH_VARARGS, nullptr},
+    {"digest", (PyCFunction)digest, METH_VARARGS, nullptr},
     {"sound", (PyCFunction)sound, METH_NOARGS, nullptr},
     {nullptr, nullptr, 0, nullptr},
 };

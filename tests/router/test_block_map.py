@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from kvpool.keys import digest_of
 from router._block_map import BlockMap
 from router.block_map import MAX_PROCESSES, NUM_TIERS, BlockMapRef, new_block_map
 
@@ -66,6 +67,8 @@ def test_any_changes_leave_both_alike(
         keys = [key(number) for number in chain]
         assert hits(native, keys) == hits(plain, keys)
     assert [native.num_held(process) for process in range(6)] == [plain.num_held(process) for process in range(6)]
+    places = [(process, tier) for process in range(6) for tier in range(NUM_TIERS)]
+    assert [native.digest(*place) for place in places] == [plain.digest(*place) for place in places]
 
 
 @either
@@ -164,3 +167,20 @@ def test_a_million_entries_take_less_memory_than_is_promised() -> None:
         found.add(generator.randrange(64), 0, [generator.randbytes(16) for _ in range(32)])
     assert found.num_bytes / found.num_entries <= 88
     assert isinstance(new_block_map(10), BlockMap), "the native one is built wherever the tests run"
+
+
+@either
+def test_a_digest_is_that_of_the_keys_that_a_place_holds(kind: type[SomeMap]) -> None:
+    found = kind(1000)
+    keys = [key(number) for number in range(40)]
+    found.add(1, 0, keys)
+    found.add(2, 1, keys[:20])
+    found.add(3, 0, keys[10:])
+    found.remove(1, 0, keys[5:7])
+    found.clear(3)
+    left = keys[:5] + keys[7:]
+    assert found.digest(1, 0) == (38, digest_of(left)) == (38, digest_of(reversed(left)))
+    assert found.digest(2, 1) == (20, digest_of(keys[:20]))
+    assert found.digest(3, 0) == found.digest(2, 0) == (0, bytes(16))
+    with pytest.raises(ValueError, match="must be below"):
+        found.digest(0, NUM_TIERS)
