@@ -104,26 +104,28 @@ class BlockMapRef:
                 del self._places[key]
         self._held.pop(process, None)
 
-    def longest(self, keys: Sequence[bytes], counts: Counts) -> list[int]:
+    def longest(self, keys: Sequence[bytes], counts: Counts) -> tuple[list[int], int]:
         """How many leading `keys` each process holds, each counted in the first of its tiers that has it, into `counts`;
-        processes past its rows are left out. Returns the processes that hold the first key, in order. Raises ValueError for
-        what is no key."""
+        processes past its rows are left out. Returns the processes that hold the first key, in order, and how many leading keys
+        some process holds. Raises ValueError for what is no key."""
         for key in keys:
             if not (isinstance(key, bytes) and len(key) == KEY_BYTES):
                 raise ValueError(f"{key!r} is no key of {KEY_BYTES} bytes")
         counts[:] = 0
         alive: set[int] | None = None
         found: list[int] = []
+        longest = 0
         for number, key in enumerate(keys):
             places = self._places.get(key, set())
             here = {process for process, _ in places}
             alive = here if alive is None else alive & here
             if not number:
                 found = sorted(alive)
+            longest += bool(alive)
             for process in alive:
                 if process < len(counts):
                     counts[process, min(tier for other, tier in places if other == process)] += 1
-        return found
+        return found, longest
 
     def num_held(self, process: int) -> int:
         """Keys that the process holds, counted once for each tier."""

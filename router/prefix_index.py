@@ -40,11 +40,8 @@ class Hits:
 
     counts: Counts
     holders: Sequence[int]
-
-    @property
-    def longest(self) -> int:
-        """Leading blocks that some process has."""
-        return int(self.counts[self.holders].sum(axis=1).max()) if self.holders else 0
+    longest: int
+    """Leading blocks that some process has."""
 
 
 @dataclass(slots=True)
@@ -224,7 +221,7 @@ class PrefixIndex:
 
     def longest(self, keys: Sequence[Key]) -> Hits:
         """Who holds `keys[0]`, and how many leading keys, in whatever tiers. Good until the next call."""
-        return Hits(self._counts, self._map.longest(keys, self._counts))
+        return Hits(self._counts, *self._map.longest(keys, self._counts))
 
     def _speaker(self, process: str, epoch: bytes, batch: Batch) -> _Feed | None:
         """Whose batch it is; None, and counted, if not this epoch's."""

@@ -26,7 +26,8 @@ def key(number: int) -> bytes:
 
 def hits(found: SomeMap, keys: list[bytes], num_processes: int = 8) -> list[list[int]]:
     counts = np.full((num_processes, NUM_TIERS), -1, dtype=np.int32)
-    there = found.longest(keys, counts)
+    there, longest = found.longest(keys, counts)
+    assert longest == counts.sum(axis=1).max(initial=0)
     assert there == np.flatnonzero(counts.any(axis=1)).tolist()
     return [*counts.tolist(), there]
 
@@ -71,6 +72,23 @@ def test_any_changes_leave_both_alike(
     assert [native.digest(*place) for place in places] == [plain.digest(*place) for place in places]
 
 
+@pytest.mark.parametrize("seed", range(20))
+def test_sets_that_are_gone_leave_nothing_to_those_that_get_their_numbers(seed: int) -> None:
+    """Few keys, so that sets come and go with every change."""
+    rng = random.Random(seed)
+    native, plain = BlockMap(100), BlockMapRef(100)
+    for _ in range(400):
+        process, tier = rng.randrange(4), rng.randrange(2)
+        keys = [key(rng.randrange(5)) for _ in range(rng.randint(1, 3))]
+        if rng.random() < 0.6:
+            assert native.add(process, tier, keys) == plain.add(process, tier, keys)
+        else:
+            assert native.remove(process, tier, keys) == plain.remove(process, tier, keys)
+        assert native.sound()
+        for number in range(5):
+            assert hits(native, [key(number)]) == hits(plain, [key(number)])
+
+
 @either
 def test_a_block_counts_in_the_first_tier_that_has_it(kind: type[SomeMap]) -> None:
     found = kind(100)
@@ -81,7 +99,7 @@ def test_a_block_counts_in_the_first_tier_that_has_it(kind: type[SomeMap]) -> No
     assert (counts[4], counts[7], counts[-1]) == ([1, 1, 2], [2, 0, 0], [4, 7])
     assert sum(map(sum, counts[:4])) == 0
     small = np.full((5, NUM_TIERS), -1, dtype=np.int32)
-    assert found.longest([key(0)], small) == [4, 7]
+    assert found.longest([key(0)], small) == ([4, 7], 1)
     assert small.sum() == 1, "processes past the counts are left out"
 
 
