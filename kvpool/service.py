@@ -23,7 +23,7 @@ from typing import Any
 import msgspec
 import zmq
 
-from kvpool.arena import Arena
+from kvpool.arena import Arena, mapped_arenas
 from kvpool.block_pool import BlockPool
 from kvpool.fetcher import Fetcher
 from kvpool.keys import Key
@@ -32,7 +32,7 @@ from kvpool.sink import FetchedBatch, FetchEnded, FetchPlan
 from kvpool.source import Answers, Below, FetchServer
 from kvpool.transport.base import Transport
 from protos import control
-from protos.control import Counters, Endpoints, Link, Source, ToSource
+from protos.control import Counters, Endpoints, Link, Owned, Source, ToSource
 from protos.kv_events import Event
 from tandem.zmq_io import bind_any_port, bounded_socket, identity, received
 
@@ -157,6 +157,14 @@ class KVService:
         if published := self._pool.take_published():
             self._answer(self._server.on_published(published, now_s))
         return events
+
+    def account(self, now_s: float) -> tuple[Owned, list[Event]]:
+        """What an audit wants to know of the pools and the arena, and what was published for it, as `publish_pool_events`."""
+        tiers, events = self._publisher.holdings(now_s)
+        if published := self._pool.take_published():
+            self._answer(self._server.on_published(published, now_s))
+        owned = Owned(0, self._publisher.seq, tiers, segment=self._arena.inode, mapped=mapped_arenas())
+        return owned, events
 
     def close(self) -> None:
         """Ends everything at once, without callbacks. Idempotent."""

@@ -28,6 +28,7 @@ from protos.control import (
     Abort,
     Aborted,
     Ack,
+    Audit,
     Capacity,
     Counters,
     Dispatch,
@@ -38,6 +39,7 @@ from protos.control import (
     Heartbeat,
     Hello,
     Load,
+    Owned,
     Peers,
     Resend,
     Started,
@@ -376,8 +378,22 @@ class TransferThread:
                         self._unacknowledged.add(router, reply, now)
                     case Failed() | Aborted():
                         self._unacknowledged.drop(router, reply.fence)
+                    case Owned():
+                        reply = self._account(router, reply, now)
                 self._link.send(router, reply)
         self._service.publish_pool_events(now_s())
+
+    def _account(self, router: int, jobs: Owned, now: float) -> Owned:
+        """What this worker owns: `jobs` is what the engine said of it."""
+        owned, _ = self._service.account(now)
+        fences = dict.fromkeys([*jobs.fences, *self._unacknowledged.fences(router)])
+        return msgspec.structs.replace(
+            owned,
+            number=jobs.number,
+            num_jobs=jobs.num_jobs,
+            fences=list(fences)[: control.MAX_AUDITED_FENCES],
+            num_stray_blocks=jobs.num_stray_blocks,
+        )
 
     def _resend(self, now: float) -> float:
         for router, tokens in self._unacknowledged.due(now):
@@ -405,6 +421,8 @@ class TransferThread:
                     post(lambda: engine.on_stop_sample(router, fence, index))
             case Peers():
                 self._take_peers(self._peer_lists.said(router, message, now), now)
+            case Audit(number=number):
+                post(lambda: engine.on_audit(router, number))
             case Resend(fence=fence, index=index, position=position):
                 kept = self._unacknowledged.from_position(router, fence, index, position)
                 for tokens in kept:

@@ -133,6 +133,13 @@ class Engine:
             self._jobs.refuse(router, fence)
             self._outbox.reply(router, Failed(fence, WorkerLost.code, "this worker knows no such dispatch"))
 
+    def on_audit(self, router: int, number: int) -> None:
+        """Says what it owns, as far as the engine knows: whoever sends it fills in the rest."""
+        num_stray = abs(self._pool.stats().referenced - len(self._jobs.block_ids()))
+        self._outbox.reply(
+            router, msgspec.structs.replace(self._jobs.account(router, number), num_stray_blocks=num_stray)
+        )
+
     def on_stop_sample(self, router: int, fence: Fence, index: int) -> None:
         """Ends one sample of a decode role without a further message: the router has all it wants of it."""
         self._jobs.stop_sample(router, fence, index)

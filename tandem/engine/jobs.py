@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import logging
 
+from kvpool.block_pool import BlockId
 from kvpool.keys import Key, KeyChain
-from protos.control import Aborted, Dispatch, Failed, Fence, RoleReport
+from protos.control import MAX_AUDITED_FENCES, Aborted, Dispatch, Failed, Fence, Owned, RoleReport
 from tandem.engine.fetching import Fetches
 from tandem.engine.limits import EngineLimits
 from tandem.engine.output import Outbox
@@ -48,6 +49,15 @@ class Jobs:
     @property
     def is_empty(self) -> bool:
         return not self._jobs
+
+    def account(self, router: int, number: int) -> Owned:
+        """What an audit wants to know of the dispatches."""
+        fences = [fence for owner, fence in self._jobs if owner == router]
+        return Owned(number, num_jobs=len(self._jobs), fences=fences[:MAX_AUDITED_FENCES])
+
+    def block_ids(self) -> set[BlockId]:
+        """The blocks that the sequences have."""
+        return {block for job in self._jobs.values() for sample in job.samples.values() for block in sample.block_table}
 
     def get(self, router: int, fence: Fence) -> Job | None:
         """None for a dispatch that never came, or is over."""
