@@ -206,6 +206,7 @@ class NodeTiers:
                 process=name,
                 epoch=epoch,
                 bind_host=transfer.host,
+                advertised_host=transfer.advertised_host,
                 transports=transports,
                 machine_id=machine_id,
                 lease_s=transfer.lease_s,

@@ -61,6 +61,7 @@ class KVService:
         process: str,
         epoch: bytes,
         bind_host: str,
+        advertised_host: str = "",
         transports: Sequence[Transport],
         machine_id: str,
         lease_s: float,
@@ -101,6 +102,8 @@ class KVService:
             machine_id=machine_id,
             **{transport.name: transport.endpoint for transport in transports if transport.endpoint},
         )
+        if advertised_host:
+            self.endpoints = _at(advertised_host, bind_host, self.endpoints)
         self._fetcher = Fetcher(
             context=context,
             arena=arena,
@@ -304,3 +307,14 @@ class KVService:
                 self._router.send_multipart([sink_id, control.encode(message)], zmq.NOBLOCK)
             except zmq.Again:
                 pass  # the sink doesn't take messages: its fetch times out and its lease expires
+
+
+def _at(advertised: str, bound: str, endpoints: Endpoints) -> Endpoints:
+    """`endpoints` on `bound` as others reach them."""
+    ours, theirs = (f"//[{host}]:" if ":" in host else f"//{host}:" for host in (bound, advertised))
+    told = {
+        name: value.replace(ours, theirs, 1)
+        for name, value in msgspec.structs.asdict(endpoints).items()
+        if name != "machine_id"
+    }
+    return msgspec.structs.replace(endpoints, **told)

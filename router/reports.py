@@ -119,6 +119,7 @@ def _process(core: RouterCore, member: Member, now_s: float) -> tandem_pb2.Proce
         indexed_blocks=core.index.num_blocks_of(member.name),
         fetch_endpoint=member.hello.endpoints.fetch,
         shm_endpoint=member.hello.endpoints.shm,
+        events_endpoint=member.hello.endpoints.events,
     )
     if member.heartbeat is not None:
         load, counters = member.heartbeat.load, member.heartbeat.counters

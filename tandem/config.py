@@ -8,6 +8,7 @@ few values they use, not this object.
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -219,7 +220,14 @@ class TlsConfig(_Section):
 class TransferConfig(_Section):
     """How KV moves."""
 
-    host: str = Field("127.0.0.1", description="the address that a worker or pool node binds, and tells the others")
+    host: str = Field(
+        "127.0.0.1",
+        description="the address that a worker or pool node binds, and tells the others unless it has another",
+    )
+    advertised_host: str = Field(
+        "",
+        description="where others reach it, if that is another address: one of a Service or a proxy; the ports are the same",
+    )
     transports: list[Literal["shm", "ucx", "tcp"]] = Field(
         default=["shm", "tcp"], description="by preference; empty: nothing is fetched, all is recomputed"
     )
@@ -300,7 +308,7 @@ def load_config(path: str | Path | None = None, overrides: dict[str, Any] | None
         if loaded is not None and not isinstance(loaded, dict):
             raise ConfigError(f"{path}: the top level is a {type(loaded).__name__}, must be a mapping")
         data = loaded or {}
-    _merge(data, overrides or {})
+    data = merged(data, overrides or {})
     try:
         config = Config(**data)
     except ValidationError as error:
@@ -316,12 +324,13 @@ def load_config(path: str | Path | None = None, overrides: dict[str, Any] | None
     return config
 
 
-def _merge(into: dict[str, Any], values: dict[str, Any]) -> None:
-    for key, value in values.items():
-        if isinstance(value, dict) and isinstance(into.get(key), dict):
-            _merge(into[key], value)
-        else:
-            into[key] = value
+def merged(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    """`base` with the values of `over` in their places, mapping by mapping."""
+    values = dict(base)
+    for key, value in over.items():
+        before = values.get(key)
+        values[key] = merged(before, value) if isinstance(value, Mapping) and isinstance(before, Mapping) else value
+    return values
 
 
 def dump_config(config: Config) -> str:

@@ -300,6 +300,7 @@ class TransferThread:
             process=self._name,
             epoch=self._epoch,
             bind_host=transfer.host,
+            advertised_host=transfer.advertised_host,
             transports=transports,
             machine_id=machine,
             lease_s=transfer.lease_s,

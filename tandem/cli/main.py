@@ -10,7 +10,7 @@ import sys
 
 import typer
 
-from tandem.cli import audit, bench, capacity, demo, doctor, explain, generate, models, serve, sim
+from tandem.cli import audit, bench, capacity, demo, doctor, drill, explain, generate, models, serve, sim
 from tandem.errors import TandemError
 
 app = typer.Typer(
@@ -30,6 +30,7 @@ app.command()(explain.explain)
 app.command()(generate.generate)
 app.command()(generate.chat)
 app.command()(doctor.doctor)
+app.command()(drill.drill)
 app.command()(demo.demo)
 app.command()(capacity.capacity)
 app.add_typer(bench.app, name="bench")

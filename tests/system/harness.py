@@ -1,17 +1,10 @@
-"""A real cluster for tests: each role a process of its own, on free ports, without Ray.
-
-Owns the processes it starts and leaves none behind. Logs go to files in the test's folder; `logs` shows their ends.
-"""
+"""A real cluster for tests (`tandem.drills.processes`), and what its answers are."""
 
 from __future__ import annotations
 
 import itertools
-import os
 import random
-import signal
 import socket
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -24,15 +17,11 @@ import psutil
 
 from protos import tandem_pb2 as pb
 from tandem.client import Client
-from tandem.config import PORT_STEP, Config, dump_config, load_config
+from tandem.config import PORT_STEP, merged
+from tandem.drills.processes import ProcessCluster, role_of
 from tandem.errors import TandemError
 from tests.system import quick_worker
 from tests.system.quick_worker import Fault
-
-REPOSITORY = Path(__file__).resolve().parents[2]
-START_DEADLINE_S = 60.0
-STOP_DEADLINE_S = 15.0
-_MODULES = {"router": "router", "prefill": "prefill_worker", "decode": "decode_worker", "pool": "kvpool"}
 
 
 def free_port() -> int:
@@ -74,77 +63,34 @@ def wait_until(condition: Callable[[], Any], deadline_s: float, what: str) -> An
         time.sleep(0.02)
 
 
-class RunningCluster:
+class RunningCluster(ProcessCluster):
     """1 router, 1 prefill worker, 1 decode worker and 1 pool node by default. With `faults`, which may be none, the workers are
     those of `quick_worker`."""
 
     def __init__(
         self, folder: Path, overrides: dict[str, Any] | None = None, faults: Sequence[Fault] | None = None
     ) -> None:
-        self.folder = folder
         self._faults = faults
         values: dict[str, Any] = {
-            "run_dir": str(folder / "run"),
-            "router": {"grpc_port": free_port(), "control_port": free_port(), "metrics_port": free_port()},
+            "router": {"metrics_port": free_port()},
             "prefill": {"arena_bytes": 512 * 2**20},
             "decode": {"arena_bytes": 512 * 2**20},
             "pool": {"host_bytes": 512 * 2**20},
         }
-        for section, entries in (overrides or {}).items():
-            if isinstance(entries, dict):
-                values.setdefault(section, {}).update(entries)
-            else:
-                values[section] = entries
-        self.config: Config = load_config(overrides=values)
-        self.config_file = folder / "config.yaml"
-        self.config_file.write_text(dump_config(self.config))
-        self.processes: dict[str, subprocess.Popen[bytes]] = {}
-        self.client = Client(self.config.router.grpc_target)
+        super().__init__(folder, merged(values, overrides or {}))
 
     def start(self, names: Sequence[str] = ("router", "pool-0", "prefill-0", "decode-0")) -> RunningCluster:
-        for name in names:
-            self.spawn(name)
-        self.wait_ready([name for name in names if not name.startswith("router")])
+        super().start(names)
         return self
 
-    def spawn(self, name: str) -> None:
-        role = name.split("-")[0]
-        module = _MODULES[role]
-        if self._faults is not None and role in ("prefill", "decode"):
-            module = quick_worker.__name__
-        command = [sys.executable, "-m", module, "--config", str(self.config_file)]
-        command += ["--name", name]
-        environment = os.environ | {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive", "PYTHONPATH": str(REPOSITORY)}
-        environment[quick_worker.VARIABLE] = msgspec.json.encode(self._faults or []).decode()
-        with (self.folder / f"{name}.log").open("ab") as log:
-            self.processes[name] = subprocess.Popen(
-                command, stdout=log, stderr=subprocess.STDOUT, env=environment, cwd=REPOSITORY
-            )
+    def module_of(self, name: str) -> str:
+        if self._faults is not None and role_of(name) in ("prefill", "decode"):
+            return quick_worker.__name__
+        return super().module_of(name)
 
-    def wait_ready(self, names: Sequence[str]) -> None:
-        def ready() -> bool:
-            for name, process in self.processes.items():
-                assert process.poll() is None, f"{name} ended with {process.returncode}\n{self.logs()}"
-            try:
-                seen = self.client.cluster()
-            except TandemError:
-                return False
-            known = {process.name: process for process in seen.processes}
-            return all(
-                name in known and known[name].pid == self.processes[name].pid and known[name].num_blocks
-                for name in names
-            )
-
-        try:
-            wait_until(ready, START_DEADLINE_S, f"{names} ready")
-        except AssertionError as error:
-            raise AssertionError(f"{error}\n{self.logs()}") from error
-
-    def kill(self, name: str, number: int = signal.SIGKILL) -> None:
-        self.processes[name].send_signal(number)
-
-    def status(self, name: str) -> pb.ProcessStatus:
-        return next(process for process in self.client.cluster().processes if process.name == name)
+    def environment_of(self, name: str) -> dict[str, str]:
+        faults = msgspec.json.encode(self._faults or []).decode()
+        return super().environment_of(name) | {quick_worker.VARIABLE: faults}
 
     def generate(self, prompt: Any, **sampling: Any) -> Answer:
         return Answer(self.client, prompt, sampling)
@@ -154,29 +100,6 @@ class RunningCluster:
         watched = Watched(self.client, prompt, sampling)
         watched.start()
         return watched
-
-    def logs(self, lines: int = 25) -> str:
-        parts = []
-        for file in sorted(self.folder.glob("*.log")):
-            parts.append(f"--- {file.name}\n" + "\n".join(file.read_text(errors="replace").splitlines()[-lines:]))
-        return "\n".join(parts)
-
-    def stop(self) -> dict[str, int]:
-        """SIGTERM to all, workers first; returns exit codes. Whoever doesn't end in time is killed and has −9."""
-        self.client.close()
-        for name in sorted(self.processes, key=lambda name: name.startswith("router")):
-            process = self.processes[name]
-            if process.poll() is None:
-                process.terminate()
-        codes = {}
-        for name, process in self.processes.items():
-            try:
-                codes[name] = process.wait(STOP_DEADLINE_S)
-            except subprocess.TimeoutExpired:
-                process.kill()
-                process.wait()
-                codes[name] = -9
-        return codes
 
 
 class Answer:

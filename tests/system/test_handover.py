@@ -23,11 +23,12 @@ from kvpool.transport.build import make_transports
 from protos.control import Endpoints, Sampling, Source
 from tandem.clock import now_s
 from tandem.config import TransferConfig, WorkerConfig
+from tandem.drills.processes import REPOSITORY
 from tandem.engine.local import LocalEngine
 from tandem.machine import machine_id
 from tandem.model_files import resolve_model
 from tests import golden
-from tests.system.harness import REPOSITORY, RunningCluster, wait_until
+from tests.system.harness import RunningCluster, wait_until
 
 pytestmark = pytest.mark.timeout(300)
 _SALT = 7919

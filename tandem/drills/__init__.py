@@ -1,0 +1,1 @@
+"""Drills: real processes, real faults, and the promises that hold nevertheless. `tandem drill` runs them."""
