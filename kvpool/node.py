@@ -46,6 +46,7 @@ from tandem.clock import now_s
 from tandem.config import Config
 from tandem.errors import ConfigError
 from tandem.machine import check_memory, machine_id
+from tandem.stop import ends_at_once
 from tandem.zmq_io import RouterLink, identity
 
 log = logging.getLogger(__name__)
@@ -99,21 +100,39 @@ class PoolNode:
         self._fetches: dict[bytes, tuple[Name, FetchPlan]] = {}
         self._busy: set[Key] = set()
         self._retry_at_s = 0.0
+        self._leaving = False
 
     def run(self, stop: threading.Event) -> None:
-        """Serves until `stop`. Raises ConfigError if a router refuses this node, ConfigError or StorageFault if its memory or
+        """Serves until `stop`, and then until what others read has been read and the disk has what it should, for `pool.drain_s`
+        at most. Raises ConfigError if a router refuses this node, ConfigError or StorageFault if its memory or
         directories can't be had."""
         check_memory("pool.host_bytes", self._config.pool.host_bytes)
         os.setpriority(os.PRIO_PROCESS, 0, max(NICENESS, os.getpriority(os.PRIO_PROCESS, 0)))
         try:
             self.open()
-            due_s = 0.0
-            while not stop.is_set():
-                timeout_s = min(max(0.0, due_s - now_s()), _STOP_CHECK_S)
-                due_s = self.turn(dict(self._poller.poll(int(timeout_s * 1000))))
+            self._turn_while(lambda: not stop.is_set())
+            self._leave()
+            end_s = now_s() + self._config.pool.drain_s
+            self._turn_while(lambda: now_s() < end_s and not ends_at_once(stop) and self._is_owing())
             self._link.send_all(Goodbye(self._name, self._epoch))
         finally:
-            self._close()
+            self._close(stop)
+
+    def _turn_while(self, condition: Callable[[], bool]) -> None:
+        due_s = 0.0
+        while condition():
+            timeout_s = min(max(0.0, due_s - now_s()), _STOP_CHECK_S)
+            due_s = self.turn(dict(self._poller.poll(int(timeout_s * 1000))))
+
+    def _leave(self) -> None:
+        """Nothing more is fetched for keeping, and routers are told."""
+        self._leaving = True
+        self._link.heartbeat_now()
+
+    def _is_owing(self) -> bool:
+        """Whether something that was promised is not done yet: blocks that others are reading, or that belong on disk."""
+        tiers = self._tiers
+        return tiers is not None and (bool(self._fetches) or tiers.pool.stats().leased > 0 or tiers.flush(now_s()))
 
     def open(self) -> None:
         """Begins to dial the routers."""
@@ -159,13 +178,13 @@ class PoolNode:
         self._tell_workers(tiers, now)
         return due_s
 
-    def _close(self) -> None:
+    def _close(self, stop: threading.Event) -> None:
         for worker in self._workers.values():
             worker.close()
         if self._opening is not None:
             self._opening.close()
         if self._tiers is not None:
-            self._tiers.close()
+            self._tiers.close(flush=not ends_at_once(stop))
         self._link.close(_GOODBYE_LINGER_MS)
         self._context.destroy(linger=0)  # also the sockets of whatever failed half made: nothing may hang here
 
@@ -279,6 +298,7 @@ class PoolNode:
             load=tiers.load() if tiers is not None else Load(),
             counters=tiers.counters() if tiers is not None else Counters(),
             links=tiers.service.links() if tiers is not None else [],
+            draining=self._leaving,
         )
 
     # --- workers -----------------------------------------------------------------------------------------------------
@@ -323,7 +343,7 @@ class PoolNode:
 
     def _fetch_more(self, tiers: NodeTiers, now: float) -> float:
         """Starts fetches, the workers taking turns, up to the bounds and to the room that there is; when to call again."""
-        progress = now >= self._retry_at_s
+        progress = now >= self._retry_at_s and not self._leaving
         while progress and len(self._fetches) < MAX_FETCHES:
             progress = False
             for name, worker in self._workers.items():

@@ -317,9 +317,13 @@ class NodeTiers:
         num_stray = abs(self.pool.stats().referenced - num_moving)
         return msgspec.structs.replace(owned, num_stray_blocks=num_stray)
 
-    def close(self) -> None:
-        """Writes what should be on disk, for a moment, and gives all of it up."""
-        if self.disk is not None and self._tiering is not None:
+    def flush(self, now: float) -> bool:
+        """Starts to write what the disk should have and has not. Whether some of it is still being written."""
+        return self._tiering is not None and self._tiering.flush(now)
+
+    def close(self, *, flush: bool = True) -> None:
+        """Writes what should be on disk, for a moment, and gives all of it up; without `flush` at once."""
+        if flush and self.disk is not None and self._tiering is not None:
             deadline_s = now_s() + FLUSH_S
             while self._tiering.flush(now_s()) and (left_s := deadline_s - now_s()) > 0:
                 select.select([self.disk], [], [], left_s)

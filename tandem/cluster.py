@@ -31,6 +31,7 @@ from tandem.config import Config, WorkerConfig, dump_config, load_config, router
 from tandem.errors import Cancelled, ConfigError, DeadlineExceeded, TandemError, error_from_code
 from tandem.ports import busy_ports, with_free_ports
 from tandem.role_main import ENTRY_POINTS, load_role
+from tandem.stop import Stop
 
 log = logging.getLogger(__name__)
 
@@ -94,7 +95,7 @@ class RoleProcess:
             del os.environ[variable]
         self._role = role
         self._name = name
-        self._stop = threading.Event()
+        self._stop = Stop()
         self._error: tuple[str, str] | None = None
         self._thread = threading.Thread(
             target=self._run, args=(entry_point, config_yaml, log_path), name=name, daemon=True
@@ -264,12 +265,13 @@ class Cluster:
         return None
 
     def stop(self) -> None:
-        """Stops every role, workers first, then Ray, within a bounded time; leaves no process and no file but the logs."""
+        """Stops every role, then Ray, within a bounded time; leaves no process and no file but the logs. Routers end first, and
+        with them all requests: the workers have nothing left to finish or to hand over."""
         ray = _ray()
         if ray.is_initialized():
             with contextlib.suppress(ray.exceptions.RayError, TimeoutError):
                 workers = [name for name, role in self._roles.items() if role != "router"]
-                for names in (workers, [name for name, role in self._roles.items() if role == "router"]):
+                for names in ([name for name, role in self._roles.items() if role == "router"], workers):
                     asked = [self._actors[name].stop.remote(str(_STOP_S)) for name in names]
                     if asked:
                         ray.wait(asked, num_returns=len(asked), timeout=_STOP_S + 1)

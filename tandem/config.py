@@ -67,6 +67,12 @@ class WorkerConfig(_Section):
         256, ge=0, description="a sink recomputes at most this many tokens without asking"
     )
     threads: int = Field(1, ge=1, le=256)
+    drain_s: float = Field(
+        30.0,
+        ge=0,
+        le=86_400,
+        description="a worker that is told to end gives back what it has not finished after so long",
+    )
 
 
 class DiskConfig(_Section):
@@ -94,6 +100,12 @@ class PoolConfig(_Section):
     )
     ttl_s: float = Field(
         0.0, ge=0, description="blocks that nobody used for so long go; 0: they stay while there is room"
+    )
+    drain_s: float = Field(
+        30.0,
+        ge=0,
+        le=86_400,
+        description="a pool node that is told to end writes for so long what the disk should have",
     )
     disk: DiskConfig = DiskConfig()
 

@@ -8,12 +8,12 @@ import logging
 import os
 import signal
 import sys
-import threading
 from collections.abc import Callable, Mapping
 from types import FrameType
 
 from tandem.config import Config, load_config
 from tandem.errors import TandemError
+from tandem.stop import Stop
 
 ENTRY_POINTS: Mapping[str, str] = {
     "router": "router.server:run",
@@ -23,7 +23,7 @@ ENTRY_POINTS: Mapping[str, str] = {
 }
 """Where each role's `run(config, name, stop)` is."""
 
-Run = Callable[[Config, str, threading.Event], None]
+Run = Callable[[Config, str, Stop], None]
 
 
 def load_role(role: str, config: Config, entry_point: str) -> Run:
@@ -38,7 +38,8 @@ def load_role(role: str, config: Config, entry_point: str) -> Run:
 
 
 def role_main(role: str, default_name: str) -> None:
-    """Runs a role as this process and exits: 0 after SIGTERM or SIGINT, 1 with one sentence on an error."""
+    """Runs a role as this process and exits: 0 after SIGTERM or SIGINT, 1 with one sentence on an error. After a first signal the
+    role finishes what it has, as far as its bounds let it; after a second one it ends at once."""
     module = ENTRY_POINTS[role].partition(".")[0]
     parser = argparse.ArgumentParser(
         prog=f"python -m {module}", description=f"Runs one process of the role {module} in the foreground."
@@ -50,9 +51,11 @@ def role_main(role: str, default_name: str) -> None:
     parser.add_argument("--log-level", default="INFO", choices=["DEBUG", "INFO", "WARNING", "ERROR"])
     arguments = parser.parse_args()
     logging.basicConfig(level=arguments.log_level, format=f"%(asctime)s {arguments.name} %(levelname)s %(message)s")
-    stop = threading.Event()
+    stop = Stop()
 
     def on_signal(number: int, frame: FrameType | None) -> None:
+        if stop.is_set():
+            stop.now()
         stop.set()
 
     signal.signal(signal.SIGTERM, on_signal)

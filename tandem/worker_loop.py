@@ -1,7 +1,7 @@
 """The two threads of a worker: the engine thread computes, the transfer thread talks (design §7).
 
-Owns the worker's process: builds the engine, joins the routers, moves blocks, and ends cleanly. The threads share the
-`BlockPool` (under its lock) and two queues; nothing else. A long step never delays a heartbeat or a fetch.
+Owns the worker's process: builds the engine, joins the routers, moves blocks, and leaves as `tandem/drain.py` says. The
+threads share the `BlockPool` (under its lock) and two queues; nothing else. A long step never delays a heartbeat or a fetch.
 """
 
 from __future__ import annotations
@@ -48,12 +48,14 @@ from protos.control import (
 from tandem.clock import now_s
 from tandem.config import Config, WorkerConfig
 from tandem.cores import Cores, claim_cores
+from tandem.drain import Drain, Step
 from tandem.engine.build import EngineParts, build_engine
 from tandem.engine.output import Output
 from tandem.engine.runner import Runner
 from tandem.errors import ConfigError
 from tandem.machine import check_memory, machine_id
 from tandem.model_files import default_model_name, resolve_model
+from tandem.stop import ends_at_once
 from tandem.unacknowledged import Unacknowledged
 from tandem.zmq_io import RouterLink, identity
 
@@ -73,7 +75,7 @@ Input = Callable[[], None]
 
 
 class WorkerLoop:
-    """One worker. `run` returns when `stop` is set and raises what ended it otherwise."""
+    """One worker. `run` returns when `stop` is set and the worker has left, and raises what ended it otherwise."""
 
     def __init__(self, config: Config, worker: WorkerConfig, *, role: Literal["prefill", "decode"], name: str) -> None:
         self._config = config
@@ -82,7 +84,9 @@ class WorkerLoop:
         self._name = name
 
     def run(self, stop: threading.Event) -> None:
-        """Serves until `stop`. Raises TandemError if the model can't be loaded or a router refuses this worker."""
+        """Serves until `stop`, then finishes what it has, or gives it back after `drain_s`.
+
+        Raises TandemError if the model can't be loaded or a router refuses this worker."""
         check_memory(f"{self._role}.arena_bytes", self._worker.arena_bytes)
         sys.setswitchinterval(SWITCH_INTERVAL_S)
         path = resolve_model(self._config.model.path)
@@ -114,7 +118,7 @@ class WorkerLoop:
         ended_well = False
         try:
             self._pin(parts.runner, cores)
-            engine_thread.run(stop, transfer)
+            engine_thread.run(stop, transfer, self._worker.drain_s)
             ended_well = True
         finally:
             transfer.stop(goodbye=ended_well)
@@ -161,11 +165,27 @@ class EngineThread:
         """From any thread: `message` is called on the engine thread before its next step."""
         self._inbox.put(message)
 
-    def run(self, stop: threading.Event, transfer: TransferThread) -> None:
+    def run(self, stop: threading.Event, transfer: TransferThread, drain_s: float) -> None:
         self._engine.on_output = transfer.take_before_step
-        while not stop.is_set() and transfer.error is None:
+        drain: Drain | None = None
+        while transfer.error is None and not ends_at_once(stop):
+            if stop.is_set() and drain is None:
+                drain = Drain(now_s(), drain_s)
+                self._engine.leave()
+                transfer.leave()
             self._intake(block=not self._engine.has_work)
+            if drain is not None and self._has_left(drain):
+                break
             self.end_step(self.begin_step())
+        self._publish(self._engine.take_output())
+
+    def _has_left(self, drain: Drain) -> bool:
+        is_read = self._parts.pool.stats().leased > 0
+        step = drain.step(now_s(), has_work=not self._engine.is_idle, is_read=is_read)
+        if step is Step.GIVE_BACK:
+            log.info("giving back what isn't finished")
+            self._engine.give_back()
+        return step is Step.END
 
     def begin_step(self) -> Output:
         """Computes a step; `end_step` has to follow."""
@@ -198,7 +218,7 @@ class EngineThread:
 
 class TransferThread:
     """Sockets, copies, checksums, heartbeats. Everything it owns is touched by its thread alone, but for `take_output`,
-    `stop` and `error`."""
+    `leave`, `stop` and `error`."""
 
     def __init__(
         self,
@@ -222,6 +242,8 @@ class TransferThread:
         self._wake_fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self._stopping = False
         self._says_goodbye = False
+        self._leaving = False
+        self._told_leaving = False
         self._unacknowledged = Unacknowledged()
         self._peer_lists = PeerLists()
         self._peers: set[tuple[str, bytes]] = set()
@@ -246,6 +268,11 @@ class TransferThread:
     def wake(self) -> None:
         """There is something new in the pool."""
         os.eventfd_write(self._wake_fd, 1)
+
+    def leave(self) -> None:
+        """Tells the routers at once, and with every heartbeat, that this worker takes no more dispatches."""
+        self._leaving = True
+        self.wake()
 
     def stop(self, *, goodbye: bool) -> None:
         """Ends the thread after it has sent all that the engine said. Without `goodbye` the process has failed, and its end is to
@@ -347,6 +374,9 @@ class TransferThread:
         self._service.handle(ready, now_s())
         self._send_outputs()
         now = now_s()
+        if self._leaving and not self._told_leaving:
+            self._told_leaving = True
+            self._link.heartbeat_now()
         if (gone_s := self._peer_lists.due_s()) is not None and gone_s <= now:
             self._take_peers(self._peer_lists.merged(now), now)
         return min(self._service.tick(now), self._link.tick(now), self._resend(now))
@@ -501,4 +531,5 @@ class TransferThread:
             load=load,
             counters=self._service.add_counters(self._engine.counters),
             links=self._service.links(),
+            draining=self._leaving,
         )

@@ -179,6 +179,11 @@ class RouterLink:
                 due = min(due, router.next_heartbeat_s)
         return due
 
+    def heartbeat_now(self) -> None:
+        """The next `tick` sends a heartbeat to every router that knows this process: there is something to say."""
+        for router in self._routers:
+            router.next_heartbeat_s = float("-inf")
+
     def hello_again(self) -> None:
         """Tells every router anew who this process is (its capacity or endpoints changed)."""
         for router in self._routers:

@@ -148,6 +148,14 @@ class Engine:
         """Drops everything that this router dispatched."""
         self._jobs.drop_router(router)
 
+    def leave(self) -> None:
+        """Refuses dispatches from now on, with `Failed` `draining`; those that are known go on."""
+        self._jobs.leaving = True
+
+    def give_back(self) -> None:
+        """Ends every dispatch with `Failed` `draining`; the blocks stay findable."""
+        self._jobs.give_back_all()
+
     def on_blocks(self, fetch_id: bytes, batch: FetchedBatch) -> None:
         """Verified blocks have been written where the plan said. They are used when the fetch has ended."""
         self._fetches.arrive(fetch_id, batch)

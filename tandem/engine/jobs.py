@@ -17,7 +17,7 @@ from tandem.engine.limits import EngineLimits
 from tandem.engine.output import Outbox
 from tandem.engine.scheduler import Scheduler
 from tandem.engine.sequence import Job, Sequence, State
-from tandem.errors import DeadlineExceeded, InvalidRequest, TandemError
+from tandem.errors import DeadlineExceeded, Draining, InvalidRequest, TandemError
 
 log = logging.getLogger(__name__)
 
@@ -29,8 +29,8 @@ _ENDS = ("finished", "aborted_waiting", "aborted_fetching", "aborted_prefill", "
 class Jobs:
     """Every dispatch that is not over.
 
-    A job ends by its last `finish_sample`, by `fail`, or by `abort`; where that had to wait for fetches, `finish_abort`
-    completes it.
+    A job ends by its last `finish_sample`, by `fail`, by `give_back_all` or by `abort`; where that had to wait for fetches,
+    `finish_abort` completes it. Once it is `leaving`, new dispatches are refused.
     """
 
     def __init__(self, limits: EngineLimits, scheduler: Scheduler, fetches: Fetches, outbox: Outbox) -> None:
@@ -41,6 +41,7 @@ class Jobs:
         self._jobs: dict[tuple[int, Fence], Job] = {}
         self._over: dict[tuple[int, Fence], None] = {}
         self._num_arrivals = 0
+        self.leaving = False
         self.num_dispatches: dict[int, int] = {}
         """Dispatches taken in so far from each router that is not lost, refused ones too."""
         self.num_ended = dict.fromkeys(_ENDS, 0)
@@ -71,6 +72,9 @@ class Jobs:
         if (router, dispatch.fence) in self._jobs or (router, dispatch.fence) in self._over:
             return
         self.num_dispatches[router] = self.num_dispatches.get(router, 0) + 1
+        if self.leaving:
+            self._outbox.reply(router, _given_back(dispatch.fence))
+            return
         try:
             tokens = self._limits.checked_tokens(dispatch)
         except InvalidRequest as error:
@@ -148,9 +152,19 @@ class Jobs:
             return
         if job.aborting:
             return
+        log.debug("%s is aborted: %s", fence, reason)
+        self._drop(job)
+
+    def give_back_all(self) -> None:
+        """Drops every dispatch with `Failed` `draining`, by which its router knows that somebody else is to go on with it."""
+        for job in list(self._jobs.values()):
+            if not job.aborting:
+                job.given_back = True
+                self._drop(job)
+
+    def _drop(self, job: Job) -> None:
         job.aborting = True
         job.aborted_in = _abort_counter(job)
-        log.debug("%s is aborted: %s", fence, reason)
         for sequence in job.samples.values():
             if sequence.fetch_id is not None:
                 self._fetches.cancel(sequence)
@@ -164,7 +178,8 @@ class Jobs:
         if not job.samples:
             self.num_ended[job.aborted_in] += 1
             self._forget(job)
-            self._outbox.reply(job.router, Aborted(job.dispatch.fence))
+            fence = job.dispatch.fence
+            self._outbox.reply(job.router, _given_back(fence) if job.given_back else Aborted(fence))
 
     def drop_router(self, router: int) -> None:
         """Aborts everything that this router dispatched, and forgets it."""
@@ -207,6 +222,10 @@ class Jobs:
 def _keys(chain: KeyChain) -> tuple[Key, ...]:
     partial = chain.partial_key()
     return (*chain.keys, *([partial] if partial else []))
+
+
+def _given_back(fence: Fence) -> Failed:
+    return Failed(fence, Draining.code, "this worker is leaving")
 
 
 def _abort_counter(job: Job) -> str:

@@ -49,6 +49,8 @@ class Job:
     samples: dict[int, Sequence] = field(default_factory=dict)
     aborting: bool = False
     """It ends as soon as its fetches are over."""
+    given_back: bool = False
+    """It ends so that somebody else goes on with it."""
     aborted_in: str = ""
     """The counter of what it was doing when the abort came."""
     first_tokens: list[int] | None = None

@@ -736,3 +736,40 @@ def test_a_preempted_dispatch_is_begun_once() -> None:
     world.run()
     assert world.engine.scheduler.num_preemptions > 0
     assert sorted(started(world.said)) == [f"r{i}" for i in range(5)]
+
+
+def test_a_leaving_worker_refuses_what_is_new_and_finishes_what_it_has() -> None:
+    world = World()
+    world.engine.on_dispatch(0, dispatch("a", [1, 2, 3]), world.now_s)
+    world.engine.leave()
+    world.engine.on_dispatch(0, dispatch("b", [4, 5, 6]), world.now_s)
+    world.run()
+    assert world.ends(Fence("b", 0, "decode", 0)) == ["draining"]
+    assert world.ends(Fence("a", 0, "decode", 0)) == ["length"]
+    assert world.stream(Fence("a", 0, "decode", 0)) == fake_model.continuation([1, 2, 3], 5)
+
+
+def test_what_is_given_back_ends_with_one_word_and_its_blocks_stay_findable() -> None:
+    world = World(num_blocks=32)
+    prompt = list(range(18))
+    world.engine.on_dispatch(0, dispatch("runs", prompt, max_tokens=50), world.now_s)
+    world.engine.on_dispatch(0, dispatch("prefills", list(range(30, 40)), role="prefill", here=False), world.now_s)
+    while not world.stream(Fence("runs", 0, "decode", 0)):
+        world.step()
+    fetching = dispatch("fetches", list(range(50, 58)), here=False, sources=[SOURCE], wait_source="prefill-0")
+    world.engine.on_dispatch(0, fetching, world.now_s)
+    world.engine.on_dispatch(0, dispatch("waits", list(range(40)), max_tokens=60), world.now_s)
+    (plan,) = world.step().fetches
+    world.engine.leave()
+    world.engine.give_back()
+    out = world.step()
+    assert out.cancels == [plan.fetch_id]
+    for name, role in (("runs", "decode"), ("prefills", "prefill"), ("waits", "decode")):
+        assert world.ends(Fence(name, 0, role, 0)) == ["draining"]  # type: ignore[arg-type]
+    assert world.ends(Fence("fetches", 0, "decode", 0)) == [], "its memory may still be written"
+    world.engine.on_fetch_ended(FetchEnded(plan.fetch_id, (), tuple(w.key for w in plan.wanted), ()), world.now_s)
+    world.step()
+    assert world.ends(Fence("fetches", 0, "decode", 0)) == ["draining"]
+    assert world.engine.is_idle
+    assert all_free(world)
+    assert len(world.pool.match(KeyChain(ROOT, BLOCK, prompt).keys)) == 4

@@ -19,7 +19,6 @@ from protos import tandem_pb2 as pb
 from tandem.client import Client
 from tandem.config import PORT_STEP, merged
 from tandem.drills.processes import ProcessCluster, role_of
-from tandem.errors import TandemError
 from tests.system import quick_worker
 from tests.system.quick_worker import Fault
 
@@ -146,7 +145,7 @@ class Watched(threading.Thread):
         self.tokens: list[int] = []
         self.times_s: list[float] = []
         self.completed: pb.Completed | None = None
-        self.error: TandemError | None = None
+        self.error: BaseException | None = None
 
     def run(self) -> None:
         try:
@@ -158,14 +157,15 @@ class Watched(threading.Thread):
                     self.tokens.extend(event.chunk.token_ids)
                 elif event.HasField("completed"):
                     self.completed = event.completed
-        except TandemError as error:
+        except BaseException as error:
             self.error = error
 
     def result(self, deadline_s: float = 60.0) -> list[int]:
-        """All its tokens, once it has completed."""
+        """All its tokens, once it has completed, without help from the client."""
         self.join(deadline_s)
         assert self.error is None, self.error
         assert self.completed is not None, f"not complete after another {deadline_s} s, {len(self.tokens)} tokens came"
+        assert self.completed.resume_no == 0
         return self.tokens
 
     @property

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from tandem.errors import TandemError
+from tandem.errors import Quarantined
 from tests.system.harness import RunningCluster, wait_until
 from tests.system.quick_worker import Fault
 
@@ -52,15 +52,15 @@ def test_a_prompt_that_kills_two_workers_is_refused_and_the_others_go_on(cluster
     streams = [cluster.watch(prompt, **sampling) for prompt in prompts]
     wait_until(lambda: all(stream.tokens for stream in streams), 30.0, "every stream has begun")
     poison = prompt_of(50, KILLS)
-    with pytest.raises(TandemError, match="2 workers died while they computed this request") as caught:
+    with pytest.raises(Quarantined, match="2 workers died while they computed this request") as caught:
         cluster.generate(poison, max_tokens=4)
-    assert type(caught.value) is TandemError, "which is INTERNAL"
+    assert caught.value.grpc_status == "INTERNAL"
     assert [stream.result() for stream in streams] == truth
     killed = [name for name in WORKERS if cluster.processes[name].poll() is not None]
     assert len(killed) == 2
 
     began_s = time.monotonic()
-    with pytest.raises(TandemError, match="this prompt ended the workers that computed it"):
+    with pytest.raises(Quarantined, match="this prompt ended the workers that computed it"):
         cluster.generate(poison, max_tokens=4)
     assert time.monotonic() - began_s < 1.0
     (survivor,) = set(WORKERS) - set(killed)
