@@ -17,8 +17,6 @@ from rich.table import Table
 from tandem.cli.common import JsonOption, print_json, stderr, stdout
 from tandem.errors import ConfigError
 from tandem.sim.compare import REMOVABLE, Result, compare, contenders, sanity
-from tandem.sim.faults.report import Summary, command_of, line_of
-from tandem.sim.faults.run import run_seeds
 from tandem.sim.picture import draw
 from tandem.sim.policies.registry import POLICIES
 from tandem.sim.presets import PRESETS, preset_named
@@ -115,6 +113,9 @@ def faults(
     read, none lost, none kept; what routers and pool nodes believe becomes what workers hold; nothing waits for ever. A seed is a
     run: a violation is told with its story and the command that repeats it. Exits 0 only if all seeds hold.
     """
+    from tandem.sim.faults.report import Summary, command_of, line_of
+    from tandem.sim.faults.run import run_seeds
+
     summary = Summary()
     for result in run_seeds(first_seed, seeds, requests, tell=story):
         summary.add(result)
