@@ -101,16 +101,20 @@ class Hello(Struct, tag="hello", tag_field="t"):
     group: RoutingGroup | None
     """None only for a pool node before it knows which model it holds."""
     model: Annotated[str, Meta(max_length=256)] = ""
+    number: Count = 0
+    """Counts this process' hellos to this router, from 1."""
 
 
 class Welcome(Struct, tag="welcome", tag_field="t"):
-    """The router's answer to a hello. Deadlines are durations."""
+    """The router's answer to a hello, repeated as its heartbeat. Deadlines are durations. `answers` is the number of the last
+    hello that it has taken in, 0 for a process that is no member; None from routers that don't say."""
 
     version: int
     router: Name
     epoch: U64
     heartbeat_s: Seconds
     liveness_s: Seconds
+    answers: Count | None = None
 
 
 class Refused(Struct, tag="refused", tag_field="t"):

@@ -154,6 +154,8 @@ class Membership:
             return [
                 Rejected(f"{hello.process} said it was a {old.role}, now a {hello.role}: a role is for a whole epoch")
             ]
+        if old is not None and old.epoch == hello.epoch and 0 < hello.number <= old.hello.number:
+            return []  # it came twice, or after a later one
         if old is not None and old.epoch == hello.epoch and old.role != "pool" and old.heartbeat is not None:
             events.append(
                 self._lose(old, now_s, "rejoined", "said hello again: it had lost this router, and dropped its work")

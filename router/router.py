@@ -330,7 +330,7 @@ class RouterCore:
             actions += self._on_lost(lost, now_s)
         if now_s >= self._keepalive_at_s:
             self._keepalive_at_s = now_s + self.settings.heartbeat_s
-            actions += [Send(member.name, member.epoch, self._welcome()) for member in self.membership]
+            actions += [Send(member.name, member.epoch, self._welcome(member)) for member in self.membership]
         self._approximate.tick(now_s)
         for record in self.journal:
             if now_s >= record.request.deadline_s:
@@ -345,7 +345,7 @@ class RouterCore:
 
     # --- members -------------------------------------------------------------------------------------------------------
 
-    def _welcome(self) -> Welcome:
+    def _welcome(self, member: Member | None = None) -> Welcome:
         settings = self.settings
         return Welcome(
             version=PROTOCOL_VERSION,
@@ -353,6 +353,7 @@ class RouterCore:
             epoch=settings.epoch,
             heartbeat_s=settings.heartbeat_s,
             liveness_s=settings.liveness_s,
+            answers=0 if member is None else member.hello.number,
         )
 
     def _on_hello(self, hello: Hello, now_s: float) -> list[Action]:
@@ -364,7 +365,7 @@ class RouterCore:
                 case Lost():
                     actions += self._on_lost(event, now_s)
                 case Changed(member=member, group_changed=group_changed, endpoints_changed=endpoints_changed):
-                    actions.append(Send(member.name, member.epoch, self._welcome()))
+                    actions.append(Send(member.name, member.epoch, self._welcome(member)))
                     if endpoints_changed:
                         actions += self._follow(member, 0)
                     if group_changed:
@@ -397,7 +398,7 @@ class RouterCore:
         if member.role != "pool" and not hello.endpoints.events:
             self._approximate.join(number, hello.capacity.num_blocks)
         actions: list[Action] = [
-            Send(member.name, member.epoch, self._welcome()),
+            Send(member.name, member.epoch, self._welcome(member)),
             *self._follow(member, from_seq),
             *self._tell_peers(),
         ]

@@ -78,6 +78,10 @@ class _Router:
     next_heartbeat_s: float = 0.0
     num_hellos: int = 0
     """Since the last welcome."""
+    hello_number: int = 0
+    """Of the last hello."""
+    first_hello: int = 1
+    """Of the hellos since we lost this router, or began: an answer to an earlier one is late."""
 
 
 class RouterLink:
@@ -85,7 +89,8 @@ class RouterLink:
 
     A hello is repeated each second until a welcome arrives, and begins anew when a router falls silent for its
     `liveness_s` or answers with another epoch. `on_lost` is then called once with the router's number: what it had
-    dispatched is nobody's any more. Routers are numbered in the order of `endpoints`; `make_heartbeat` is given the number.
+    dispatched is nobody's any more, and what it says before it has heard the new hello isn't taken in. Routers are numbered
+    in the order of `endpoints`; `make_heartbeat` is given the number.
     """
 
     def __init__(
@@ -142,6 +147,9 @@ class RouterLink:
             router.heard_s = now_s
             match message:
                 case Welcome():
+                    late = message.answers is not None and message.answers < router.first_hello
+                    if router.welcome is None and late:
+                        continue  # it believes that we never lost it
                     if router.welcome is not None and router.welcome.epoch != message.epoch:
                         self._lose(number, now_s)  # a new incarnation: `tick` says hello until it answers
                         continue
@@ -152,8 +160,10 @@ class RouterLink:
                     router.num_hellos = 0
                 case Refused(reason=reason):
                     self._on_refused(reason)
-                case _:
+                case _ if router.welcome is not None:
                     self._on_message(number, message)
+                case _:
+                    pass
 
     def tick(self, now_s: float) -> float:
         """Sends the hellos and heartbeats that are due and notices silent routers. Returns when to call again."""
@@ -169,7 +179,7 @@ class RouterLink:
                     router.num_hellos += 1
                     if router.num_hellos in _TELL_AT_HELLO:
                         log.warning("no router answers at %s; trying again", router.endpoint)
-                    self._send(router, self._make_hello())
+                    self._hello(router)
                     router.next_hello_s = now_s + HELLO_PERIOD_S
                 due = min(due, router.next_hello_s)
             else:
@@ -187,7 +197,7 @@ class RouterLink:
     def hello_again(self) -> None:
         """Tells every router anew who this process is (its capacity or endpoints changed)."""
         for router in self._routers:
-            self._send(router, self._make_hello())
+            self._hello(router)
 
     def send(self, number: int, message: ToRouter) -> None:
         """Sends to one router; a message to a router that can't be reached is dropped (it is asked for again, or is fenced)."""
@@ -207,7 +217,12 @@ class RouterLink:
         router = self._routers[number]
         router.welcome = None
         router.next_hello_s = now_s
+        router.first_hello = router.hello_number + 1
         self._on_lost(number)
+
+    def _hello(self, router: _Router) -> None:
+        router.hello_number += 1
+        self._send(router, msgspec.structs.replace(self._make_hello(), number=router.hello_number))
 
     def _send(self, router: _Router, message: ToRouter) -> None:
         try:

@@ -62,8 +62,8 @@ class Side:
     def answer(self, message: FromRouter | bytes) -> None:
         self.router.send_multipart([self.name, message if isinstance(message, bytes) else control.encode(message)])
 
-    def welcome(self, epoch: bytes = b"1" * 8) -> None:
-        self.answer(Welcome(1, "router", epoch, heartbeat_s=0.25, liveness_s=3.0))
+    def welcome(self, epoch: bytes = b"1" * 8, answers: int | None = None) -> None:
+        self.answer(Welcome(1, "router", epoch, heartbeat_s=0.25, liveness_s=3.0, answers=answers))
 
     def step(self, seconds: float = 0.0) -> list[ToRouter]:
         """Turns the clock, lets the link act, and returns what reached the router within a moment."""
@@ -97,6 +97,30 @@ def wait(condition: Callable[[], object], side: Side) -> None:
     while not condition():
         assert time.monotonic() < end
         side.step()
+
+
+def test_what_a_router_says_before_it_has_heard_that_it_was_lost_is_not_taken_in(side: Side) -> None:
+    hello = side.until(Hello)
+    assert isinstance(hello, Hello)
+    side.welcome(answers=hello.number)
+    side.until(Heartbeat, 0.25)
+    side.step(3.5)
+    assert side.lost == [0]
+    side.welcome(answers=hello.number)  # its heartbeat, on its way since before our new hello
+    side.answer(Abort(FENCE))
+    side.step()
+    side.step()
+    assert not side.link.welcomed
+    assert side.heard == []
+    again = side.until(Hello, 1.0)
+    assert isinstance(again, Hello)
+    assert again.number > hello.number
+    side.welcome(answers=again.number)
+    side.answer(Abort(FENCE))
+    side.step()
+    side.step()
+    assert side.link.welcomed
+    assert side.heard == [Abort(FENCE)]
 
 
 def test_a_hello_is_repeated_until_the_welcome_and_heartbeats_follow(side: Side) -> None:
@@ -140,6 +164,7 @@ def test_a_refusal_is_told_and_rubbish_is_counted_and_dropped(side: Side) -> Non
     side.answer(Refused("protocol version 7"))
     wait(lambda: side.refused, side)
     assert side.refused == ["protocol version 7"]
+    side.welcome()
     side.answer(b"\xc1 rubbish")
     side.answer(Abort(FENCE, "x"))
     wait(lambda: side.heard, side)

@@ -111,6 +111,15 @@ def test_a_worker_that_says_hello_again_had_lost_us_but_a_repeated_first_hello_i
     assert kinds(members.hello(hello("d0"), 2.0)) == [Lost, Joined]
 
 
+def test_a_hello_that_comes_late_or_twice_loses_nobody() -> None:
+    members = membership()
+    assert kinds(members.hello(hello("d0", number=2), 0.0)) == [Joined]
+    members.heartbeat(heartbeat("d0"), 1.2)
+    assert members.hello(hello("d0", number=1), 1.3) == []
+    assert members.hello(hello("d0", number=2), 1.3) == []
+    assert kinds(members.hello(hello("d0", number=3), 2.0)) == [Lost, Joined]
+
+
 def test_only_the_served_group_routes_and_the_next_takes_over_when_its_last_worker_goes() -> None:
     members = membership()
     members.hello(hello("old"), 0.0)
