@@ -1,7 +1,7 @@
 from collections.abc import Sequence
 from typing import Any
 
-from numpy import float64, int32, int64
+from numpy import bool_, float64, int32, int64
 from numpy.typing import NDArray
 
 def weigh(
@@ -22,3 +22,13 @@ def weigh(
 ) -> tuple[int, float, int, int, float]:
     """`router.policy.weigh.weigh_ref`, natively: fills `out`; returns the cheapest decode worker alone and its cost, and the
     cheapest pair and its cost."""
+
+def sources(
+    counts: NDArray[int32],
+    holders: Sequence[int],
+    reachable: NDArray[bool_],
+    more_than: int,
+    but: Sequence[int],
+    most: int,
+) -> list[tuple[int, int, int]]:
+    """`router.policy.sources.sources_ref`, natively: numbers, tiers and leading blocks."""

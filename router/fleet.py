@@ -20,6 +20,7 @@ import math
 from bisect import insort
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from typing import NamedTuple, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -55,8 +56,7 @@ _PRICES = ((BASE_S,), (TOKEN_S, PAIR_S), (SEQUENCE_S, CONTEXT_S))
 """Columns that are measured together."""
 
 
-@dataclass(frozen=True, slots=True)
-class Work:
+class Work(NamedTuple):
     """What a dispatch means to a worker: tokens to compute, pairs of one of them and one that it attends to, sequences that will
     generate, tokens that those attend to, blocks that it takes; and what it fetches, from whom."""
 
@@ -88,14 +88,24 @@ def _due_s(own: _Own) -> float:
     return own.work.due_s
 
 
+def _cells(column: Table) -> memoryview[float]:
+    return cast("memoryview[float]", column.data)
+
+
 @dataclass(slots=True)
 class _Account:
+    """What is known of a process beside its row. `row`, `work_s` and `due_s` are its columns of the fleet's tables, as views that
+    read and write a number in half the time that numpy takes."""
+
     role: Role
     machine: str
     group: object
     measured: list[bool]
     serves_blocks: bool
     slab_bytes: int
+    row: memoryview[float]
+    work_s: memoryview[float]
+    due_s: memoryview[float]
     prices: StepPrices | None = None
     """As last reported, like `speeds`: of fetches, of the DISK tier."""
     speeds: tuple[float, float] = (0.0, 0.0)
@@ -106,10 +116,10 @@ class _Account:
     excess_s: float = 0.0
     """What the worker has to compute beyond our predictions: others' prompts, and our errors, and what is left of a step whose
     prompt was overtaken. First in line."""
-    has_slots: bool = False
-    """Whether its slots say anything."""
     draining: bool = False
     """It takes no more dispatches."""
+    num_slots: int = 0
+    """That say anything; the rest is 0."""
     overtaken: _Own | None = None
     """Whose step it is, if it is a step."""
 
@@ -176,9 +186,9 @@ class Fleet:
         self.names = (*self.names[:number], process, *self.names[number + 1 :])
         self._numbers[process] = number
         self._accounts[number] = _Account(
-            role, machine, group, [False] * len(_PRICES), serves_blocks, capacity.slab_bytes
+            role, machine, group, [False] * len(_PRICES), serves_blocks, capacity.slab_bytes, *self._columns(number)
         )
-        self.table[:, number] = self.work_s[:, number] = 0.0
+        self.table[:, number] = self.work_s[:, number] = self.due_s[:, number] = 0.0
         self.table[FREE_BLOCKS, number] = capacity.num_blocks or math.inf
         self.table[MAX_RUNNING, number] = capacity.max_running or math.inf
         self.table[STEP_TOKENS, number] = capacity.max_step_tokens or GUESSED_STEP_TOKENS
@@ -228,6 +238,11 @@ class Fleet:
             bigger[: len(smaller), :old] = smaller
             setattr(self, name, bigger)
         self.table[FREE_BLOCKS, old:] = math.inf
+        for number, account in self._accounts.items():
+            account.row, account.work_s, account.due_s = self._columns(number)
+
+    def _columns(self, number: int) -> tuple[memoryview[float], memoryview[float], memoryview[float]]:
+        return _cells(self.table[:, number]), _cells(self.work_s[:, number]), _cells(self.due_s[:, number])
 
     def _arrange(self) -> None:
         served = {n: a for n, a in sorted(self._accounts.items()) if self._group is not None and a.group == self._group}
@@ -255,11 +270,11 @@ class Fleet:
         if number is None:
             return
         account = self._accounts[number]
-        row = self.table[:, number]
+        row = account.row
         self._learn(number, account, load, now_s)
         num_said = load.num_dispatches
         late = [own for own in account.own.values() if own.serial > num_said] if account.serial > num_said else []
-        self._pass(account, float(row[TOUCHED_AT]), now_s)
+        self._pass(account, row[TOUCHED_AT], now_s)
         row[SEQUENCES], row[CONTEXT], row[FREE_BLOCKS] = load.num_generating, load.context_tokens, load.free_blocks
         for own in late:
             row[SEQUENCES] += own.work.num_sequences
@@ -268,12 +283,12 @@ class Fleet:
         account.overtaken = None
         left_s = max(0.0, self.compute_s(number, load.waiting_tokens, load.waiting_pairs) - step_age_s)
         ours = [own for own in account.line if own.serial <= num_said] if late else account.line
-        account.excess_s = left_s - sum(own.left_s for own in ours)
+        account.excess_s = left_s - sum([own.left_s for own in ours]) if ours else left_s
         if account.excess_s < 0.0:
             spent_s, account.excess_s = -account.excess_s, 0.0
             self._spend(ours, spent_s)
             account.line = [own for own in account.line if own.left_s > 0.0]
-        self._set_slots(number, account, now_s)
+        self._set_slots(account, now_s)
         for link in links:
             source = self._numbers.get(link.process)
             if source is not None and link.bytes_per_s:
@@ -313,9 +328,9 @@ class Fleet:
         """Predicted seconds in which a worker computes so much of prompts; what generates there goes on meanwhile."""
         if not num_tokens:
             return 0.0
-        row = self.table[:, number]
+        row = self._accounts[number].row
         steps = math.ceil(num_tokens / row[STEP_TOKENS])
-        return float(steps * self.step_s(number) + num_tokens * row[TOKEN_S] + num_pairs * row[PAIR_S])
+        return steps * self.step_s(number) + num_tokens * row[TOKEN_S] + num_pairs * row[PAIR_S]
 
     def dispatched(self, number: int, fence: Fence, work: Work, now_s: float) -> None:
         """We sent it this."""
@@ -323,13 +338,13 @@ class Fleet:
         account.serial += 1
         compute_s = self.compute_s(number, work.num_tokens, work.num_pairs)
         own = account.own[fence] = _Own(account.serial, work, compute_s, compute_s, computed=not work.num_tokens)
-        row = self.table[:, number]
+        row = account.row
         if work.num_tokens:
-            self._pass(account, float(row[TOUCHED_AT]), now_s)
+            self._pass(account, row[TOUCHED_AT], now_s)
             if account.line and work.due_s < account.line[0].work.due_s:
-                self._overtake(number, account)
+                self._overtake(account)
             insort(account.line, own, key=_due_s)
-            self._set_slots(number, account, now_s)
+            self._set_slots(account, now_s)
         row[SEQUENCES] += work.num_sequences
         row[CONTEXT] += work.context_tokens
         row[FREE_BLOCKS] -= work.num_blocks
@@ -355,15 +370,15 @@ class Fleet:
         if own.computed:
             return
         own.computed = True
-        self.table[UNCOMPUTED, number] -= own.work.num_tokens
         account = self._accounts[number]
-        self._pass(account, float(self.table[TOUCHED_AT, number]), now_s)
+        account.row[UNCOMPUTED] -= own.work.num_tokens
+        self._pass(account, account.row[TOUCHED_AT], now_s)
         if own.left_s > 0.0:
             own.left_s = 0.0
             account.line.remove(own)
         if not account.line or own is account.overtaken:
             account.excess_s, account.overtaken = 0.0, None
-        self._set_slots(number, account, now_s)
+        self._set_slots(account, now_s)
 
     @classmethod
     def _pass(cls, account: _Account, since_s: float, now_s: float) -> None:
@@ -390,17 +405,18 @@ class Fleet:
             own.left_s = 0.0
         return len(line)
 
-    def _step_left_s(self, number: int, account: _Account) -> float:
+    @staticmethod
+    def _step_left_s(account: _Account) -> float:
         """How long the running step, of the first in line, goes on."""
         if account.excess_s > 0.0 or not account.line:
             return 0.0
         own = account.line[0]
-        step_s = own.compute_s * min(1.0, float(self.table[STEP_TOKENS, number]) / own.work.num_tokens)
+        step_s = own.compute_s * min(1.0, account.row[STEP_TOKENS] / own.work.num_tokens)
         return min(own.left_s, step_s - (own.compute_s - own.left_s) % step_s)
 
-    def _overtake(self, number: int, account: _Account) -> None:
+    def _overtake(self, account: _Account) -> None:
         """Another one goes before the first in line, once the step that runs is over."""
-        step_s = self._step_left_s(number, account)
+        step_s = self._step_left_s(account)
         if step_s > 0.0:
             first = account.overtaken = account.line[0]
             account.excess_s = step_s
@@ -409,24 +425,26 @@ class Fleet:
                 first.left_s = 0.0
                 del account.line[0]
 
-    def _set_slots(self, number: int, account: _Account, now_s: float) -> None:
-        self.table[TOUCHED_AT, number] = now_s
+    def _set_slots(self, account: _Account, now_s: float) -> None:
+        account.row[TOUCHED_AT] = now_s
         has_work = bool(account.line) or account.excess_s > 0.0
-        if not has_work and not account.has_slots:
+        if not has_work and not account.num_slots:
             return
-        account.has_slots = has_work
-        work = [0.0] * NUM_SLOTS
-        due = [0.0] * NUM_SLOTS
-        step_s = self._step_left_s(number, account)
-        due[0], work[0] = -math.inf, account.excess_s + step_s
-        slot = 1
-        for own in account.line:
-            work[slot] += own.left_s
-            due[slot] = own.work.due_s
-            slot = min(slot + 1, NUM_SLOTS - 1)
-        work[1] -= step_s
-        self.work_s[:, number] = work
-        self.due_s[:, number] = due
+        work_s, due_s = account.work_s, account.due_s
+        step_s = self._step_left_s(account)
+        due_s[0], work_s[0] = -math.inf, account.excess_s + step_s
+        last = NUM_SLOTS - 1
+        for slot, own in enumerate(account.line[:last], 1):
+            work_s[slot], due_s[slot] = own.left_s, own.work.due_s
+        for own in account.line[last:]:
+            work_s[last] += own.left_s
+            due_s[last] = own.work.due_s
+        num_slots = 1 + min(len(account.line), last)
+        for slot in range(num_slots, account.num_slots):
+            work_s[slot] = due_s[slot] = 0.0
+        if account.line:
+            work_s[1] -= step_s
+        account.num_slots = num_slots if has_work else 0
 
     def waits_s(self, numbers: Numbers, due_s: float, now_s: float) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
         """For each of `numbers`: predicted seconds until a prompt that is due then would be computed there, and how many that are
@@ -444,7 +462,7 @@ class Fleet:
         own = self._accounts[number].own.pop(fence, None) if number is not None else None
         if number is None or own is None:
             return
-        row = self.table[:, number]
+        row = self._accounts[number].row
         row[SEQUENCES] = max(0.0, row[SEQUENCES] - own.work.num_sequences)
         row[CONTEXT] = max(0.0, row[CONTEXT] - own.work.context_tokens)
         row[FREE_BLOCKS] += own.work.num_blocks
@@ -453,8 +471,8 @@ class Fleet:
 
     def step_s(self, number: int) -> float:
         """Predicted seconds of a decode step."""
-        row = self.table[:, number]
-        return float(row[BASE_S] + row[SEQUENCES] * row[SEQUENCE_S] + row[CONTEXT] * row[CONTEXT_S])
+        row = self._accounts[number].row
+        return row[BASE_S] + row[SEQUENCES] * row[SEQUENCE_S] + row[CONTEXT] * row[CONTEXT_S]
 
     def took_longer(self, seconds: float) -> None:
         """A first token took so much longer than what was computed, fetched and waited for."""

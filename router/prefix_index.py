@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 
@@ -33,8 +34,7 @@ _MEDIA = {"DEVICE": 0, "HOST": 1, "DISK": 2, "GPU": 0, "CPU": 1, "STORAGE": 2}
 Batch = EventBatch | ForeignBatch
 
 
-@dataclass(frozen=True, slots=True)
-class Hits:
+class Hits(NamedTuple):
     """The longest hits of a prompt. `counts` is `[num_processes, NUM_TIERS]`: leading blocks, each in the first of a process'
     tiers that has it. `holders` are the processes that have any."""
 

@@ -1,5 +1,6 @@
-// The cost of every worker for one request, in one pass: what `router/policy/seconds.py` says in numpy, some ten times faster.
-// Its formulas, its order of operations and its names; `tests/router/test_weigh.py` holds the two together.
+// The cost of every worker for one request, in one pass, and from whom to fetch: what `router/policy/weigh.py` and `sources.py` say
+// in numpy, some ten times faster. Their formulas, their order of operations and their names; `tests/router/test_weigh.py` holds
+// the two together.
 
 #define PY_SSIZE_T_CLEAN
 #include <Python.h>
@@ -274,8 +275,64 @@ PyObject* weigh(PyObject*, PyObject* args) {
   return Py_BuildValue("(LdLLd)", (long long)here.pick(drawn, num_prefills), here.best, (long long)(at / n), (long long)(at % n), pair.best);
 }
 
+// Numbers of a list or tuple; false with an exception.
+bool take_numbers(PyObject* given, std::vector<int64_t>& numbers) {
+  PyObject* items = PySequence_Fast(given, "numbers must be a list or tuple");
+  if (!items) return false;
+  for (Py_ssize_t i = 0; i < PySequence_Fast_GET_SIZE(items); i++) {
+    numbers.push_back(PyLong_AsLongLong(PySequence_Fast_GET_ITEM(items, i)));
+    if (numbers.back() == -1 && PyErr_Occurred()) break;
+  }
+  Py_DECREF(items);
+  return !PyErr_Occurred();
+}
+
+PyObject* sources(PyObject*, PyObject* args) {
+  PyObject *counts, *holders, *reachable, *but;
+  long more_than;
+  Py_ssize_t most;
+  if (!PyArg_ParseTuple(args, "OOOlOn", &counts, &holders, &reachable, &more_than, &but, &most)) return nullptr;
+  Buffers buffers;
+  const int32_t* hits = (const int32_t*)buffers.take(counts, 0);
+  const uint8_t* reached = hits ? (const uint8_t*)buffers.take(reachable, 0) : nullptr;
+  std::vector<int64_t> numbers, left_out;
+  if (!reached || !take_numbers(holders, numbers) || !take_numbers(but, left_out)) return nullptr;
+  const int64_t rows = std::min(buffers.views[0].len / (Py_ssize_t)(kTiers * sizeof(int32_t)), buffers.views[1].len);
+
+  // Most blocks first; then the fewest in slower tiers; then in the order of the holders.
+  struct Source {
+    int64_t number, blocks, slowness;
+  };
+  std::vector<Source> found;
+  for (const int64_t number : numbers) {
+    if (number < 0 || number >= rows) {
+      PyErr_Format(PyExc_ValueError, "holder %lld, must be below %lld", (long long)number, (long long)rows);
+      return nullptr;
+    }
+    const int32_t* tiers = hits + number * kTiers;
+    const int64_t blocks = (int64_t)tiers[0] + tiers[1] + tiers[2];
+    if (blocks <= more_than || !reached[number]) continue;
+    if (std::find(left_out.begin(), left_out.end(), number) != left_out.end()) continue;
+    found.push_back({number, blocks, tiers[1] + 2 * (int64_t)tiers[2]});
+  }
+  std::stable_sort(found.begin(), found.end(), [](const Source& a, const Source& b) {
+    return a.blocks != b.blocks ? a.blocks > b.blocks : a.slowness < b.slowness;
+  });
+  const Py_ssize_t num = std::min((Py_ssize_t)found.size(), most);
+  PyObject* list = PyList_New(num);
+  for (Py_ssize_t i = 0; list && i < num; i++) {
+    const Source& source = found[(size_t)i];
+    const int32_t* tiers = hits + source.number * kTiers;
+    PyObject* one = Py_BuildValue("(LiL)", (long long)source.number, tiers[2] ? 2 : tiers[1] ? 1 : 0, (long long)source.blocks);
+    if (!one) Py_CLEAR(list);
+    if (list) PyList_SET_ITEM(list, i, one);
+  }
+  return list;
+}
+
 PyMethodDef methods[] = {
     {"weigh", weigh, METH_VARARGS, "See router/_weigh.pyi."},
+    {"sources", sources, METH_VARARGS, "See router/_weigh.pyi."},
     {nullptr, nullptr, 0, nullptr},
 };
 

@@ -1,8 +1,9 @@
 """What a policy is asked, and what it answers.
 
 A policy is pure: an ask, the prefix hits and the fleet in, a placement out. It reads no clock and no socket, changes nothing,
-and draws from no other randomness than the generator it is given. One file is one policy; those that other systems
-publish are in `tandem/sim/policies/`, behind this same contract.
+and draws from no other randomness than the generator it is given. What is made anew with each decision is a named tuple: the
+cheapest that can't be changed. One file is one policy; those that other systems publish are in `tandem/sim/policies/`, behind
+this same contract.
 """
 
 from __future__ import annotations
@@ -22,7 +23,6 @@ from router.admission import ROOM_S
 from router.fleet import Fleet
 from router.prefix_index import Hits
 
-MAX_SOURCES = 8
 TIERS: tuple[Tier, Tier, Tier] = ("DEVICE", "HOST", "DISK")
 
 
@@ -62,8 +62,7 @@ class SourcePlace(NamedTuple):
     num_blocks: int
 
 
-@dataclass(frozen=True, slots=True)
-class Prediction:
+class Prediction(NamedTuple):
     """Predicted seconds of one choice, in parts.
 
     The client waits for the first token for as long as the longer of queue and fetch, which go on at the same time, the
@@ -93,8 +92,7 @@ class Prediction:
         return self.ttft_s + self.handover_s + self.stream_s + self.others_s + self.room_s
 
 
-@dataclass(frozen=True, slots=True)
-class Candidates:
+class Candidates(NamedTuple):
     """Every worker that was weighed, one entry each, in seconds: what a prefill at it costs, and what the stream at it does; a
     prefill worker has no stream. Kept to be explained."""
 
@@ -111,8 +109,7 @@ class Candidates:
         return np.maximum(self.queue_s, self.fetch_s) + self.compute_s + overhead_s
 
 
-@dataclass(frozen=True, slots=True)
-class Placement:
+class Placement(NamedTuple):
     """The decision. `prefill` is None when the decode worker prefills by itself. Sources are in the order to ask; the prefill
     worker, last for decode, is not among `decode_sources`. `names` says who a number was."""
 
@@ -143,24 +140,3 @@ class Policy(Protocol):
 def full_for_s(chosen: Prediction) -> float:
     """For how long its workers are predicted to have no room for it; 0: it can go now."""
     return max(chosen.queue_s - ROOM_S, chosen.room_s, 0.0)
-
-
-def sources(hits: Hits, fleet: Fleet, more_than: int, but: Sequence[int]) -> tuple[SourcePlace, ...]:
-    """Reachable processes that hold more than so many leading blocks, longest first; of equal ones first whose tiers are
-    faster."""
-    if not hits.holders:
-        return ()
-    holders = np.array(hits.holders, dtype=np.int64)
-    counts = hits.counts[holders]
-    totals = counts.sum(axis=1)
-    order = np.lexsort((counts[:, 1] + 2 * counts[:, 2], -totals))
-    found: list[SourcePlace] = []
-    for at in order.tolist():
-        number, total = int(holders[at]), int(totals[at])
-        if total <= more_than or len(found) == MAX_SOURCES:
-            break
-        if number in but or not fleet.reachable[number]:
-            continue
-        _, host, disk = counts[at].tolist()
-        found.append(SourcePlace(number, TIERS[2] if disk else TIERS[1] if host else TIERS[0], total))
-    return tuple(found)

@@ -22,7 +22,8 @@ import random
 import numpy as np
 
 from router.fleet import Fleet, Numbers
-from router.policy.base import Ask, Candidates, Placement, Prediction, full_for_s, sources
+from router.policy.base import Ask, Candidates, Placement, Prediction, full_for_s
+from router.policy.sources import sources
 from router.policy.weigh import (
     COMPUTE_S,
     COST,

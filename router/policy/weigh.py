@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -69,8 +69,7 @@ class Terms:
     room: float = 1.0
 
 
-@dataclass(frozen=True, slots=True)
-class Weighed:
+class Weighed(NamedTuple):
     """`parts` is `[NUM_PARTS, num_workers]`. Then the cheapest decode worker that prefills by itself, and the cheapest pair of a
     prefill and a decode worker (-1 without prefill workers): their places in `workers`, and the costs."""
 

@@ -62,7 +62,7 @@ class Result:
     prediction_error: float
     """Median, of the time to first token; 0 for the bound."""
     requests_per_s: float
-    """Simulated a second of this machine."""
+    """Simulated in a second of one core's time."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -206,9 +206,9 @@ def compare(
             small = rate * min(1.0, 2 * COPY_WORKERS / workers)
             chosen = tuned(contender, requests, preset, workers, small, seed, say) if tune else contender
             say(f"{workers} workers, {rate:.2f} requests/s: {chosen.name} {chosen.setting}")
-            began = time.perf_counter()
+            began = time.process_time()
             found = outcome(chosen, preset, workers, jobs, seed, say)
-            yield _result(chosen, found, rate, load, len(jobs) / (time.perf_counter() - began))
+            yield _result(chosen, found, rate, load, len(jobs) / (time.process_time() - began))
 
 
 def bound(preset: Preset, jobs: Sequence[Job], rate: float, load: float | None, seed: int, slo: Slo = SLO) -> Result:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import heapq
 import random
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
@@ -139,6 +139,9 @@ class Replay:
         self._pools: dict[int, PoolNode] = {}
         self._home: dict[int, int] = {}
         self._build(num_workers)
+        self._first_arrival = self._order + 1
+        """Of what happens at once, arrivals go before all that came of earlier ones."""
+        self._order += len(jobs)
 
     def _build(self, num_workers: int) -> None:
         preset = self._preset
@@ -191,15 +194,24 @@ class Replay:
         self._order += 1
         heapq.heappush(self._heap, (at_s, self._order, kind, what))
 
+    def _expect(self, number: int) -> None:
+        """The job of that number is the next to arrive. One at a time, so that the heap stays small."""
+        if number < len(self._jobs):
+            at_s = self._jobs[number].arrival_s
+            assert at_s >= self._now_s, "jobs must be in the order of their arrival"
+            heapq.heappush(self._heap, (at_s, self._first_arrival + number, ARRIVE, number))
+
     def run(self, say: Callable[[int], None] = lambda done: None) -> Outcome:
         """Until every request has ended."""
-        for number, job in enumerate(self._jobs):
-            self._push(job.arrival_s, ARRIVE, number)
+        self._expect(0)
         heap, now_s, num_said = self._heap, self._now_s, 0
         while self._num_ended < len(self._jobs):
             now_s, _, kind, what = heapq.heappop(heap)
             self._now_s = now_s
-            if kind == ARRIVE:
+            if kind == REPORT:  # most often
+                self._report(what, now_s)
+            elif kind == ARRIVE:
+                self._expect(what + 1)
                 self._arrive(what, now_s)
             elif kind == COMPUTED:
                 worker = self._prefills[what % (1 << 20)]
@@ -219,8 +231,6 @@ class Replay:
                     if self._num_ended - num_said >= 1000:
                         say(self._num_ended - num_said)
                         num_said = self._num_ended
-            elif kind == REPORT:
-                self._report(what, now_s)
             elif kind == WAKE and self._wake_at_s is not None and now_s >= self._wake_at_s:
                 self._wake_at_s = None
                 self._release(now_s)
@@ -305,15 +315,14 @@ class Replay:
             due_s=due_s,
         )
         if here:
-            both = replace(streams, num_tokens=suffix, num_pairs=pairs)
+            both = streams._replace(num_tokens=suffix, num_pairs=pairs)
             self._fleet.dispatched(worker, _fence(number, "decode"), both, now_s)
         else:
             work = Work(num_tokens=suffix, num_pairs=pairs, due_s=due_s)
             self._fleet.dispatched(worker, _fence(number, "prefill"), work, now_s)
             self._fleet.dispatched(placement.decode, _fence(number, "decode"), streams, now_s)
             self._taken[placement.decode] += 1
-            blocks = -(-(job.num_tokens + job.answer_tokens) // BLOCK_TOKENS)
-            self._decodes[placement.decode].pending[number] = (job.num_tokens, blocks)
+            self._decodes[placement.decode].expect(_stream(number, job))
         self._taken[worker] += 1
         if here:
             self._start_here(number, now_s)
@@ -440,16 +449,12 @@ class Replay:
         job = self._jobs[number]
         decode = self._decodes[self._state[number].decode]
         decode.advance(now_s)
-        del decode.pending[number]
+        stream = _stream(number, job)
+        decode.expect(stream, -1)
         state = self._state[number]
         self._store(decode.number, decode.cache, job.keys, now_s, self._home[state.prefill] != self._home[state.decode])
-        self._stream(decode, number)
+        decode.join(stream)
         self._decode(decode, now_s)
-
-    def _stream(self, decode: DecodeWorker, number: int) -> None:
-        job = self._jobs[number]
-        blocks = -(-(job.num_tokens + job.answer_tokens) // BLOCK_TOKENS)
-        decode.join(Stream(number, job.num_tokens, max(0, job.answer_tokens - 1), blocks))
 
     def _start_here(self, number: int, now_s: float) -> None:
         state = self._state[number]
@@ -480,7 +485,7 @@ class Replay:
             self._answered(number, now_s)
             self._fleet.computed(name, _fence(number, "decode"), now_s)
             self._store(decode.number, decode.cache, self._jobs[number].keys, now_s)
-            self._stream(decode, number)
+            decode.join(_stream(number, self._jobs[number]))
         if not decode.prompts:
             decode.line_tokens, decode.line_pairs = 0, 0.0
         decode.start()
@@ -551,9 +556,9 @@ class Replay:
                 num_running=decode.num_streams,
                 waiting_tokens=decode.line_tokens,
                 waiting_pairs=int(decode.line_pairs),
-                num_generating=decode.num_streams + len(decode.waiting) + len(decode.pending),
+                num_generating=decode.num_streams + len(decode.waiting) + decode.num_pending,
                 context_tokens=decode.context_tokens(),
-                free_blocks=max(0, decode.free_blocks - sum(blocks for _, blocks in decode.pending.values())),
+                free_blocks=max(0, decode.free_blocks - decode.pending_blocks),
                 fetch_bytes_per_s=preset.net_bytes_per_s,
                 prices=decode.prices,
             )
@@ -577,6 +582,11 @@ class Replay:
             decode_busy=np.array([worker.busy_s for worker in self._decodes.values()]) / now_s,
             seconds=now_s,
         )
+
+
+def _stream(number: int, job: Job) -> Stream:
+    blocks = -(-(job.num_tokens + job.answer_tokens) // BLOCK_TOKENS)
+    return Stream(number, job.num_tokens, max(0, job.answer_tokens - 1), blocks)
 
 
 def _fence(number: int, role: str) -> Fence:

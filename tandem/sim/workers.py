@@ -127,8 +127,8 @@ class DecodeWorker:
         self.free_blocks = num_blocks
         self.waiting: deque[Stream] = deque()
         """Those that have their KV, and no room."""
-        self.pending: dict[int, tuple[int, int]] = {}
-        """Handed over to it and still on the way: tokens and blocks."""
+        self.num_pending = self.pending_tokens = self.pending_blocks = 0
+        """Streams that were handed over to it and are still on the way, and what they will take."""
         self.prompts: deque[tuple[int, float, int]] = deque()
         """Prompts that it computes itself: request, seconds of computing, steps."""
         self.line_tokens = 0
@@ -163,8 +163,8 @@ class DecodeWorker:
 
     def context_tokens(self) -> int:
         """Of all streams, those included that have not begun."""
-        waiting = sum(stream.context for stream in self.waiting)
-        return int(self.context + waiting + sum(tokens for tokens, _ in self.pending.values()))
+        waiting = sum([stream.context for stream in self.waiting]) if self.waiting else 0.0
+        return int(self.context + waiting + self.pending_tokens)
 
     def due_s(self) -> float | None:
         """When the next stream or prompt ends, if nothing changes. None: nothing runs."""
@@ -190,6 +190,12 @@ class DecodeWorker:
             if self.prompts:
                 self._prompt_end = self._steps + self.prompts[0][2]
         return streams, prompts
+
+    def expect(self, stream: Stream, sign: int = 1) -> None:
+        """Its KV is on the way; with -1, it is not any more."""
+        self.num_pending += sign
+        self.pending_tokens += sign * int(stream.context)
+        self.pending_blocks += sign * stream.num_blocks
 
     def join(self, stream: Stream) -> None:
         """Its KV is here."""

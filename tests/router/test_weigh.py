@@ -9,8 +9,10 @@ import pytest
 
 from protos.control import Capacity, Fence, Link, Load, StepPrices
 from router.fleet import Fleet, Work
+from router.policy import sources as sources_module
 from router.policy import weigh as module
 from router.policy.base import Ask
+from router.policy.sources import sources, sources_ref
 from router.policy.weigh import Terms, weigh, weigh_ref
 from router.prefix_index import Hits
 
@@ -53,7 +55,7 @@ def world(seed: int) -> tuple[Fleet, Hits, Ask, np.ndarray, int]:
         rng.randrange(1, 4000), 16, 300_000, answer_tokens=100.0 * samples, num_samples=samples, due_s=rng.random() * 10,
         tpot_s=rng.choice([0.0, 0.02]),
     )  # fmt: skip
-    return fleet, Hits(counts, holders), ask, fleet.workers, len(fleet.prefills)
+    return fleet, Hits(counts, holders, int(counts.sum(axis=1).max())), ask, fleet.workers, len(fleet.prefills)
 
 
 @pytest.mark.parametrize("seed", range(300))
@@ -81,3 +83,22 @@ def test_arrays_that_are_too_short_are_refused() -> None:
         weigh(ask, hits, fleet, np.array([99_999]), 0, 0.0, Terms(), (0.0, 0.0))
     with pytest.raises(ValueError, match="1 prefill workers of 1"):
         weigh(ask, hits, fleet, np.array([0]), 1, 0.0, Terms(), (0.0, 0.0))
+
+
+@pytest.mark.parametrize("seed", range(300))
+def test_sources_are_the_same_natively_and_in_numpy(seed: int) -> None:
+    assert sources_module._SOURCES is not None, "the native part was not built"
+    fleet, hits, _, workers, _ = world(seed)
+    rng = random.Random(seed)
+    hits.counts[:] = np.minimum(hits.counts, rng.choice([1, 3, 60]))  # many that hold as much
+    hits = Hits(hits.counts, hits.holders, int(hits.counts.sum(axis=1).max()))
+    but = tuple(rng.sample(workers.tolist(), min(2, len(workers))))
+    for more_than in {0, 1, 3, hits.longest - 1, hits.longest, rng.randrange(60)}:
+        assert sources(hits, fleet, more_than, but) == sources_ref(hits, fleet, more_than, but)
+
+
+def test_holders_without_a_row_are_refused() -> None:
+    fleet, hits, *_ = world(4)
+    for number in (-1, 99_999):
+        with pytest.raises(ValueError, match="holder .*, must be below"):
+            sources(Hits(hits.counts, [number], 5), fleet, 0, ())

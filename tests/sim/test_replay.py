@@ -83,7 +83,8 @@ def test_every_request_ends_and_everything_is_given_back(way: str, preset: Prese
     assert found.seconds >= jobs[-1].arrival_s
     for decode in simulation._decodes.values():
         assert decode.free_blocks == decode.num_blocks
-        assert (decode.num_streams, len(decode.waiting), len(decode.pending), len(decode.prompts)) == (0, 0, 0, 0)
+        assert (decode.pending_tokens, decode.pending_blocks) == (0, 0)
+        assert (decode.num_streams, len(decode.waiting), decode.num_pending, len(decode.prompts)) == (0, 0, 0, 0)
     for prefill in simulation._prefills.values():
         assert prefill.running is None
         assert not prefill.line
