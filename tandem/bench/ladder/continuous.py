@@ -6,6 +6,7 @@ given one prompt a step cuts none, and prompts of different tenants share no pre
 
 from __future__ import annotations
 
+import secrets
 from collections.abc import Callable, Sequence
 
 from kvpool.keys import Key, root_key, tokens_as_bytes
@@ -107,7 +108,7 @@ def _root(parts: EngineParts, number: int, share_prefixes: bool) -> Key:
 
 def _dispatch(request: Request, root: Key) -> Dispatch:
     return Dispatch(
-        fence=Fence(f"ladder-{request.number}", 0, "decode", 0),
+        fence=Fence(f"ladder-{secrets.token_hex(8)}", 0, "decode", 0),
         root=root,
         token_ids=tokens_as_bytes(request.prompt),
         num_prompt_tokens=len(request.prompt),
