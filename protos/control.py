@@ -101,6 +101,9 @@ class Hello(Struct, tag="hello", tag_field="t"):
     group: RoutingGroup | None
     """None only for a pool node before it knows which model it holds."""
     model: Annotated[str, Meta(max_length=256)] = ""
+    former_epochs: Annotated[list[U64], Meta(max_length=64)] = []
+    """Those that this same process had before and has given up, the last ones: whoever knows it by one of them need not wait for
+    proof of its death."""
 
 
 class Welcome(Struct, tag="welcome", tag_field="t"):

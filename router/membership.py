@@ -6,7 +6,8 @@ and knows nothing of requests or blocks.
     hello ──► Joined ──(heartbeats)──► … ──► Lost      silence for `liveness_s`, a step older than `progress_s`, goodbye,
       │         │                                      a closed connection, or a new epoch of the same name
       │         └─ hello again ──► Changed (its Welcome was late; a pool node has learnt its group), or, from a worker that
-      │                            was welcome already, Lost and Joined: it had lost us and dropped its work
+      │                            was welcome already, Lost and Joined: it had lost us and dropped its work; so from one
+      │                            that names our member's epoch as its own former one
       └──► Rejected                                    protocol version, role, or a name whose other epoch is proven alive
 
 A hello under a name that another epoch holds is not answered at once: refusing would stop a restarted worker whose
@@ -70,7 +71,7 @@ class Changed:
 
 Cause = Literal["closed", "left", "silent", "stuck", "replaced", "rejoined"]
 """Why a process is lost: its connection closed, it said goodbye, no heartbeat came, a step does not end, a new process has its
-name, or it came back by itself after it had lost us."""
+name, or it came back by itself after it had lost us or had given its epoch up."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,6 +166,8 @@ class Membership:
             old.heard_at_s = now_s
             self._choose_group()
             return [Changed(old, group_changed, endpoints_changed)]
+        elif old is not None and old.epoch in hello.former_epochs:
+            events.append(self._lose(old, now_s, "rejoined", "gave its epoch up, with all it did in it"))
         elif old is not None:
             verdict = self._rival(old, hello, now_s)
             if not isinstance(verdict, Lost):
