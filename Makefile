@@ -30,7 +30,7 @@ platform:
 # Pinned by constraints.txt; a change of either file installs anew.
 setup: platform $(STAMP)
 
-$(STAMP): pyproject.toml constraints.txt setup.py $(wildcard kernels/cpu/*.cpp kernels/cpu/*.h kvpool/native/*.cpp router/native/*.cpp) | platform
+$(STAMP): pyproject.toml constraints.txt setup.py $(wildcard kernels/cpu/*.cpp kernels/cpu/*.h kvpool/native/*.cpp router/native/*.cpp tandem/sim/native/*.cpp) | platform
 	@python=""; \
 	for candidate in python3.11 python3; do \
 	    command -v $$candidate >/dev/null || continue; \

@@ -25,6 +25,7 @@ EXTENSIONS = {
     "kvpool._chain_keys": "kvpool/native/chain_keys.cpp",
     "router._block_map": "router/native/block_map.cpp",
     "router._weigh": "router/native/weigh.cpp",
+    "tandem.sim._chain_cache": "tandem/sim/native/chain_cache.cpp",
 }
 VARIANTS = {"portable": []}
 if platform.machine() in ("x86_64", "AMD64"):

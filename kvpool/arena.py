@@ -83,6 +83,12 @@ def _reserved_pages(num_bytes: int) -> list[int]:
     return [page_bytes] if free * page_bytes >= num_bytes else []
 
 
+def mapped_arenas(maps: Path = Path("/proc/self/maps")) -> list[int]:
+    """The inodes of all arenas that a process has mapped, its own and others'."""
+    lines = maps.read_text(encoding="utf-8", errors="replace").splitlines()
+    return sorted({int(line.split(maxsplit=5)[4]) for line in lines if f"/memfd:{MEMFD_NAME}" in line})
+
+
 class Arena:
     """`num_blocks` slabs of `slab_bytes` bytes each; pages appear when they are first written, or with `populate`. They are huge
     ones (`page_bytes`) if the system has enough of them reserved.
@@ -102,6 +108,11 @@ class Arena:
         )
         self._populating: threading.Thread | None = None
         self._closing = threading.Event()
+
+    @property
+    def inode(self) -> int:
+        """Of the memfd: what it is called in every `/proc/PID/maps`. 0 once it is closed."""
+        return os.fstat(self.fd).st_ino if self.fd >= 0 else 0
 
     @property
     def num_bytes(self) -> int:

@@ -31,14 +31,17 @@ from dataclasses import dataclass
 from kvpool.chains import NO_BLOCK, Chains
 from kvpool.eviction import EvictionQueue, Policy, order_of
 from kvpool.holds import Holds
-from kvpool.keys import Key
+from kvpool.keys import Key, digest_of
 from kvpool.leases import Lease, LeaseTable
 from kvpool.names import BlockId, BlockRecord, Names
 from kvpool.outbox import Outbox
-from protos.control import NOBODY, Tier
+from protos.control import NOBODY, Tier, TierHoldings
 from protos.kv_events import Event
 
 __all__ = ["BlockId", "BlockPool", "BlockRecord", "Lease", "PoolStats", "Restored"]
+
+MAX_CHECKED_BLOCKS = 65_536
+"""Checking more in an audit would hold the pool up for some tenths of a second."""
 
 Restored = tuple[BlockId, Key, Key, int, bytes, bytes, bytes]
 """What `restore` takes: block_id, key, parent, num_tokens, checksum, writer, owner, as in `BlockRecord`."""
@@ -435,6 +438,36 @@ class BlockPool:
                 evicted_total=self._evicted_total,
                 dropped_total=self._dropped_total,
                 expired_leases_total=self._expired_total,
+            )
+
+    def holdings(self, now_s: float) -> TierHoldings:
+        """What an audit wants to know, of one moment. O(num_blocks); a pool of more than `MAX_CHECKED_BLOCKS` isn't checked."""
+        with self.lock:
+            stats = self.stats()
+            keys = [key for key, block_id in self._names.by_key.items() if block_id not in self._names.unannounced]
+            first_s, last_s = self._leases.times() or (now_s, now_s)
+            fault = ""
+            if self.num_blocks <= MAX_CHECKED_BLOCKS:
+                try:
+                    self.check()
+                except AssertionError as error:
+                    fault = str(error)[:512] or "check failed"
+            return TierHoldings(
+                tier=self.medium,
+                num_blocks=self.num_blocks,
+                free=stats.free,
+                referenced=stats.referenced,
+                cached=stats.cached,
+                lent=stats.lent,
+                retired=stats.retired,
+                leased=stats.leased,
+                pinned=stats.pinned,
+                num_leases=stats.num_leases,
+                lease_left_s=max(0.0, last_s - now_s),
+                lease_overdue_s=max(0.0, now_s - first_s),
+                num_keys=len(keys),
+                digest=digest_of(keys),
+                fault=fault,
             )
 
     def check(self) -> None:

@@ -24,7 +24,7 @@ import msgspec
 import zmq
 
 from kvpool.arena import Arena
-from kvpool.links import DIRECT, Links
+from kvpool.links import DIRECT, Links, Name
 from kvpool.read_queue import ReadQueue
 from kvpool.sink import (
     AbortRead,
@@ -53,6 +53,8 @@ READ_BYTES = 8 * 1024 * 1024
 MAX_READ_BLOCKS = 512
 SILENCE_S = 3.0
 MAX_TAINTED_PART = 1 / 16
+MAX_GONE = 4096
+"""So many incarnations that left are remembered."""
 
 
 @dataclass(slots=True)
@@ -134,6 +136,8 @@ class Fetcher:
         self._links = Links()
         self._busy_since_s: dict[tuple[str, str], float] = {}
         self._peers: dict[tuple[str, bytes], _Peer] = {}
+        self._gone: dict[Name, None] = {}
+        """Incarnations that are said to have left: they are not asked."""
         self._num_tainted: dict[str, int] = {}
         self.counters = FetchCounters()
 
@@ -170,10 +174,17 @@ class Fetcher:
             self._post(peer, message)
 
     def drop_peer(self, process: str, epoch: bytes, now_s: float) -> None:
-        """That incarnation is certainly gone."""
+        """That incarnation is said to be gone: it is not asked any more, unless it is back."""
+        self._gone[process, epoch] = None
+        if len(self._gone) > MAX_GONE:
+            del self._gone[next(iter(self._gone))]
         peer = self._peers.get((process, epoch))
         if peer is not None:
             self._lose(peer, "it left the cluster", now_s)
+
+    def peer_is_back(self, process: str, epoch: bytes) -> None:
+        """It was said to be gone, and is there."""
+        self._gone.pop((process, epoch), None)
 
     def poll(self, transport: Transport, now_s: float) -> None:
         """Lets a transport go on; the caller saw its descriptor readable, or it is busy."""
@@ -225,7 +236,7 @@ class Fetcher:
         while todo:
             match todo.popleft():
                 case Send(source=source, message=message):
-                    if isinstance(message, Fetch):
+                    if isinstance(message, Fetch) and message.fetch_id not in self._machine_of_ask:
                         self._machine_of_ask[message.fetch_id] = machine
                         self._asks_of.setdefault(machine.plan.fetch_id, []).append(message.fetch_id)
                     if not self._send(source, message, now_s):
@@ -368,7 +379,8 @@ class Fetcher:
             if peer is not None:
                 self._post(peer, message)
             return True  # nothing of ours is held by a source that we have no line to
-        if self._links.is_quarantined((source.process, source.epoch), now_s):
+        name = (source.process, source.epoch)
+        if name in self._gone or self._links.is_quarantined(name, now_s):
             return False
         peer = peer or self._line(source)
         if peer is None:

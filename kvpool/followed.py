@@ -13,9 +13,9 @@ import zmq
 
 from kvpool.follower import EventFollower
 from kvpool.keeper import Keeper
-from kvpool.keys import Key
+from kvpool.keys import Key, digest_of
 from protos import kv_events
-from protos.control import Source
+from protos.control import FollowedHoldings, Source
 from tandem.zmq_io import bounded_socket, received
 
 log = logging.getLogger(__name__)
@@ -66,6 +66,11 @@ class FollowedWorker:
             except zmq.Again:
                 pass  # the worker doesn't take messages now; the follower asks again
         return self.follower.next_ask_s()
+
+    def holdings(self) -> FollowedHoldings:
+        """What this worker is taken to hold, for an audit."""
+        keys, source = self.follower.announced, self.source
+        return FollowedHoldings(source.process, source.epoch, self.follower.seq, len(keys), digest_of(keys))
 
     def close(self) -> None:
         self.events.close()

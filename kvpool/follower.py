@@ -40,6 +40,11 @@ class EventFollower:
         self._heard_s = float("-inf")
         self.num_bad_batches = 0
 
+    @property
+    def seq(self) -> int:
+        """The last batch that is taken in, -1 before the first, or while a replay runs: `announced` may be half a snapshot."""
+        return -1 if self._replaying else self._next_seq - 1
+
     def on_live(self, seq: int, batch: EventBatch | None, now_s: float) -> None:
         """A publication. Out of order it waits for a replay."""
         self._heard_s = now_s

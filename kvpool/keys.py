@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import struct
 from array import array
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 KEY_BYTES = 16
@@ -50,6 +50,17 @@ def root_key(
 def owner_of(root: Key) -> bytes:
     """The begin of a root: whose block it is, as far as quotas care (one for each tenant, adapter and model)."""
     return root[:OWNER_BYTES]
+
+
+NO_KEYS = bytes(KEY_BYTES)
+
+
+def digest_of(keys: Iterable[Key]) -> bytes:
+    """All of `keys`, each there once and in whatever order, XORed: keys are digests, so sets that differ hardly ever agree."""
+    digest = 0
+    for key in keys:
+        digest ^= int.from_bytes(key, "big")
+    return digest.to_bytes(KEY_BYTES, "big")
 
 
 def tokens_as_bytes(tokens: Sequence[int]) -> bytes:

@@ -58,6 +58,11 @@ class LeaseTable:
             heapq.heappop(self._expiries)
         return self._expiries[0] if self._expiries else None
 
+    def times(self) -> tuple[float, float] | None:
+        """When the first and the last of them end by themselves; None without leases."""
+        ends = [lease.expires_at_s for lease, _ in self._leases.values()]
+        return (min(ends), max(ends)) if ends else None
+
     def check(self, by_key: dict[Key, int]) -> None:
         """Raises AssertionError unless every lease is on the blocks that hold its keys, and counted."""
         counts = [0] * len(self.holds.counts)

@@ -14,6 +14,7 @@ import secrets
 import threading
 from collections.abc import Callable, Sequence
 
+import msgspec
 import zmq
 
 from kvpool.followed import FollowedWorker
@@ -25,6 +26,7 @@ from kvpool.sink import FetchedBatch, FetchEnded, FetchPlan, WantedBlock
 from kvpool.transport.base import Transport
 from protos import control
 from protos.control import (
+    Audit,
     Capacity,
     Counters,
     Endpoints,
@@ -35,6 +37,7 @@ from protos.control import (
     Kept,
     Load,
     Lost,
+    Owned,
     Peers,
     RoutingGroup,
     Source,
@@ -188,6 +191,9 @@ class PoolNode:
     # --- routers -----------------------------------------------------------------------------------------------------
 
     def _on_message(self, router: int, message: FromRouter) -> None:
+        if isinstance(message, Audit):
+            self._link.send(router, self._account(message.number))
+            return
         if not isinstance(message, Peers):
             log.warning("a pool node has no use for %s", type(message).__name__)
             return
@@ -238,8 +244,10 @@ class PoolNode:
             log.warning("told of the workers of another group; this node keeps to the first it was told")
             return
         members = {(source.process, source.epoch) for source in peers.workers}
-        for gone in self._members - members:
+        for gone in sorted(self._members - members):
             tiers.service.drop_peer(*gone, now_s())
+        for name in members - self._members:
+            tiers.service.peer_is_back(*name)
         self._members = members
         us = (self._name, self._epoch)
         pools = [source for source in peers.pools if (source.process, source.epoch) != us] + [self._source()]
@@ -265,6 +273,14 @@ class PoolNode:
             capacity=tiers.capacity if tiers is not None else Capacity(),
             group=tiers.group if tiers is not None else None,
         )
+
+    def _account(self, number: int) -> Owned:
+        tiers = self._tiers
+        if tiers is None:
+            return Owned(number)
+        followed = [worker.holdings() for worker in self._workers.values()]
+        fetching = sum(len(plan.wanted) for _, plan in self._fetches.values())
+        return msgspec.structs.replace(tiers.account(fetching, now_s()), number=number, followed=followed)
 
     def _heartbeat(self, router: int) -> Heartbeat:
         tiers = self._tiers

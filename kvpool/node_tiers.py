@@ -31,7 +31,7 @@ from kvpool.tiering import Tiering
 from kvpool.tiers.disk.tier import DiskTier
 from kvpool.transport.base import Transport
 from kvpool.transport.build import make_transports
-from protos.control import Capacity, Counters, Load, RoutingGroup
+from protos.control import Capacity, Counters, Load, Owned, RoutingGroup
 from protos.kv_events import BlockRemoved, Event
 from tandem.clock import now_s
 from tandem.config import Config
@@ -307,6 +307,14 @@ class NodeTiers:
             corrupt_blocks=stats.corrupt_blocks,
             disk_faults=sum(bool(directory.failed) for directory in stats.directories),
         )
+
+    def account(self, num_fetching: int, now: float) -> Owned:
+        """What an audit wants to know. `num_fetching` blocks of HOST are being fetched into."""
+        owned, events = self.service.account(now)
+        self._note(events)
+        num_moving = num_fetching + (self._tiering.num_coming_up if self._tiering is not None else 0)
+        num_stray = abs(self.pool.stats().referenced - num_moving)
+        return msgspec.structs.replace(owned, num_stray_blocks=num_stray)
 
     def flush(self, now: float) -> bool:
         """Starts to write what the disk should have and has not. Whether some of it is still being written."""

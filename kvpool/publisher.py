@@ -16,6 +16,7 @@ import zmq
 
 from kvpool.block_pool import BlockPool
 from protos import kv_events
+from protos.control import TierHoldings
 from protos.kv_events import AllBlocksCleared, BlockRemoved, BlockStored, Event, EventBatch
 from tandem.zmq_io import bind_any_port, bounded_socket, received
 
@@ -69,6 +70,12 @@ class EventPublisher:
         events = [event for pool in self._pools for event in pool.take_events()]
         self._publish(events)
         return events
+
+    def holdings(self, now_s: float) -> tuple[list[TierHoldings], list[Event]]:
+        """What the pools hold at the batch `seq`, which is published now if there is anything to tell, and what that was."""
+        with self._locked():
+            events = self.flush()
+            return [pool.holdings(now_s) for pool in self._pools], events
 
     def handle_replay(self) -> None:
         """Answers those who ask for batches again."""

@@ -23,7 +23,7 @@ from typing import Any
 import msgspec
 import zmq
 
-from kvpool.arena import Arena
+from kvpool.arena import Arena, mapped_arenas
 from kvpool.block_pool import BlockPool
 from kvpool.fetcher import Fetcher
 from kvpool.keys import Key
@@ -32,7 +32,7 @@ from kvpool.sink import FetchedBatch, FetchEnded, FetchPlan
 from kvpool.source import Answers, Below, FetchServer
 from kvpool.transport.base import Transport
 from protos import control
-from protos.control import Counters, Endpoints, Link, Source, ToSource
+from protos.control import Counters, Endpoints, Link, Owned, Source, ToSource
 from protos.kv_events import Event
 from tandem.zmq_io import bind_any_port, bounded_socket, identity, received
 
@@ -158,6 +158,14 @@ class KVService:
             self._answer(self._server.on_published(published, now_s))
         return events
 
+    def account(self, now_s: float) -> tuple[Owned, list[Event]]:
+        """What an audit wants to know of the pools and the arena, and what was published for it, as `publish_pool_events`."""
+        tiers, events = self._publisher.holdings(now_s)
+        if published := self._pool.take_published():
+            self._answer(self._server.on_published(published, now_s))
+        owned = Owned(0, self._publisher.seq, tiers, segment=self._arena.inode, mapped=mapped_arenas())
+        return owned, events
+
     def close(self) -> None:
         """Ends everything at once, without callbacks. Idempotent."""
         if self._closed:
@@ -251,9 +259,14 @@ class KVService:
         self._fetcher.tell(source, message)
 
     def drop_peer(self, process: str, epoch: bytes, now_s: float) -> None:
-        """That incarnation is certainly gone: whatever it held here, and we of it, ends."""
+        """That incarnation is said to be gone: what it waits for here, and what we fetch from it, ends. What it may still read
+        stays leased as long as it was promised."""
         self._server.forget_sink(identity(process, epoch))
         self._fetcher.drop_peer(process, epoch, now_s)
+
+    def peer_is_back(self, process: str, epoch: bytes) -> None:
+        """An incarnation that was dropped is there after all, and may be asked again."""
+        self._fetcher.peer_is_back(process, epoch)
 
     # --- inside ------------------------------------------------------------------------------------------------------
 

@@ -7,7 +7,8 @@ missing is the caller's to compute or to plan again.
 A fetch asks sources in order. Each key goes to the first source, and, when that one misses it or fails, to the next one
 after it, at once and by itself: one fetch may have several **asks** open, each one `Fetch` message to one source with an
 id of its own. Where several sources are worth reading from at once, runs of keys take turns between those that hold them.
-Only `wait_source` is asked to wait. A source that dies, doesn't answer, or sends what can't be true is not asked again by
+Only `wait_source` is asked to wait; of what it has not answered for a while it is asked again, since the question or the answer
+may be lost. A source that dies, doesn't answer, or sends what can't be true is not asked again by
 this fetch. A batch is read in portions, so that what is needed first comes first and a slow peer shows.
 
 An ask, as a table. WAITING holds nothing at the source; READING holds a lease for each batch that is being read; ABORTING
@@ -192,8 +193,8 @@ class FetchMachine:
     """One fetch. Call `start` once; then feed it until an action is `FetchEnded`, after which everything is ignored.
 
     A read is of at most `max_read_blocks` blocks. `parallel` are the indices into the plan's sources that are worth reading
-    from at once. A source that is not asked to wait has `silence_s` for each answer; how long a read may take is the
-    caller's to judge.
+    from at once. A source has `silence_s` for each answer: one that is asked to wait is asked again then, another one given up.
+    How long a read may take is the caller's to judge.
     """
 
     def __init__(
@@ -336,7 +337,13 @@ class FetchMachine:
             return [] if self._stopping else self.cancel(now_s)
         actions: list[Action] = []
         for ask in list(self._asks.values()):
-            if self._silent_at(ask) <= now_s:
+            if self._silent_at(ask) > now_s:
+                continue
+            if ask.waits:
+                # The same id: a source that knows it does nothing, and the time for which it keeps unknown keys goes on.
+                ask.progress_s = now_s
+                actions.append(self._fetch(ask, now_s))
+            else:
                 actions += self._give_source_up(ask.source_index, now_s)
         return self._finish(actions)
 
@@ -367,7 +374,7 @@ class FetchMachine:
         return routes
 
     def _silent_at(self, ask: _Ask) -> float:
-        if ask.state is not AskState.WAITING or ask.waits:
+        if ask.state is not AskState.WAITING:
             return self._plan.deadline_s
         return ask.progress_s + self._silence_s
 
@@ -384,9 +391,15 @@ class FetchMachine:
         wire_id = hashlib.sha256(self._plan.fetch_id + self._num_asks.to_bytes(4, "big")).digest()[:16]
         self._num_asks += 1
         waits = source.process == self._plan.wait_source
-        self._asks[wire_id] = _Ask(wire_id, route[0], route[1:], waits, now_s, now_s, dict.fromkeys(keys))
+        ask = _Ask(wire_id, route[0], route[1:], waits, now_s, now_s, dict.fromkeys(keys))
+        self._asks[wire_id] = ask
+        return [self._fetch(ask, now_s)]
+
+    def _fetch(self, ask: _Ask, now_s: float) -> Send:
+        """Asks for what is open."""
         left_s = max(0.0, self._plan.deadline_s - now_s)
-        return [Send(source, Fetch(wire_id, self._plan.request_id, keys, waits, left_s))]
+        fetch = Fetch(ask.wire_id, self._plan.request_id, list(ask.open), ask.waits, left_s)
+        return Send(self._source_of(ask), fetch)
 
     def _on_miss(self, ask: _Ask, miss: Miss, now_s: float) -> list[Action]:
         missed = [key for key in dict.fromkeys(miss.keys) if key in ask.open]

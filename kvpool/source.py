@@ -106,7 +106,8 @@ class FetchServer:
         return sum(self._num_parked.values())
 
     def on_message(self, sink_id: bytes, message: ToSource, now_s: float) -> Answers:
-        """Takes in what a sink sent. A repeated or unknown id changes nothing."""
+        """Takes in what a sink sent. A repeated or unknown id changes nothing, but a fetch that comes again
+        after its leases are over is answered again."""
         match message:
             case Fetch():
                 return self._on_fetch(sink_id, message, now_s)
@@ -167,9 +168,12 @@ class FetchServer:
         return self._miss_waiters(over, now_s)
 
     def forget_sink(self, sink_id: bytes) -> None:
-        """That sink is certainly gone: its fetches and leases end."""
+        """That sink is said to be gone: it waits for nothing, and keeps nothing of ours. What it may still read stays leased
+        until that ends by itself: it may live, cut off from those who say so."""
         for served in list(self._sinks.get(sink_id, {}).values()):
-            self._drop(served)
+            self._unpark(served, list(served.parked))
+            if not served.batches:
+                self._drop(served)
         if (number := self._keepers.pop(sink_id, None)) is not None:
             self._pool.forget_keeper(number)
 
@@ -203,8 +207,8 @@ class FetchServer:
 
     def _on_fetch(self, sink_id: bytes, fetch: Fetch, now_s: float) -> Answers:
         fetches = self._sinks.get(sink_id, {})
-        if fetch.fetch_id in fetches:
-            return []
+        if (known := fetches.get(fetch.fetch_id)) is not None:
+            return self._on_repeated(known, fetch, now_s)
         if len(fetches) >= self._max_fetches or fetch.group or fetch.shard:
             self.num_missed_keys += len(fetch.keys)
             return [(sink_id, Miss(fetch.fetch_id, fetch.keys))]
@@ -212,6 +216,17 @@ class FetchServer:
         served = _Served(sink_id, fetch.fetch_id, now_s, now_s + wait_s, now_s + self._grace_s)
         self._sinks.setdefault(sink_id, {})[fetch.fetch_id] = served
         answers = self._answer(served, list(dict.fromkeys(fetch.keys)), now_s, park=fetch.wait)
+        if not self._drop_if_over(served, now_s):
+            self._schedule(served)
+        return answers
+
+    def _on_repeated(self, served: _Served, fetch: Fetch, now_s: float) -> Answers:
+        """The sink lacks these keys. What was answered is on its way as long as its lease runs; after that the answer is lost."""
+        if now_s < served.leased_until_s:
+            return []
+        answers = self._answer(
+            served, [key for key in dict.fromkeys(fetch.keys) if key not in served.parked], now_s, park=fetch.wait
+        )
         if not self._drop_if_over(served, now_s):
             self._schedule(served)
         return answers

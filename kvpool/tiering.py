@@ -101,6 +101,11 @@ class Tiering:
         self.num_not_stored = 0
         """Blocks that should be on disk by the policy, and are not: refused too often, or evicted first."""
 
+    @property
+    def num_coming_up(self) -> int:
+        """Blocks of HOST that are being read into."""
+        return len(self._loading)
+
     # --- up ----------------------------------------------------------------------------------------------------------
 
     def bring_up(self, keys: Sequence[Key]) -> set[Key]:

@@ -408,6 +408,67 @@ class Peers(Struct, tag="peers", tag_field="t"):
     pools: Annotated[list[Source], Meta(max_length=4096)] = []
 
 
+class Audit(Struct, tag="audit", tag_field="t"):
+    """Router → every process: say what you own. Answered with `Owned` of the same number."""
+
+    number: Count
+
+
+class TierHoldings(Struct, frozen=True):
+    """What one tier of a process holds: blocks by class (they add up to `num_blocks`), those with a lease or a pin, and its
+    announced keys, as many as there are and all of them XORed."""
+
+    tier: Tier
+    num_blocks: Count
+    free: Count
+    referenced: Count
+    cached: Count
+    lent: Count
+    retired: Count
+    leased: Count
+    pinned: Count
+    num_leases: Count
+    lease_left_s: Seconds
+    """Until the last of its leases ends by itself."""
+    lease_overdue_s: Seconds
+    """Since the first of them should have."""
+    num_keys: Count
+    digest: KeyBytes
+    fault: Annotated[str, Meta(max_length=512)] = ""
+    """What of its bookkeeping is wrong."""
+
+
+class FollowedHoldings(Struct, frozen=True, array_like=True):
+    """What a pool node takes a worker to hold after that worker's batch of events `seq`."""
+
+    process: Name
+    epoch: U64
+    seq: int
+    num_keys: Count
+    digest: KeyBytes
+
+
+MAX_AUDITED_FENCES = 16_384
+
+
+class Owned(Struct, tag="owned", tag_field="t"):
+    """Worker or pool node → router: what it owns, all but the dispatches at the moment of its batch of events `events_seq`."""
+
+    number: Count
+    events_seq: int = -1
+    tiers: Annotated[list[TierHoldings], Meta(max_length=3)] = []
+    num_jobs: Count = 0
+    """Dispatches that are not over, of all routers."""
+    fences: Annotated[list[Fence], Meta(max_length=MAX_AUDITED_FENCES)] = []
+    """This router's among them, and those of which it has not acknowledged everything."""
+    num_stray_blocks: Count = 0
+    """Referenced blocks that no job and no fetch knows of."""
+    followed: Annotated[list[FollowedHoldings], Meta(max_length=4096)] = []
+    segment: Count = 0
+    """The inode of its arena's memory, 0 without one, and those of all arenas that it maps."""
+    mapped: Annotated[list[Count], Meta(max_length=8192)] = []
+
+
 class Goodbye(Struct, tag="goodbye", tag_field="t"):
     """Worker → router: a clean stop; everything it owned is gone."""
 
@@ -415,8 +476,8 @@ class Goodbye(Struct, tag="goodbye", tag_field="t"):
     epoch: U64
 
 
-ToRouter = Hello | Heartbeat | Started | Tokens | RoleReport | Failed | Aborted | Goodbye
-FromRouter = Welcome | Refused | Dispatch | FirstTokens | Ack | Resend | Abort | Peers
+ToRouter = Hello | Heartbeat | Started | Tokens | RoleReport | Failed | Aborted | Owned | Goodbye
+FromRouter = Welcome | Refused | Dispatch | FirstTokens | Ack | Resend | Abort | Peers | Audit
 
 
 # --- between a sink and a source (design §5) ---------------------------------------------------------------------------

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from kvpool.keys import KEY_BYTES, Key
+from kvpool.keys import KEY_BYTES, Key, digest_of
 
 if TYPE_CHECKING:
     from router._block_map import BlockMap
@@ -104,31 +104,39 @@ class BlockMapRef:
                 del self._places[key]
         self._held.pop(process, None)
 
-    def longest(self, keys: Sequence[bytes], counts: Counts) -> list[int]:
+    def longest(self, keys: Sequence[bytes], counts: Counts) -> tuple[list[int], int]:
         """How many leading `keys` each process holds, each counted in the first of its tiers that has it, into `counts`;
-        processes past its rows are left out. Returns the processes that hold the first key, in order. Raises ValueError for
-        what is no key."""
+        processes past its rows are left out. Returns the processes that hold the first key, in order, and how many leading keys
+        some process holds. Raises ValueError for what is no key."""
         for key in keys:
             if not (isinstance(key, bytes) and len(key) == KEY_BYTES):
                 raise ValueError(f"{key!r} is no key of {KEY_BYTES} bytes")
         counts[:] = 0
         alive: set[int] | None = None
         found: list[int] = []
+        longest = 0
         for number, key in enumerate(keys):
             places = self._places.get(key, set())
             here = {process for process, _ in places}
             alive = here if alive is None else alive & here
             if not number:
                 found = sorted(alive)
+            longest += bool(alive)
             for process in alive:
                 if process < len(counts):
                     counts[process, min(tier for other, tier in places if other == process)] += 1
-        return found
+        return found, longest
 
     def num_held(self, process: int) -> int:
         """Keys that the process holds, counted once for each tier."""
         self._check(process, 0)
         return self._held.get(process, 0)
+
+    def digest(self, process: int, tier: int) -> tuple[int, bytes]:
+        """How many keys that place holds, and all of them XORed (`kvpool.keys.digest_of`). Looks at every key."""
+        self._check(process, tier)
+        keys = [key for key, places in self._places.items() if (process, tier) in places]
+        return len(keys), digest_of(keys)
 
     def sound(self) -> bool:
         """Whether what is counted is so. Looks at every key."""

@@ -470,6 +470,11 @@ class Fleet:
         """Prompts a second that were sent to workers of late, and seconds a second that they take to compute."""
         return self._arrivals.per_s(now_s)
 
+    def dispatched_to(self, process: str) -> int:
+        """Dispatches of ours to that process that have not ended."""
+        number = self._numbers.get(process)
+        return 0 if number is None else len(self._accounts[number].own)
+
     def num_dispatched(self) -> int:
         """Dispatches of ours that have not ended."""
         return sum(len(account.own) for account in self._accounts.values())

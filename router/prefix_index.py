@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from kvpool.keys import Key
+from kvpool.keys import NO_KEYS, Key
 from protos.control import Tier
 from protos.kv_events import AllBlocksCleared, BlockRemoved, BlockStored, Event, EventBatch
 from router.block_map import NUM_TIERS, Counts, new_block_map
@@ -40,11 +40,8 @@ class Hits:
 
     counts: Counts
     holders: Sequence[int]
-
-    @property
-    def longest(self) -> int:
-        """Leading blocks that some process has."""
-        return int(self.counts[self.holders].sum(axis=1).max()) if self.holders else 0
+    longest: int
+    """Leading blocks that some process has."""
 
 
 @dataclass(slots=True)
@@ -106,6 +103,15 @@ class PrefixIndex:
     def num_blocks_of(self, process: str) -> int:
         """Blocks of a process, counted once for each tier."""
         return self._map.num_held(self._numbers[process]) if process in self._numbers else 0
+
+    def held(self, process: str, tier: Tier) -> tuple[int, int, bytes]:
+        """For an audit: the last batch of the process' events that is taken in (-1: none, or a replay runs), and how many keys it
+        holds in `tier` by then, and all of them XORed. Looks at every key."""
+        feed = self._feeds.get(process)
+        if feed is None:
+            return -1, 0, NO_KEYS
+        seq = feed.next_seq - 1 if feed.replayed_seq is None else -1
+        return seq, *self._map.digest(feed.number, _MEDIA[tier])
 
     def join(
         self, process: str, number: int, epoch: bytes, tier: Tier, now_s: float, names: ForeignNames | None = None
@@ -215,7 +221,7 @@ class PrefixIndex:
 
     def longest(self, keys: Sequence[Key]) -> Hits:
         """Who holds `keys[0]`, and how many leading keys, in whatever tiers. Good until the next call."""
-        return Hits(self._counts, self._map.longest(keys, self._counts))
+        return Hits(self._counts, *self._map.longest(keys, self._counts))
 
     def _speaker(self, process: str, epoch: bytes, batch: Batch) -> _Feed | None:
         """Whose batch it is; None, and counted, if not this epoch's."""

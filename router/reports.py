@@ -11,6 +11,7 @@ import msgspec
 
 from protos import tandem_pb2
 from protos.control import Load
+from router.auditor import Finding
 from router.journal import Run, Summary
 from router.membership import Member
 from router.router import RouterCore
@@ -148,10 +149,12 @@ def _process(core: RouterCore, member: Member, now_s: float) -> tandem_pb2.Proce
     return status
 
 
-def audit(core: RouterCore, answering: Set[str], now_s: float) -> tandem_pb2.AuditResponse:
-    """Cross-checks. `answering` are the requests whose clients are being served. Checks that only hold when the cluster is
-    idle say so while requests are active."""
-    checks: list[tandem_pb2.AuditCheck] = []
+def audit(
+    core: RouterCore, answering: Set[str], now_s: float, findings: Sequence[Finding] = ()
+) -> tandem_pb2.AuditResponse:
+    """Cross-checks, after the `findings` of all processes. `answering` are the requests whose clients are being served. Checks
+    that only hold when the cluster is idle say so while requests are active."""
+    checks = [tandem_pb2.AuditCheck(check=f.check, ok=f.ok, evidence=f.evidence) for f in findings]
 
     def check(name: str, ok: bool, evidence: str) -> None:
         checks.append(tandem_pb2.AuditCheck(check=name, ok=ok, evidence=evidence))

@@ -49,6 +49,7 @@ from protos.control import (
     Goodbye,
     Heartbeat,
     Hello,
+    Owned,
     Refused,
     Resend,
     RoleReport,
@@ -203,6 +204,10 @@ class RouterCore:
         """Aborts that are not confirmed yet."""
         return len(self._closing)
 
+    def closing(self, process: str) -> set[Fence]:
+        """The dispatches at that process whose abort is not confirmed yet."""
+        return {fence for fence, closing in self._closing.items() if closing.process == process}
+
     @property
     def num_waiting(self) -> int:
         """Requests that wait for a worker, or for room at one."""
@@ -299,6 +304,8 @@ class RouterCore:
                 return self._on_report(process, epoch, message, now_s)
             case Failed():
                 return self._on_failed(process, epoch, message, now_s)
+            case Owned():
+                return []  # an audit's (`router/auditor.py`)
 
     def on_closed(self, process: str, epoch: bytes, now_s: float) -> list[Action]:
         """A process can't be reached any more."""

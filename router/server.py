@@ -26,12 +26,13 @@ from grpc_reflection.v1alpha import reflection
 
 from kvpool.keys import tokens_as_bytes
 from protos import tandem_pb2, tandem_pb2_grpc
-from protos.control import ToRouter
+from protos.control import Owned, ToRouter
 from protos.kv_events import EventBatch
 from protos.metadata import ERROR_CODE, MAX_TENANT_CHARS, RETRY_AFTER, TENANT
 from router.actions import Action, Emit, Replay, Send, Subscribe, TokensEvent, Unsubscribe
 from router.admission import Slo
 from router.answer import Answer
+from router.auditor import Auditor
 from router.control_plane import ControlPlane, Handlers
 from router.explain import explain
 from router.journal import Request, Resumed, Summary
@@ -43,7 +44,7 @@ from router.secret import shared_secret
 from router.tickets import Ticket, Tickets, digest_of
 from router.validation import Asked, Validator, prompt_bytes
 from tandem.clock import now_s
-from tandem.config import Config, SloConfig
+from tandem.config import Config, SloConfig, router_number
 from tandem.errors import Cancelled, ConfigError, DeadlineExceeded, Draining, InvalidRequest, Overloaded, TandemError
 from tandem.model_files import default_model_name, resolve_model
 from tandem.tokenizer.tokenizer import Tokenizer, load_tokenizer
@@ -55,6 +56,10 @@ REFRESH_S = 1.0
 DRAIN_S = 5.0
 LONG_PROMPT_BYTES = 16_384
 """Tokenised on another thread: what takes less than some 3 ms costs more by changing threads than by being waited for."""
+AUDIT_S = 5.0
+AUDIT_ROUND_S = 2.5
+AUDIT_PAUSE_S = 0.1
+AUDIT_LOOK_S = 0.01
 SERVICE = "tandem.v1.Tandem"
 
 P = ParamSpec("P")
@@ -63,20 +68,9 @@ P = ParamSpec("P")
 def run(config: Config, name: str, stop: threading.Event) -> None:
     """Serves as router `name` until `stop` is set, then drains: `router` is the first one of its machine, `router-1` the next.
     Raises TandemError if a port is in use, there is no model, or the name is not that of a router."""
-    number = number_of(name)
-    config = config.model_copy(update={"router": config.router.replica(number)})
+    config = config.model_copy(update={"router": config.router.replica(router_number(name))})
     tokenizer = load_tokenizer(resolve_model(config.model.path))
     asyncio.run(RouterServer(config, tokenizer, name=name).serve(stop))
-
-
-def number_of(name: str) -> int:
-    """Which router of its machine one of this name is. Raises ConfigError for a name that tells no number."""
-    base, _, number = name.partition("-")
-    if base != "router" or (number and not number.isdecimal()):
-        raise ConfigError(
-            f"--name: {name!r} is no router's; the first one is 'router', the others 'router-1', 'router-2', …"
-        )
-    return int(number or 0)
 
 
 def _slo(config: SloConfig) -> Slo:
@@ -134,6 +128,8 @@ class RouterServer:
         self.grpc_port = settings.grpc_port
         self.control_port = settings.control_port
         self._num_opening = 0
+        self._auditors: dict[int, Auditor] = {}
+        self._num_audits = 0
         self._stopping = False
         self._serving = False
         self._executor = ThreadPoolExecutor(1, thread_name_prefix="tokenize")
@@ -246,6 +242,10 @@ class RouterServer:
     # --- between the sockets and the core ------------------------------------------------------------------------------
 
     def _on_message(self, process: str, epoch: bytes, message: ToRouter) -> None:
+        if isinstance(message, Owned):
+            if (auditor := self._auditors.get(message.number)) is not None:
+                auditor.take(process, epoch, message)
+            return
         self._do(self.core.on_message(process, epoch, message, now_s()))
 
     def _on_closed(self, process: str, epoch: bytes) -> None:
@@ -421,9 +421,25 @@ class RouterServer:
         """Why a request went where it went. Raises InvalidRequest for one that isn't remembered."""
         return explain(self.core.journal, request_id)
 
-    def audit(self) -> tandem_pb2.AuditResponse:
-        """What the router believes against what its processes report."""
-        return audit(self.core, self.answers.ids(), now_s())
+    async def audit(self) -> tandem_pb2.AuditResponse:
+        """What the router believes against what its processes own: rounds until all agree, or `AUDIT_S` are over."""
+        auditor = Auditor(self.core)
+        end_s = now_s() + AUDIT_S
+        try:
+            while True:
+                self._num_audits += 1
+                self._auditors[self._num_audits] = auditor
+                self._do([*auditor.ask(self._num_audits)])
+                round_end_s = min(end_s, now_s() + AUDIT_ROUND_S)
+                while not auditor.is_complete() and now_s() < round_end_s:
+                    await asyncio.sleep(AUDIT_LOOK_S)
+                del self._auditors[self._num_audits]
+                response = audit(self.core, self.answers.ids(), now_s(), auditor.findings())
+                if response.ok or now_s() >= end_s:
+                    return response
+                await asyncio.sleep(AUDIT_PAUSE_S)
+        finally:
+            self._auditors = {number: other for number, other in self._auditors.items() if other is not auditor}
 
 
 class _Servicer(tandem_pb2_grpc.TandemServicer):
@@ -457,7 +473,7 @@ class _Servicer(tandem_pb2_grpc.TandemServicer):
         return self._server.cluster()
 
     async def Audit(self, request: tandem_pb2.AuditRequest, context: object) -> tandem_pb2.AuditResponse:
-        return self._server.audit()
+        return await self._server.audit()
 
     async def Explain(
         self,

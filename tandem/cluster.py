@@ -17,7 +17,7 @@ import signal
 import tempfile
 import threading
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -25,9 +25,9 @@ from typing import Any
 
 import psutil
 
-from tandem.client import Client
+from tandem.client import Client, targets_of
 from tandem.clock import now_s
-from tandem.config import Config, WorkerConfig, dump_config, load_config
+from tandem.config import Config, WorkerConfig, dump_config, load_config, router_name
 from tandem.errors import Cancelled, ConfigError, DeadlineExceeded, TandemError, error_from_code
 from tandem.ports import busy_ports, with_free_ports
 from tandem.role_main import ENTRY_POINTS, load_role
@@ -191,10 +191,11 @@ class Cluster:
             progress("starting Ray")
             self._start_ray(on_ray_dir)
             for number in range(self.config.router.replicas):
-                self._start_role(f"router-{number}" if number else "router", "router")
+                self._start_role(router_name(number), "router")
             progress(f"starting the router at {self.target}")
-            with Client(self.target) as client:
-                self._wait(client, deadline_s, progress, pause, set())
+            with contextlib.ExitStack() as open_clients:
+                clients = [open_clients.enter_context(Client(target)) for target in targets_of(self.target)]
+                self._wait(clients, deadline_s, progress, pause, set())
                 names = {}
                 for role in ("pool", "prefill", "decode"):
                     for number in range(_num_processes(self.config, role)):
@@ -202,7 +203,7 @@ class Cluster:
                 for name, role in names.items():
                     self._start_role(name, role)
                 progress(f"starting {', '.join(names)}: loading {self.config.model.path}")
-                self._wait(client, deadline_s, progress, pause, set(names))
+                self._wait(clients, deadline_s, progress, pause, set(names))
         except BaseException:
             self.stop()
             raise
@@ -344,13 +345,13 @@ class Cluster:
 
     def _wait(
         self,
-        client: Client,
+        clients: Sequence[Client],
         deadline_s: float,
         progress: Callable[[str], None],
         stop: threading.Event,
         names: set[str],
     ) -> None:
-        """Until the router answers and, if there are `names`, lists our processes of these names and says that it is ready."""
+        """Until each router answers and, if there are `names`, lists our processes of these names and says that it is ready."""
         announced: set[str] = set()
         while True:
             if stop.is_set():
@@ -360,18 +361,20 @@ class Cluster:
                     raise placed.error
                 self._pids[placed.name] = placed.pid
             try:
-                seen = client.cluster(timeout_s=2.0)
-            except TandemError:
-                missing = "no answer from the router"
+                answers = [client.cluster(timeout_s=2.0) for client in clients]
+            except TandemError as error:
+                missing = str(error)
             else:
                 # A name alone is no proof: every cluster has a decode-0, and another one may answer at this port.
-                present = {process.name for process in seen.processes if process.pid == self._pids.get(process.name)}
+                present = set.intersection(
+                    *({p.name for p in seen.processes if p.pid == self._pids.get(p.name)} for seen in answers)
+                )
                 for name in sorted((present & names) - announced):
                     progress(f"{name} is up")
                     announced.add(name)
                 absent = sorted(names - present)
                 missing = f"waiting for {', '.join(absent)}" if absent else "the router is not ready"
-                if not names or (not absent and seen.ready):
+                if not names or (not absent and all(seen.ready for seen in answers)):
                     return
             if now_s() > deadline_s:
                 raise DeadlineExceeded(f"the cluster did not start in time: {missing}; the logs are in {self.log_dir}")

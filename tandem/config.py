@@ -193,6 +193,21 @@ ROUTER_PORTS = ("grpc_port", "control_port", "metrics_port")
 """The keys of `router` that are ports; 0 means any free one for the first two, and off for the last."""
 
 
+def router_name(number: int) -> str:
+    """What router `number` of a machine is called."""
+    return f"router-{number}" if number else "router"
+
+
+def router_number(name: str) -> int:
+    """Which router of its machine one of this name is. Raises ConfigError for a name that tells no number."""
+    base, dash, number = name.partition("-")
+    if base != "router" or not (number.isdecimal() if dash else not number):
+        raise ConfigError(
+            f"--name: {name!r} is no router's; the first is 'router', the others 'router-1', 'router-2', …"
+        )
+    return int(number or 0)
+
+
 def _bracketed(host: str) -> str:
     return f"[{host}]" if ":" in host and not host.startswith("[") else host
 

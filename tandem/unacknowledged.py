@@ -75,6 +75,10 @@ class Unacknowledged:
         """When `due` has something to say if no acknowledgement comes; None when nothing is outstanding."""
         return min((stream.since_s + RESEND_AFTER_S for stream in self._streams.values()), default=None)
 
+    def fences(self, router: int) -> set[Fence]:
+        """The dispatches of that router of which something is outstanding."""
+        return {fence for owner, fence, _ in self._streams if owner == router}
+
     def drop(self, router: int, fence: Fence) -> None:
         """The dispatch ended otherwise: nobody wants its tokens."""
         for key in [key for key in self._streams if key[0] == router and key[1] == fence]:

@@ -28,6 +28,7 @@ from protos.control import (
     Abort,
     Aborted,
     Ack,
+    Audit,
     Capacity,
     Counters,
     Dispatch,
@@ -38,6 +39,7 @@ from protos.control import (
     Heartbeat,
     Hello,
     Load,
+    Owned,
     Peers,
     Resend,
     Started,
@@ -257,7 +259,7 @@ class TransferThread:
         self._told_leaving = False
         self._unacknowledged = Unacknowledged()
         self._peer_lists = PeerLists()
-        self._pools: set[tuple[str, bytes]] = set()
+        self._peers: set[tuple[str, bytes]] = set()
         self.error: BaseException | None = None
 
     # --- from other threads ------------------------------------------------------------------------------------------
@@ -401,7 +403,7 @@ class TransferThread:
         self._epoch = epoch
         self._unacknowledged = Unacknowledged()
         self._peer_lists = PeerLists()
-        self._pools = set()
+        self._peers = set()
         self._open_incarnation()
 
     def _fence_engine(self, epoch: bytes) -> None:
@@ -479,8 +481,22 @@ class TransferThread:
                         self._unacknowledged.add(router, reply, now)
                     case Failed() | Aborted():
                         self._unacknowledged.drop(router, reply.fence)
+                    case Owned():
+                        reply = self._account(router, reply, now)
                 self._link.send(router, reply)
         self._service.publish_pool_events(now_s())
+
+    def _account(self, router: int, jobs: Owned, now: float) -> Owned:
+        """What this worker owns: `jobs` is what the engine said of it."""
+        owned, _ = self._service.account(now)
+        fences = dict.fromkeys([*jobs.fences, *self._unacknowledged.fences(router)])
+        return msgspec.structs.replace(
+            owned,
+            number=jobs.number,
+            num_jobs=jobs.num_jobs,
+            fences=list(fences)[: control.MAX_AUDITED_FENCES],
+            num_stray_blocks=jobs.num_stray_blocks,
+        )
 
     def _resend(self, now: float) -> float:
         for router, tokens in self._unacknowledged.due(now):
@@ -508,6 +524,8 @@ class TransferThread:
                     post(lambda: engine.on_stop_sample(router, fence, index))
             case Peers():
                 self._take_peers(self._peer_lists.said(router, message, now), now)
+            case Audit(number=number):
+                post(lambda: engine.on_audit(router, number))
             case Resend(fence=fence, index=index, position=position):
                 kept = self._unacknowledged.from_position(router, fence, index, position)
                 for tokens in kept:
@@ -518,13 +536,15 @@ class TransferThread:
                 log.warning("a worker has no use for %s", type(message).__name__)
 
     def _take_peers(self, peers: Peers | None, now: float) -> None:
-        """Pool nodes that left hold nothing of ours any more."""
+        """Pool nodes that left hold nothing of ours any more, and nobody who left answers what we have asked."""
         if peers is None:
             return
-        told = {(pool.process, pool.epoch) for pool in peers.pools}
-        for name in self._pools - told:
+        told = {(source.process, source.epoch) for source in (*peers.workers, *peers.pools)}
+        for name in sorted(self._peers - told):
             self._service.drop_peer(*name, now)
-        self._pools = told
+        for name in told - self._peers:
+            self._service.peer_is_back(*name)
+        self._peers = told
         self._engine.post(lambda: self._parts.engine.on_pools(peers.pools))
 
     def _on_router_lost(self, router: int) -> None:

@@ -14,6 +14,7 @@
 #include <memory>
 #include <new>
 #include <unordered_set>
+#include <utility>
 #include <vector>
 
 namespace {
@@ -27,7 +28,7 @@ constexpr int kSegmentBits = 10;
 constexpr uint32_t kChunk = 1u << 14;  // nodes of one allocation
 constexpr uint32_t kSwept = 32;  // keys that a change brings up to date
 constexpr uint32_t kSweptForRoom = kChunk;  // and one that finds no room
-constexpr int kAhead = 16;  // keys of a query whose memory is asked for before it is read
+constexpr size_t kAhead = 16;  // keys of a query or a change whose memory is asked for before it is read
 
 struct Key {
   uint64_t low, high;
@@ -64,6 +65,12 @@ struct Set {
   uint32_t num_refs = 0, num_keys = 0, forward = kNone;
 };
 
+// From one set to another by a place more or less. Sets that are gone are in none: their numbers come back.
+struct Change {
+  uint32_t from = kNone, place = kNone, to = kNone;
+  bool is(uint32_t set, uint32_t other) const { return set == from && other == place; }
+};
+
 uint64_t hash_of(const std::vector<uint32_t>& places) {
   uint64_t hash = 0x9E3779B97F4A7C15ull + places.size();
   for (uint32_t place : places) {
@@ -87,6 +94,26 @@ class Map {
 
   uint64_t num_held(uint32_t place) const { return place < held_.size() ? held_[place] : 0; }
 
+  // The keys that the place holds, XORed, and how many. Looks at every key, and changes nothing.
+  std::pair<uint64_t, Key> digest(uint32_t place) {
+    std::vector<char> has(sets_.size());
+    for (size_t id = 0; id < sets_.size(); id++) {
+      const std::vector<uint32_t>& places = sets_[id].places;
+      has[id] = sets_[id].forward == kNone && std::binary_search(places.begin(), places.end(), place);
+    }
+    uint64_t num = 0;
+    Key all{0, 0};
+    for (uint32_t index = oldest_; index != kNone; index = node(index).newer) {
+      uint32_t id = node(index).set;
+      while (sets_[id].forward != kNone) id = sets_[id].forward;
+      if (!has[id]) continue;
+      num++;
+      all.low ^= node(index).key.low;
+      all.high ^= node(index).key.high;
+    }
+    return {num, all};
+  }
+
   // Whether the place held it not yet.
   bool add(uint32_t place, Key key) {
     sweep();
@@ -102,8 +129,8 @@ class Map {
       index = insert(key);
     }
     const uint32_t before = settled(index);
-    if (before == last_from_ && place == last_place_ && sets_[last_to_].num_keys) {
-      move(index, before, last_to_);
+    if (added_.is(before, place)) {
+      move(index, before, added_.to);
     } else {
       const std::vector<uint32_t>& places = sets_[before].places;
       auto at = std::lower_bound(places.begin(), places.end(), place);
@@ -112,8 +139,8 @@ class Map {
       scratch_.push_back(place);
       scratch_.insert(scratch_.end(), at, places.end());
       const uint32_t after = interned();
+      added_ = Change{before, place, after};
       move(index, before, after);
-      last_from_ = before, last_place_ = place, last_to_ = after;
     }
     held_[place]++;
     num_entries_++;
@@ -126,8 +153,11 @@ class Map {
     const uint32_t index = find(key);
     if (index == kNone) return false;
     const uint32_t before = settled(index);
-    if (!without(before, place)) return false;
-    move(index, before, interned());
+    if (!removed_.is(before, place)) {
+      if (!without(before, place)) return false;
+      removed_ = Change{before, place, interned()};
+    }
+    move(index, before, removed_.to);
     if (node(index).set == 0) erase(index);
     held_[place]--;
     num_entries_--;
@@ -137,7 +167,7 @@ class Map {
   // The place holds nothing any more.
   void clear(uint32_t place) {
     if (place >= held_.size() || !held_[place]) return;
-    forget_last();
+    added_ = removed_ = Change{};
     for (uint32_t id = 1; id < sets_.size(); id++) {
       if (!sets_[id].num_keys || !without(id, place)) continue;
       const uint32_t after = interned();
@@ -156,6 +186,12 @@ class Map {
     held_[place] = 0;
   }
 
+  // Asks for the memory that the keys some places after `keys[0]` need.
+  void prefetch(const Key* keys, size_t num) {
+    if (kAhead < num) prefetch_slot(keys[kAhead]);
+    if (kAhead / 2 < num) prefetch_node(keys[kAhead / 2]);
+  }
+
   // For each process that holds the first key: how many leading keys it holds, by the first of its tiers that has each. `counts`
   // is [num_processes, kTiers], zero before; processes past it are left out. Returns the longest hit; `found` says whose there are.
   uint32_t longest(const Key* keys, uint32_t num, int32_t* counts, uint32_t num_processes) {
@@ -164,8 +200,7 @@ class Map {
     for (uint32_t i = 0; i < std::min(num, (uint32_t)kAhead); i++) prefetch_slot(keys[i]);
     uint32_t current = kNone, first = 0, i = 0;
     for (; i < num; i++) {
-      if (i + kAhead < num) prefetch_slot(keys[i + kAhead]);
-      if (i + kAhead / 2 < num) prefetch_node(keys[i + kAhead / 2]);
+      prefetch(keys + i, num - i);
       const uint32_t index = find(keys[i]);
       const uint32_t here = index == kNone ? 0 : settled(index);
       if (here == current) continue;
@@ -353,7 +388,9 @@ class Map {
   void retire(uint32_t id) {
     known_.erase(id);
     num_sets_--;
-    if (id == last_from_ || id == last_to_) forget_last();
+    for (Change* last : {&added_, &removed_}) {
+      if (id == last->from || id == last->to) *last = Change{};
+    }
   }
 
   void release(uint32_t id) {
@@ -398,8 +435,6 @@ class Map {
     free_sets_.push_back(id);
     return other;
   }
-
-  void forget_last() { last_from_ = last_to_ = last_place_ = kNone; }
 
   void sweep(uint32_t most = kSwept) {
     for (uint32_t i = 0; i < most && left_to_sweep_; i++) {
@@ -448,7 +483,7 @@ class Map {
   std::vector<uint32_t> scratch_, found_;
   std::vector<Alive> alive_, next_;
   uint32_t oldest_ = kNone, newest_ = kNone, num_allocated_ = 0, left_to_sweep_ = 0;
-  uint32_t last_from_ = kNone, last_place_ = kNone, last_to_ = kNone;
+  Change added_, removed_;  // the last ones: a chain's neighbours mostly change alike
 };
 
 // --- the Python type ----------------------------------------------------------------------------------------------------------
@@ -531,8 +566,12 @@ PyObject* change(BlockMap* self, PyObject* args) {
   return guarded([&]() -> PyObject* {
     if (!take_keys(self, given, false)) return nullptr;
     const uint32_t place = process << kTierBits | tier;
+    const std::vector<Key>& keys = *self->keys;
     unsigned long num = 0;
-    for (const Key& key : *self->keys) num += kAdd ? self->map->add(place, key) : self->map->remove(place, key);
+    for (size_t i = 0; i < keys.size(); i++) {
+      self->map->prefetch(keys.data() + i, keys.size() - i);
+      num += kAdd ? self->map->add(place, keys[i]) : self->map->remove(place, keys[i]);
+    }
     return PyLong_FromUnsignedLong(num);
   });
 }
@@ -559,7 +598,7 @@ PyObject* longest(BlockMap* self, PyObject* args) {
       std::memset(counts.buf, 0, (size_t)counts.len);
       const uint32_t num_processes = (uint32_t)((size_t)counts.len / (kTiers * sizeof(int32_t)));
       const uint32_t num = (uint32_t)self->keys->size();
-      self->map->longest(self->keys->data(), num, (int32_t*)counts.buf, num_processes);
+      const uint32_t longest = self->map->longest(self->keys->data(), num, (int32_t*)counts.buf, num_processes);
       const std::vector<uint32_t>& processes = self->map->found();
       PyObject* found = PyList_New((Py_ssize_t)processes.size());
       for (size_t i = 0; found && i < processes.size(); i++) {
@@ -567,7 +606,7 @@ PyObject* longest(BlockMap* self, PyObject* args) {
         if (!process) Py_CLEAR(found);
         if (found) PyList_SET_ITEM(found, (Py_ssize_t)i, process);
       }
-      return found;
+      return found ? Py_BuildValue("(NI)", found, longest) : nullptr;
     });
   }
   PyBuffer_Release(&counts);
@@ -580,6 +619,15 @@ PyObject* num_held(BlockMap* self, PyObject* args) {
   uint64_t num = 0;
   for (uint32_t tier = 0; tier < kTiers; tier++) num += self->map->num_held(process << kTierBits | tier);
   return PyLong_FromUnsignedLongLong(num);
+}
+
+PyObject* digest(BlockMap* self, PyObject* args) {
+  unsigned int process, tier;
+  if (!PyArg_ParseTuple(args, "II", &process, &tier) || !is_place(process, tier)) return nullptr;
+  return guarded([&]() -> PyObject* {
+    const std::pair<uint64_t, Key> found = self->map->digest(process << kTierBits | tier);
+    return Py_BuildValue("Ky#", (unsigned long long)found.first, (const char*)&found.second, (Py_ssize_t)kKeyBytes);
+  });
 }
 
 PyObject* sound(BlockMap* self, PyObject*) {
@@ -598,6 +646,7 @@ PyMethodDef methods[] = {
     {"clear", (PyCFunction)clear, METH_VARARGS, nullptr},
     {"longest", (PyCFunction)longest, METH_VARARGS, nullptr},
     {"num_held", (PyCFunction)num_held, METH_VARARGS, nullptr},
+    {"digest", (PyCFunction)digest, METH_VARARGS, nullptr},
     {"sound", (PyCFunction)sound, METH_NOARGS, nullptr},
     {nullptr, nullptr, 0, nullptr},
 };

@@ -10,7 +10,7 @@ import sys
 
 import typer
 
-from tandem.cli import bench, capacity, demo, doctor, explain, generate, models, serve, sim
+from tandem.cli import audit, bench, capacity, demo, doctor, explain, generate, models, serve, sim
 from tandem.errors import TandemError
 
 app = typer.Typer(
@@ -25,7 +25,7 @@ app.command()(models.pull)
 app.command()(serve.serve)
 app.command()(serve.down)
 app.command()(serve.status)
-app.command()(serve.audit)
+app.command()(audit.audit)
 app.command()(explain.explain)
 app.command()(generate.generate)
 app.command()(generate.chat)

@@ -1,4 +1,4 @@
-"""`tandem serve`, `down`, `status` and `audit`: the life of a cluster on this machine.
+"""`tandem serve`, `down` and `status`: the life of a cluster on this machine.
 
 Owns the run file's use and the signals of the serving process; what runs is `tandem.cluster`'s.
 """
@@ -152,19 +152,4 @@ def status(config_path: ConfigOption = None, target: TargetOption = "", as_json:
             f"{cluster.num_requests_cancelled} cancelled"
         )
     if not cluster.ready:
-        raise typer.Exit(1)
-
-
-def audit(config_path: ConfigOption = None, target: TargetOption = "", as_json: JsonOption = False) -> None:
-    """Cross-check what the router believes against what its processes report."""
-    began_s = now_s()
-    with Client(configured_target(target, config_path)) as client:
-        answer = client.audit()
-    seconds = now_s() - began_s
-    for check in answer.checks:
-        if as_json:
-            print_json({"check": check.check, "ok": check.ok, "evidence": check.evidence, "seconds": seconds})
-        else:
-            print(f"{'ok  ' if check.ok else 'FAIL'} {check.check}: {check.evidence}")
-    if not answer.ok:
         raise typer.Exit(1)

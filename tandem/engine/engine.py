@@ -114,7 +114,7 @@ class Engine:
     # --- what comes in ---------------------------------------------------------------------------------------------
 
     def on_dispatch(self, router: int, dispatch: Dispatch, now_s: float) -> None:
-        """Takes on a dispatch, or answers `Failed` if it can never run here. A fence that is known already is ignored."""
+        """Takes on a dispatch, or answers `Failed` if it can never run here. A fence that is or was known is ignored."""
         self._jobs.start(router, dispatch, now_s)
 
     def on_first_tokens(self, router: int, fence: Fence, token_ids: list[int], now_s: float) -> None:
@@ -130,7 +130,15 @@ class Engine:
     def on_probe(self, router: int, fence: Fence) -> None:
         """The router asks after a dispatch that shows no sign of life: one that never arrived here, or is over, has failed."""
         if self._jobs.get(router, fence) is None:
+            self._jobs.refuse(router, fence)
             self._outbox.reply(router, Failed(fence, WorkerLost.code, "this worker knows no such dispatch"))
+
+    def on_audit(self, router: int, number: int) -> None:
+        """Says what it owns, as far as the engine knows: whoever sends it fills in the rest."""
+        num_stray = abs(self._pool.stats().referenced - len(self._jobs.block_ids()))
+        self._outbox.reply(
+            router, msgspec.structs.replace(self._jobs.account(router, number), num_stray_blocks=num_stray)
+        )
 
     def on_stop_sample(self, router: int, fence: Fence, index: int) -> None:
         """Ends one sample of a decode role without a further message: the router has all it wants of it."""

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import logging
 
+from kvpool.block_pool import BlockId
 from kvpool.keys import Key, KeyChain
-from protos.control import Aborted, Dispatch, Failed, Fence, RoleReport
+from protos.control import MAX_AUDITED_FENCES, Aborted, Dispatch, Failed, Fence, Owned, RoleReport
 from tandem.engine.fetching import Fetches
 from tandem.engine.limits import EngineLimits
 from tandem.engine.output import Outbox
@@ -20,6 +21,8 @@ from tandem.errors import DeadlineExceeded, Draining, InvalidRequest, TandemErro
 
 log = logging.getLogger(__name__)
 
+MAX_OVER = 4096
+"""So many dispatches that are over are remembered."""
 _ENDS = ("finished", "aborted_waiting", "aborted_fetching", "aborted_prefill", "aborted_decode", "released_holds")
 
 
@@ -36,6 +39,7 @@ class Jobs:
         self._fetches = fetches
         self._outbox = outbox
         self._jobs: dict[tuple[int, Fence], Job] = {}
+        self._over: dict[tuple[int, Fence], None] = {}
         self._num_arrivals = 0
         self.leaving = False
         self.num_dispatches: dict[int, int] = {}
@@ -47,6 +51,15 @@ class Jobs:
     def is_empty(self) -> bool:
         return not self._jobs
 
+    def account(self, router: int, number: int) -> Owned:
+        """What an audit wants to know of the dispatches."""
+        fences = [fence for owner, fence in self._jobs if owner == router]
+        return Owned(number, num_jobs=len(self._jobs), fences=fences[:MAX_AUDITED_FENCES])
+
+    def block_ids(self) -> set[BlockId]:
+        """The blocks that the sequences have."""
+        return {block for job in self._jobs.values() for sample in job.samples.values() for block in sample.block_table}
+
     def get(self, router: int, fence: Fence) -> Job | None:
         """None for a dispatch that never came, or is over."""
         return self._jobs.get((router, fence))
@@ -54,8 +67,9 @@ class Jobs:
     # --- the begin ---------------------------------------------------------------------------------------------------
 
     def start(self, router: int, dispatch: Dispatch, now_s: float) -> None:
-        """Takes on a dispatch, or answers `Failed` if it can never run here. A fence that is known already is ignored."""
-        if (router, dispatch.fence) in self._jobs:
+        """Takes on a dispatch, or answers `Failed` if it can never run here. A fence that is or was known is ignored: the message
+        came twice, or after the one that ended it."""
+        if (router, dispatch.fence) in self._jobs or (router, dispatch.fence) in self._over:
             return
         self.num_dispatches[router] = self.num_dispatches.get(router, 0) + 1
         if self.leaving:
@@ -133,6 +147,7 @@ class Jobs:
         """Drops a dispatch; `Aborted` follows when nothing of it is held any more (at once for an unknown fence)."""
         job = self._jobs.get((router, fence))
         if job is None:
+            self.refuse(router, fence)
             self._outbox.reply(router, Aborted(fence))
             return
         if job.aborting:
@@ -173,6 +188,12 @@ class Jobs:
                 self.abort(owner, fence, "its router is lost")
         self.num_dispatches.pop(router, None)
 
+    def refuse(self, router: int, fence: Fence) -> None:
+        """This dispatch is over, whether it has come or not."""
+        self._over[router, fence] = None
+        if len(self._over) > MAX_OVER:
+            del self._over[next(iter(self._over))]
+
     def expire(self, now_s: float) -> None:
         """Ends the jobs whose deadline or hold is over."""
         for (router, fence), job in list(self._jobs.items()):
@@ -193,6 +214,7 @@ class Jobs:
 
     def _forget(self, job: Job) -> None:
         del self._jobs[job.router, job.dispatch.fence]
+        self.refuse(job.router, job.dispatch.fence)
         if job.dispatch.fence.role == "prefill":
             self._outbox.withdraw(job.arrival)
 

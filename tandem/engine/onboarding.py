@@ -123,7 +123,7 @@ class Onboarding:
             WantedBlock(chain.keys[i], chain.parent_of(i), size, sequence.block_table[i]) for i in range(first, last)
         ]
         partial = chain.partial_key()
-        if partial is not None and not sequence.draws:
+        if partial is not None and not sequence.draws and sequence.num_missing_tokens:
             i = len(chain.keys)
             wanted.append(
                 WantedBlock(partial, chain.parent_of(i), sequence.num_tokens - i * size, sequence.block_table[i])

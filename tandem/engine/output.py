@@ -10,9 +10,9 @@ from dataclasses import dataclass, field
 
 from kvpool.keys import Key
 from kvpool.sink import FetchPlan
-from protos.control import Aborted, Failed, RoleReport, Started, Tokens
+from protos.control import Aborted, Failed, Owned, RoleReport, Started, Tokens
 
-Reply = Started | Tokens | RoleReport | Failed | Aborted
+Reply = Started | Tokens | RoleReport | Failed | Aborted | Owned
 
 
 @dataclass(slots=True)

@@ -17,14 +17,15 @@ from numpy.typing import NDArray
 
 from kvpool.keys import Key
 from protos.control import Capacity, Fence, Load, Role, Tier
-from protos.kv_events import BlockRemoved, BlockStored, Event, EventBatch
+from protos.kv_events import BlockHash, BlockRemoved, BlockStored, Event, EventBatch
 from router.admission import Admission, Held, Slo
 from router.fleet import Fleet, Work
 from router.policy.base import Ask, Placement, Policy, full_for_s
 from router.prefix_index import Hits, PrefixIndex
+from tandem.sim.cache import Cache, new_cache
 from tandem.sim.presets import Preset
 from tandem.sim.trace import BLOCK_TOKENS
-from tandem.sim.workers import Cache, DecodeWorker, PoolNode, PrefillWorker, Prompt, Stream
+from tandem.sim.workers import DecodeWorker, PoolNode, PrefillWorker, Prompt, Stream
 
 SLO = Slo(ttft_s=0.3, ttft_per_token_s=0.3e-3, tpot_s=0.05)
 NOISE = 0.05
@@ -149,7 +150,7 @@ class Replay:
         for first in range(0, num_workers, preset.machine_workers):
             machine = f"machine-{first // preset.machine_workers}"
             pool = self._fleet.join(f"pool-{machine}", "pool", machine, Capacity(), _GROUP, 0.0)
-            self._pools[pool] = PoolNode(pool, Cache(preset.host_blocks), Cache(preset.disk_blocks))
+            self._pools[pool] = PoolNode(pool, new_cache(preset.host_blocks), new_cache(preset.disk_blocks))
             self._join(pool, "HOST")
             self._fleet.reported(self._fleet.names[pool], Load(disk_bytes_per_s=preset.disk_bytes_per_s), (), 0.0, 0.0)
             for worker in range(first, min(first + preset.machine_workers, num_workers)):
@@ -165,7 +166,7 @@ class Replay:
                 number = self._fleet.join(f"{role}-{worker}", role, machine, said, _GROUP, 0.0)
                 self._join(number, "DEVICE")
                 self._home[number] = pool
-                cache = Cache(preset.device_blocks)
+                cache = new_cache(preset.device_blocks)
                 if prefill:
                     self._prefills[number] = PrefillWorker(number, preset.prices, steps, cache)
                 else:
@@ -503,13 +504,13 @@ class Replay:
             new, gone = pool.disk.store(keys)
             self._say(pool.number, "DISK", new, gone, now_s)
 
-    def _say(self, number: int, tier: Tier, new: list[Key], gone: list[Key], now_s: float) -> None:
+    def _say(self, number: int, tier: Tier, new: list[BlockHash], gone: list[BlockHash], now_s: float) -> None:
         """Its KV events."""
         events: list[Event] = []
         if new:
-            events.append(BlockStored([*new], None, [], BLOCK_TOKENS, medium=tier))
+            events.append(BlockStored(new, None, [], BLOCK_TOKENS, medium=tier))
         if gone:
-            events.append(BlockRemoved([*gone], medium=tier))
+            events.append(BlockRemoved(gone, medium=tier))
         if events:
             batch = EventBatch(now_s, events, epoch=_EPOCH)
             self._index.on_batch(self._fleet.names[number], _EPOCH, self._seqs[number], batch, now_s)

@@ -1,9 +1,8 @@
 """Simulated workers and pool nodes: what they hold, and how long what they are given takes.
 
-Owns their state; time is the caller's. A cache is least recently used first, leaves before what they follow. A prefill worker
-computes one prompt after the other, in the order in which they are due. A decode worker is a fluid: all its streams go on by one
-token in the time of a step, which depends on how many there are and what they attend to; prompts that it computes itself make
-its steps longer, chunk by chunk.
+Owns their state; time is the caller's. A prefill worker computes one prompt after the other, in the order in which they are
+due. A decode worker is a fluid: all its streams go on by one token in the time of a step, which depends on how many there are
+and what they attend to; prompts that it computes itself make its steps longer, chunk by chunk.
 """
 
 from __future__ import annotations
@@ -11,56 +10,11 @@ from __future__ import annotations
 import heapq
 import math
 from bisect import insort
-from collections import OrderedDict, deque
-from collections.abc import Sequence
+from collections import deque
 from dataclasses import dataclass
 
-from kvpool.keys import Key
 from protos.control import StepPrices
-
-
-class Cache:
-    """At most `capacity` keys; `capacity` may shrink and grow."""
-
-    def __init__(self, capacity: int) -> None:
-        self.capacity = capacity
-        self._keys: OrderedDict[Key, None] = OrderedDict()
-
-    def __len__(self) -> int:
-        return len(self._keys)
-
-    def __contains__(self, key: Key) -> bool:
-        return key in self._keys
-
-    def match(self, keys: Sequence[Key]) -> int:
-        """How many leading ones are here; they count as used."""
-        held, num = self._keys, 0
-        for key in keys:
-            if key not in held:
-                break
-            num += 1
-        for key in reversed(keys[:num]):
-            held.move_to_end(key)
-        return num
-
-    def store(self, keys: Sequence[Key]) -> tuple[list[Key], list[Key]]:
-        """A chain is here now; returns what is new, and what had to go."""
-        held, new = self._keys, []
-        for key in reversed(keys):
-            if key in held:
-                held.move_to_end(key)
-            else:
-                held[key] = None
-                new.append(key)
-        new.reverse()
-        return new, self.shrink()
-
-    def shrink(self) -> list[Key]:
-        """What has to go."""
-        gone: list[Key] = []
-        while len(self._keys) > self.capacity:
-            gone.append(self._keys.popitem(last=False)[0])
-        return gone
+from tandem.sim.cache import Cache
 
 
 @dataclass(slots=True)

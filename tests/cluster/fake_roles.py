@@ -12,7 +12,7 @@ import grpc
 
 from protos import tandem_pb2 as pb
 from protos import tandem_pb2_grpc
-from tandem.config import Config
+from tandem.config import Config, router_number
 from tandem.errors import ModelError
 
 
@@ -30,7 +30,8 @@ class _Router(tandem_pb2_grpc.TandemServicer):
 def run_router(config: Config, name: str, stop: threading.Event) -> None:
     server = grpc.server(futures.ThreadPoolExecutor(2))
     tandem_pb2_grpc.add_TandemServicer_to_server(_Router(config), server)
-    server.add_insecure_port(f"{config.router.host}:{config.router.grpc_port}")
+    router = config.router.replica(router_number(name))
+    server.add_insecure_port(f"{router.host}:{router.grpc_port}")
     server.start()
     stop.wait()
     server.stop(0).wait()

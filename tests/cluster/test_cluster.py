@@ -52,9 +52,8 @@ def living(pid: int) -> bool:
 
 @pytest.fixture
 def config(tmp_path: Path) -> Config:
-    return load_config(
-        None, {"run_dir": str(tmp_path), "router": {"grpc_port": 0, "control_port": 0, "metrics_port": 0}}
-    )
+    router = {"replicas": 2, "grpc_port": 0, "control_port": 0, "metrics_port": 0}
+    return load_config(None, {"run_dir": str(tmp_path), "router": router})
 
 
 @pytest.fixture
@@ -79,8 +78,8 @@ def test_a_killed_role_comes_back_under_its_name_and_a_stopped_cluster_leaves_no
     with Cluster(config, entry_points=FAKES) as cluster:
         cluster.start(progress=said.append, timeout_s=60)
         placed = {process.name: process for process in cluster.processes()}
-        assert set(placed) == {"router", "prefill-0", "decode-0", "pool-0"}
-        assert len({process.pid for process in placed.values()}) == 4
+        assert set(placed) == {"router", "router-1", "prefill-0", "decode-0", "pool-0"}
+        assert len({process.pid for process in placed.values()}) == 5
         assert {"prefill-0 is up", "decode-0 is up", "pool-0 is up"} <= set(said)
         assert cluster.supervise() == []
 
@@ -98,8 +97,10 @@ def test_a_killed_role_comes_back_under_its_name_and_a_stopped_cluster_leaves_no
             name: process.pid for name, process in placed.items() if name != "decode-0"
         }
         wait_for(lambda: (tmp_path / "decode-0.worker").read_text() == str(after["decode-0"]), "the role runs again")
-        with Client(cluster.target) as client:
-            assert client.cluster().ready
+        assert cluster.target.count(",") == 1
+        for target in cluster.target.split(","):
+            with Client(target) as client:
+                assert client.cluster().ready
     assert not list(tmp_path.glob("*.worker"))  # each role was asked to stop and did
     assert not any(living(pid) for pid in after.values())
     assert {path.name for path in (tmp_path / "logs").iterdir()} == {f"{name}.log" for name in placed}
@@ -124,7 +125,7 @@ def test_a_role_that_never_appears_is_named_at_the_deadline_and_one_that_will_no
         cluster.start(timeout_s=60)
         pids = [process.pid for process in cluster.processes()]
         with Client(cluster.target) as client, pytest.raises(DeadlineExceeded, match="waiting for nobody-0"):
-            cluster._wait(client, 0.0, print, threading.Event(), {"nobody-0"})
+            cluster._wait([client], 0.0, print, threading.Event(), {"nobody-0"})
     assert not any(living(pid) for pid in pids)
 
 
@@ -150,12 +151,14 @@ def test_a_killed_driver_takes_its_processes_along(config: Config, tmp_path: Pat
     )
     command = [sys.executable, "-c", code, str(tmp_path / "config.yaml")]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as driver:
-        assert driver.stdout is not None
-        ray_dir = driver.stdout.readline().strip()
-        pids = [int(pid) for pid in driver.stdout.readline().split()]
-        assert len(pids) == 4
-        assert all(living(pid) for pid in pids)
-        driver.kill()
+        try:
+            assert driver.stdout is not None
+            ray_dir = driver.stdout.readline().strip()
+            pids = [int(pid) for pid in driver.stdout.readline().split()]
+            assert len(pids) == 5
+            assert all(living(pid) for pid in pids)
+        finally:
+            driver.kill()
     wait_for(lambda: not any(living(pid) for pid in pids), "the roles die with their driver")
     assert Path(ray_dir).is_dir()
     remove_stale_ray_dir(ray_dir)
@@ -214,6 +217,7 @@ def test_a_cluster_without_a_decode_worker_is_refused() -> None:
 def test_the_workers_of_another_cluster_are_not_taken_for_ours(config: Config, tmp_path: Path) -> None:
     (tmp_path / "decode-0.worker").write_text("1")  # listed by the router, with a pid that is not ours
     absent = FAKES | {"decode": "fake_roles:run_absent_worker"}
+    config = config.model_copy(update={"router": config.router.model_copy(update={"replicas": 1})})
     with Cluster(config, entry_points=absent) as cluster, pytest.raises(DeadlineExceeded, match="waiting for decode-0"):
         cluster.start(timeout_s=12)
 

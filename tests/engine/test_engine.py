@@ -419,6 +419,25 @@ def test_more_than_the_limit_missing_is_reported_not_recomputed() -> None:
     assert all_free(hand.decode)
 
 
+@pytest.mark.parametrize("end", ["abort", "probe", "finish"])
+def test_a_dispatch_that_comes_after_its_end_is_not_begun(end: str) -> None:
+    world = World()
+    late = dispatch("late", [1, 2, 3])
+    if end == "abort":
+        world.engine.on_abort(0, late.fence, "it has overtaken the dispatch")
+    elif end == "probe":
+        world.engine.on_probe(0, late.fence)
+    else:
+        world.engine.on_dispatch(0, late, world.now_s)
+        world.run()
+    world.engine.on_dispatch(0, late, world.now_s)
+    world.step()
+    assert world.engine.is_idle
+    assert len(world.ends(late.fence)) == 1
+    world.engine.on_dispatch(1, late, world.now_s)
+    assert not world.engine.is_idle, "another router's is another one"
+
+
 def test_an_abort_during_a_fetch_waits_for_the_sink_before_it_frees() -> None:
     hand = Handover(list(range(23)))
     hand.decode.engine.on_abort(0, hand.fence, "client gone")

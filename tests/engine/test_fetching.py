@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from kvpool.keys import KeyChain
 from kvpool.sink import FetchedBatch, FetchEnded, FetchPlan
 from protos.control import Endpoints as ControlEndpoints
-from protos.control import Fence, ReadyBlock, Source, StepPrices
+from protos.control import Fence, ReadyBlock, Source, StepPrices, Tokens
 from tests.engine import fake_model
 from tests.engine.test_engine import BLOCK, ROOT, World, all_free, dispatch
 
@@ -107,6 +107,33 @@ def test_who_shares_fetches_the_rest_for_itself_at_the_same_time() -> None:
     assert world.stream(a) == fake_model.continuation(LONG, 5)
     assert world.stream(b) == fake_model.continuation(branch, 5)
     assert keeper.num_plans == 2
+    assert all_free(world)
+
+
+def test_a_hand_over_that_shares_a_head_fetches_its_last_partial_block_once() -> None:
+    world = World()
+    prompt = [*LONG[: 3 * BLOCK], 5]
+    keeper = Keeper(world)
+    for name in ("held0", "held1"):  # a prefill role holds its last, partial block findable
+        keeper.other.engine.on_dispatch(0, dispatch(name, prompt, role="prefill", hold_s=1000.0), 0.0)
+    for _ in range(10):
+        keeper.other.step()
+    fences = [Fence(name, 0, "decode", 0) for name in ("a", "b")]
+    longer = [*LONG[: 3 * BLOCK], 7]
+    for fence, tokens in zip(fences, (longer, prompt), strict=True):
+        world.engine.on_dispatch(0, dispatch(fence.request_id, tokens, here=False, sources=[POOL]), 0.0)
+    keeper.step()
+    first, second = keeper.plans.values()
+    assert [len(first.wanted), len(second.wanted)] == [4, 1]
+    keeper.end(second.fetch_id)  # its own block is here before the head that it shares
+    keeper.end(first.fetch_id)
+    keeper.step()
+    assert not keeper.plans, "all of it is here"
+    world.engine.on_first_tokens(0, fences[1], [fake_model.continuation(prompt, 1)[0]], world.now_s)
+    world.engine.on_first_tokens(0, fences[0], [fake_model.continuation(longer, 1)[0]], world.now_s)
+    keeper.run()
+    tokens = [m.token_ids[0] for m in world.said if isinstance(m, Tokens) and m.fence == fences[1]]
+    assert tokens == fake_model.continuation(prompt, 5)[1:]
     assert all_free(world)
 
 

@@ -264,6 +264,9 @@ def test_a_dropped_peer_is_forgotten_on_both_sides(make: Make) -> None:
     assert source.service._server.num_fetches == 0
     sink.service.drop_peer("source", source.epoch, now_s())
     assert sink.ended[plan.fetch_id].missing == tuple(map(key_of, "ab"))
+    source.put("ab")
+    late = sink.fetch("ab", [source.source], wait="source", seconds=30.0)
+    assert sink.ended[late.fetch_id].missing == tuple(map(key_of, "ab")), "who left is not asked"
     run_until([source, sink], lambda: source.service.num_readers == 0, seconds=2)
 
 

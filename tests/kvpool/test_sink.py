@@ -263,7 +263,7 @@ def test_the_time_that_the_source_waited_does_not_count_against_its_lease() -> N
     assert not run.reads
 
 
-def test_a_silent_source_is_given_up_but_one_that_is_asked_to_wait_has_until_the_deadline() -> None:
+def test_a_silent_source_is_given_up_but_one_that_is_asked_to_wait_is_asked_again_until_the_deadline() -> None:
     run = Run("ab", [P, W], wait="w")
     assert run.machine.next_deadline() == 3.0
     run.do(run.machine.tick(2.9))
@@ -272,11 +272,17 @@ def test_a_silent_source_is_given_up_but_one_that_is_asked_to_wait_has_until_the
     assert run.asked()[1:] == [("w", "ab", True)]
     assert run.others == [Cancel(run.fetches[0][1].fetch_id)]
     assert run.fetches[1][1].deadline_s == DEADLINE - 3.0
-    assert run.machine.next_deadline() == DEADLINE
+    assert run.machine.next_deadline() == 6.0
+    run.do(run.machine.tick(6.0))
+    first, again = run.fetches[1][1], run.fetches[2][1]
+    assert (again.fetch_id, again.keys, again.wait) == (first.fetch_id, first.keys, True), "the same, if it is known"
+    run.ready(1, "a", 6.1, waited_s=5.0)
+    run.read(0, "a", 6.2)
     run.do(run.machine.tick(DEADLINE - 0.1))
+    assert run.asked()[3:] == [("w", "b", True)], "what it has answered is not asked for again"
     assert run.ended is None
     run.do(run.machine.tick(DEADLINE))
-    assert run.result() == ("", "ab")
+    assert run.result() == ("a", "b")
 
 
 def test_a_batch_is_read_in_portions_and_done_after_the_last() -> None:

@@ -201,14 +201,36 @@ def test_what_is_past_a_sinks_bounds_is_a_miss_and_harms_nobody_else() -> None:
     assert world.server.on_message(SINK, fetch(4, "xy", wait=True), 0.0) == []
 
 
-def test_a_sink_that_is_gone_leaves_nothing() -> None:
+def test_a_fetch_that_comes_again_is_answered_again_when_the_leases_of_the_lost_answer_are_over() -> None:
+    world = World()
+    first = fetch(1, "abc", wait=True, deadline_s=100.0)
+    world.server.promise("job", [key_of(name) for name in "abc"])
+    world.server.on_message(SINK, first, 0.0)
+    world.put("ab", tell_at_s=1.0)  # this answer is lost
+    assert world.server.on_message(SINK, first, 2.0) == [], "it may be on its way"
+    ((_, again),) = world.server.on_message(SINK, first, 50.0)
+    assert isinstance(again, Ready)
+    assert [block.key for block in again.blocks] == [key_of("a"), key_of("b")]
+    assert again.batch != 0
+    assert again.waited_s == 50.0
+    assert world.server.num_parked == 1
+    ((_, last),) = world.put("c", tell_at_s=51.0)
+    assert isinstance(last, Ready)
+    ((_, whole),) = world.server.on_message(SINK, first, 99.0)
+    assert isinstance(whole, Ready)
+    assert len(whole.blocks) == 3, "nothing waits any more"
+
+
+def test_a_sink_that_is_said_to_be_gone_waits_for_nothing_and_may_read_until_its_leases_end() -> None:
     world = World()
     world.put("a")
     world.server.on_message(SINK, fetch(1, "ab", wait=True), 0.0)
     world.server.on_message(b"other", fetch(1, "ab", wait=True), 0.0)
     world.server.forget_sink(SINK)
-    assert (world.server.num_fetches, world.server.num_parked, world.pool.stats().num_leases) == (1, 1, 1)
+    assert (world.server.num_parked, world.pool.stats().num_leases) == (1, 2)
     assert [sink for sink, _ in world.put("b", tell_at_s=0.1)] == [b"other"]
+    world.server.tick(1000.0)
+    assert (world.server.num_fetches, world.pool.stats().num_leases) == (0, 0)
 
 
 @pytest.mark.parametrize("deadline_s", [math.nan, -1.0, -math.inf, 0.0])

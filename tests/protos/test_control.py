@@ -16,6 +16,7 @@ from protos.control import (
     Abort,
     Aborted,
     Ack,
+    Audit,
     Cancel,
     Capacity,
     Counters,
@@ -27,6 +28,7 @@ from protos.control import (
     Fetch,
     FetchedFrom,
     FirstTokens,
+    FollowedHoldings,
     Goodbye,
     Heartbeat,
     Hello,
@@ -34,6 +36,7 @@ from protos.control import (
     Load,
     Lost,
     Miss,
+    Owned,
     Peers,
     Ready,
     ReadyBlock,
@@ -44,6 +47,7 @@ from protos.control import (
     Sampling,
     Source,
     Started,
+    TierHoldings,
     TokenLogprobs,
     Tokens,
     Welcome,
@@ -55,6 +59,8 @@ ENDPOINTS = Endpoints("tcp://127.0.0.1:1", "tcp://127.0.0.1:2", "tcp://127.0.0.1
 SOURCE = Source("p", EPOCH, "DEVICE", ENDPOINTS)
 GROUP = RoutingGroup(b"m" * 16, "format", b"n" * 16, 16)
 
+HOLDINGS = TierHoldings("DEVICE", 9, 1, 2, 3, 1, 2, 1, 1, 1, 0.5, 0.0, 5, KEY, "a fault")
+
 TO_ROUTER = [
     Hello(1, "p", "decode", EPOCH, 42, ENDPOINTS, Capacity(1, 2, 3, 4, 5), GROUP, "model"),
     Heartbeat("p", EPOCH, 7, 0.5, -1, Load(1, 2), Counters(3)),
@@ -63,6 +69,7 @@ TO_ROUTER = [
     RoleReport(FENCE, 1, 2, 3, [FetchedFrom("p", "HOST", "shm", 4, 5)], 0.1, 0.2, 0.3),
     Failed(FENCE, "internal", "why"),
     Aborted(FENCE),
+    Owned(3, 7, [HOLDINGS], 1, [FENCE], 2, [FollowedHoldings("p", EPOCH, 5, 1, KEY)], 12, [12, 13]),
     Goodbye("p", EPOCH),
 ]
 FROM_ROUTER = [
@@ -76,6 +83,7 @@ FROM_ROUTER = [
     Resend(FENCE, 0, 5),
     Abort(FENCE, "why"),
     Peers([SOURCE], GROUP, 4096),
+    Audit(3),
 ]
 TO_SOURCE = [Fetch(KEY, "request", [KEY], True, 5.0), Done(KEY, 1), Cancel(KEY), Kept([KEY]), Lost([KEY])]
 TO_SINK = [Ready(KEY, 0, EPOCH, 5.0, [ReadyBlock(KEY, 2**40, 16, EPOCH, KEY)], 1.5), Miss(KEY, [KEY, KEY])]

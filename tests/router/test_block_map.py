@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from kvpool.keys import digest_of
 from router._block_map import BlockMap
 from router.block_map import MAX_PROCESSES, NUM_TIERS, BlockMapRef, new_block_map
 
@@ -25,7 +26,8 @@ def key(number: int) -> bytes:
 
 def hits(found: SomeMap, keys: list[bytes], num_processes: int = 8) -> list[list[int]]:
     counts = np.full((num_processes, NUM_TIERS), -1, dtype=np.int32)
-    there = found.longest(keys, counts)
+    there, longest = found.longest(keys, counts)
+    assert longest == counts.sum(axis=1).max(initial=0)
     assert there == np.flatnonzero(counts.any(axis=1)).tolist()
     return [*counts.tolist(), there]
 
@@ -66,6 +68,25 @@ def test_any_changes_leave_both_alike(
         keys = [key(number) for number in chain]
         assert hits(native, keys) == hits(plain, keys)
     assert [native.num_held(process) for process in range(6)] == [plain.num_held(process) for process in range(6)]
+    places = [(process, tier) for process in range(6) for tier in range(NUM_TIERS)]
+    assert [native.digest(*place) for place in places] == [plain.digest(*place) for place in places]
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_sets_that_are_gone_leave_nothing_to_those_that_get_their_numbers(seed: int) -> None:
+    """Few keys, so that sets come and go with every change."""
+    rng = random.Random(seed)
+    native, plain = BlockMap(100), BlockMapRef(100)
+    for _ in range(400):
+        process, tier = rng.randrange(4), rng.randrange(2)
+        keys = [key(rng.randrange(5)) for _ in range(rng.randint(1, 3))]
+        if rng.random() < 0.6:
+            assert native.add(process, tier, keys) == plain.add(process, tier, keys)
+        else:
+            assert native.remove(process, tier, keys) == plain.remove(process, tier, keys)
+        assert native.sound()
+        for number in range(5):
+            assert hits(native, [key(number)]) == hits(plain, [key(number)])
 
 
 @either
@@ -78,7 +99,7 @@ def test_a_block_counts_in_the_first_tier_that_has_it(kind: type[SomeMap]) -> No
     assert (counts[4], counts[7], counts[-1]) == ([1, 1, 2], [2, 0, 0], [4, 7])
     assert sum(map(sum, counts[:4])) == 0
     small = np.full((5, NUM_TIERS), -1, dtype=np.int32)
-    assert found.longest([key(0)], small) == [4, 7]
+    assert found.longest([key(0)], small) == ([4, 7], 1)
     assert small.sum() == 1, "processes past the counts are left out"
 
 
@@ -164,3 +185,20 @@ def test_a_million_entries_take_less_memory_than_is_promised() -> None:
         found.add(generator.randrange(64), 0, [generator.randbytes(16) for _ in range(32)])
     assert found.num_bytes / found.num_entries <= 88
     assert isinstance(new_block_map(10), BlockMap), "the native one is built wherever the tests run"
+
+
+@either
+def test_a_digest_is_that_of_the_keys_that_a_place_holds(kind: type[SomeMap]) -> None:
+    found = kind(1000)
+    keys = [key(number) for number in range(40)]
+    found.add(1, 0, keys)
+    found.add(2, 1, keys[:20])
+    found.add(3, 0, keys[10:])
+    found.remove(1, 0, keys[5:7])
+    found.clear(3)
+    left = keys[:5] + keys[7:]
+    assert found.digest(1, 0) == (38, digest_of(left)) == (38, digest_of(reversed(left)))
+    assert found.digest(2, 1) == (20, digest_of(keys[:20]))
+    assert found.digest(3, 0) == found.digest(2, 0) == (0, bytes(16))
+    with pytest.raises(ValueError, match="must be below"):
+        found.digest(0, NUM_TIERS)

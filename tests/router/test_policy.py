@@ -38,7 +38,8 @@ class Cluster:
         counts = np.zeros((self.fleet.table.shape[1], 3), dtype=np.int32)
         for name, tiers in self.held.items():
             counts[self.fleet.number(name)] = tiers
-        return Hits(counts, [number for name in self.held if (number := self.fleet.number(name)) is not None])
+        holders = [number for name in self.held if (number := self.fleet.number(name)) is not None]
+        return Hits(counts, holders, int(counts.sum(axis=1).max()))
 
     def place(
         self, num_tokens: int, rng: random.Random | None = None, terms: Terms | None = None, **asked: object

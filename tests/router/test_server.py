@@ -25,6 +25,7 @@ from protos.control import (
     Abort,
     Aborted,
     Ack,
+    Audit,
     Capacity,
     Counters,
     Dispatch,
@@ -34,6 +35,7 @@ from protos.control import (
     Heartbeat,
     Hello,
     Load,
+    Owned,
     Refused,
     Resend,
     Role,
@@ -243,6 +245,9 @@ class FakeWorker:
                 for sent in stream.sent if stream else []:
                     if sent.position >= position:
                         self.post(sent)
+            case Audit(number=number):
+                fences = list(dict.fromkeys(fence for fence, _ in self.streams))
+                self.post(Owned(number, len(self.batches) - 1, num_jobs=len(fences), fences=fences))
             case Abort(fence=fence):
                 for key in [key for key in self.streams if key[0] == fence]:
                     del self.streams[key]

@@ -84,7 +84,7 @@ class World:
         counts = np.zeros((64, 3), dtype=np.int32)
         for name, held in blocks.items():
             counts[self.number(name)] = (held, 0, 0) if isinstance(held, int) else held
-        return Hits(counts, sorted(self.number(name) for name in blocks))
+        return Hits(counts, sorted(self.number(name) for name in blocks), int(counts.sum(axis=1).max()))
 
     def place(self, policy: Policy, hits: Hits | None = None, num_tokens: int = 1000, **ask: Any) -> Placement:
         fields: dict[str, Any] = {"block_size": BLOCK, "slab_bytes": 1000, "keys": keys("a", num_tokens // BLOCK)} | ask

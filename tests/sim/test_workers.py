@@ -1,112 +1,25 @@
-"""Simulated workers: what a cache keeps, in what order prompts are computed, and how long streams take."""
+"""Simulated workers: in what order prompts are computed, and how long streams take."""
 
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvpool.keys import Key
 from protos.control import StepPrices
-from tandem.sim.workers import Cache, DecodeWorker, PrefillWorker, Prompt, Stream
+from tandem.sim.cache import new_cache
+from tandem.sim.workers import DecodeWorker, PrefillWorker, Prompt, Stream
 
 PRICES = StepPrices(base_s=0.01, token_s=1e-3, pair_s=0.0, sequence_s=0.002, context_s=1e-5)
-
-
-def chain(path: Sequence[int]) -> list[Key]:
-    """A key names all that is before it."""
-    return [repr(tuple(path[: at + 1])).encode().ljust(16, b".") for at in range(len(path))]
-
-
-# --- the cache -----------------------------------------------------------------------------------------------------------------
-
-
-class Oracle:
-    """Least recently used by time stamps: the root of what is used at once is the youngest."""
-
-    def __init__(self) -> None:
-        self.used: dict[Key, tuple[int, int]] = {}
-        self.time = 0
-
-    def match(self, keys: Sequence[Key]) -> int:
-        num = next((at for at, key in enumerate(keys) if key not in self.used), len(keys))
-        self._use(keys[:num])
-        return num
-
-    def store(self, keys: Sequence[Key], capacity: int) -> tuple[list[Key], list[Key]]:
-        new = [key for key in keys if key not in self.used]
-        self._use(keys)
-        return new, self.shrink(capacity)
-
-    def shrink(self, capacity: int) -> list[Key]:
-        oldest = sorted(self.used, key=lambda key: self.used[key])
-        gone = oldest[: max(0, len(oldest) - capacity)]
-        for key in gone:
-            del self.used[key]
-        return gone
-
-    def _use(self, keys: Sequence[Key]) -> None:
-        self.time += 1
-        for at, key in enumerate(keys):
-            self.used[key] = (self.time, -at)
-
-
-PATHS = st.lists(st.integers(0, 2), min_size=1, max_size=5)
-STEPS = st.lists(
-    st.one_of(
-        st.tuples(st.just("match"), PATHS),
-        st.tuples(st.just("store"), PATHS),
-        st.tuples(st.just("capacity"), st.integers(0, 12)),
-    ),
-    max_size=40,
-)
-
-
-@given(capacity=st.integers(0, 12), steps=STEPS)
-def test_a_cache_is_least_recently_used_and_never_keeps_what_follows_a_block_that_is_gone(
-    capacity: int, steps: list[tuple[str, list[int] | int]]
-) -> None:
-    cache, oracle = Cache(capacity), Oracle()
-    stored: set[Key] = set()
-    parents: dict[Key, Key] = {}
-    for what, value in steps:
-        if isinstance(value, int):
-            capacity = cache.capacity = value
-            assert cache.shrink() == oracle.shrink(capacity)
-        else:
-            keys = chain(value)
-            stored.update(keys)
-            parents.update(zip(keys[1:], keys, strict=False))
-            if what == "match":
-                assert cache.match(keys) == oracle.match(keys)
-            else:
-                assert cache.store(keys) == oracle.store(keys, capacity)
-        held = {key for key in stored if key in cache}
-        assert held == set(oracle.used)
-        assert len(cache) == len(held) <= capacity
-        assert all(parents[key] in held for key in held if key in parents)
-
-
-def test_a_leaf_goes_before_what_it_follows_and_a_match_makes_young() -> None:
-    cache = Cache(4)
-    one, other = chain([1, 1]), chain([2, 2])
-    assert cache.store(one) == (one, [])
-    assert cache.store(other) == (other, [])
-    assert cache.match(one) == 2
-    third = chain([3])
-    assert cache.store(third) == (third, [other[1]])
-    cache.capacity = 2
-    assert cache.shrink() == [other[0], one[1]]
 
 
 # --- prefill workers -----------------------------------------------------------------------------------------------------------
 
 
 def prefill_worker() -> PrefillWorker:
-    return PrefillWorker(0, PRICES, 100, Cache(8))
+    return PrefillWorker(0, PRICES, 100, new_cache(8))
 
 
 def prompt(request: int, due_s: float, ready_s: float = 0.0, left_s: float | None = None) -> Prompt:
@@ -176,7 +89,7 @@ class Decoding:
     """A decode worker and what happened when."""
 
     def __init__(self, num_blocks: int = 100, max_running: int = 8) -> None:
-        self.worker = DecodeWorker(0, PRICES, 100, max_running, Cache(8), num_blocks)
+        self.worker = DecodeWorker(0, PRICES, 100, max_running, new_cache(8), num_blocks)
         self.began: dict[int, float] = {}
         self.ended: dict[int, float] = {}
         self.computed: dict[int, float] = {}
