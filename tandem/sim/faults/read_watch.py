@@ -14,7 +14,7 @@ from protos import control
 from protos.control import Cancel, Done, Ready
 from tandem.sim.faults.network import Frames, Socket
 from tandem.sim.faults.transport import Memory, Read
-from tandem.sim.faults.world import Process, Violation
+from tandem.sim.faults.world import Violation
 from tandem.zmq_io import identity
 
 GrantName = tuple[bytes, bytes, int]
@@ -42,15 +42,15 @@ class ReadWatch:
     def __init__(self) -> None:
         self._sources: dict[str, Memory] = {}
         """By the endpoint that serves fetches."""
-        self._readers: dict[bytes, Process] = {}
+        self._readers: dict[bytes, Memory] = {}
         self._grants: dict[str, dict[GrantName, Grant]] = {}
         self._running: dict[Read, None] = {}
         self.num_grants = 0
         self.num_reads = 0
 
     def serves(self, endpoint: str, memory: Memory) -> None:
-        """A process serves its memory at this endpoint."""
-        self._readers[identity(memory.process.name, memory.process.epoch)] = memory.process
+        """An incarnation of a process serves its memory at this endpoint."""
+        self._readers[identity(memory.process.name, memory.epoch)] = memory
         self._sources[endpoint] = memory
         self._grants[endpoint] = {}
 
@@ -138,7 +138,7 @@ class ReadWatch:
     def _check_source(self, source: Memory, grants: dict[GrantName, Grant]) -> None:
         locations: set[int] = set()
         for name, grant in grants.items():
-            if self._stands(grant) and self._readers[name[0]].alive:
+            if self._stands(grant) and not self._readers[name[0]].is_gone:
                 locations.update(grant.keys)
                 for location in grant.keys:
                     self._check_held(grant, location, "under a lease")
@@ -179,8 +179,8 @@ class ReadWatch:
 
 
 def _identity(read: Read) -> bytes:
-    process = read.channel.transport.ours.process
-    return identity(process.name, process.epoch)
+    ours = read.channel.transport.ours
+    return identity(ours.process.name, ours.epoch)
 
 
 def _reader(read: Read) -> str:

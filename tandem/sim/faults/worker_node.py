@@ -7,6 +7,7 @@ long a step takes. A step's results are there when its time is over; between its
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, Literal, cast
 
 from kvpool.arena import Arena
@@ -56,6 +57,10 @@ class _Transfer(TransferThread):
     def wake(self) -> None:
         self.node.wake()
 
+    def _open_incarnation(self) -> None:
+        super()._open_incarnation()
+        self.node.opened()
+
     @property
     def service(self) -> Any:
         return self._service
@@ -85,6 +90,7 @@ class WorkerNode(Process):
         machine: str,
         offset_s: float,
         transports: tuple[str, ...],
+        serves: Callable[[str, Memory], None],
     ) -> None:
         super().__init__(world, name, machine, offset_s)
         rng = world.generator(f"{name} {world.now_s}")
@@ -139,7 +145,7 @@ class WorkerNode(Process):
         self.transfer.node = self
         self.engine_thread.connect(self.transfer)
         self._memories = memories
-        self._memory = Memory(self, self.arena, self.pool)
+        self._serves = serves
         self._kinds = transports
         self.run(self._open)
 
@@ -149,8 +155,12 @@ class WorkerNode(Process):
 
     def _transports_of(self, epoch: bytes) -> list[VirtualTransport]:
         self.epoch = epoch
-        self.transports = [VirtualTransport(kind, self._memories, self._memory) for kind in self._kinds]
-        return self.transports
+        self._memory = Memory(self, self.arena, self.pool)
+        return [VirtualTransport(kind, self._memories, self._memory) for kind in self._kinds]
+
+    def opened(self) -> None:
+        """An incarnation listens."""
+        self._serves(self.transfer.service.endpoints.fetch, self._memory)
 
     # --- the transfer thread ---------------------------------------------------------------------------------------------
 
