@@ -23,7 +23,7 @@ def bench(*arguments: str, timeout_s: float) -> tuple[int, list[dict[str, Any]],
     return done.returncode, [json.loads(line) for line in done.stdout.splitlines()], done.stderr
 
 
-@pytest.mark.timeout(180)
+@pytest.mark.timeout(400)
 def test_bench_serve_measures_a_cluster_beside_one_engine() -> None:
     code, lines, stderr = bench("serve", "--clients", "3", "--seconds", "3", timeout_s=170)
     assert code == 0, stderr
@@ -42,7 +42,7 @@ def test_bench_serve_against_nobody_fails_with_the_reason() -> None:
     assert not any(line["ok"] for line in lines[1:])
 
 
-@pytest.mark.timeout(180)
+@pytest.mark.timeout(400)
 def test_bench_engine_measures_beside_the_machines_limits() -> None:
     options = ("--repetitions", "1", "--batches", "1,2", "--contexts", "40,9000", "--threads", "2")
     code, lines, stderr = bench("engine", *options, timeout_s=170)
@@ -79,7 +79,7 @@ def test_bench_engine_refuses_what_it_can_not_measure(
     assert message in printed.err
 
 
-@pytest.mark.timeout(120)
+@pytest.mark.timeout(400)
 def test_bench_quality_compares_forms_on_the_shipped_text() -> None:
     code, lines, stderr = bench("quality", "--weights", "int8", "--tokens", "200", timeout_s=110)
     assert lines[0]["quality"] == {"weights": ["bf16", "int8"], "tokens": 200, "threads": 1}

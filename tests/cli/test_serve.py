@@ -41,7 +41,7 @@ def tandem(configuration: Path, *arguments: str) -> subprocess.CompletedProcess[
     return subprocess.run(command, capture_output=True, text=True, timeout=90, check=False)
 
 
-@pytest.mark.timeout(240)
+@pytest.mark.timeout(400)
 def test_a_cluster_serves_survives_a_killed_worker_and_goes_without_a_trace(configuration: Path) -> None:
     folders = set(Path(tempfile.gettempdir()).glob("tandem-*"))
     shared = set(Path("/dev/shm").iterdir())
@@ -87,7 +87,7 @@ def test_a_cluster_serves_survives_a_killed_worker_and_goes_without_a_trace(conf
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(240)
+@pytest.mark.timeout(400)
 def test_a_port_in_use_is_one_sentence_and_nothing_keeps_running(configuration: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as busy:
         port = busy.getsockname()[1]

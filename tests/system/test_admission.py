@@ -17,7 +17,7 @@ from tandem.errors import Overloaded
 from tests.system.harness import RunningCluster, wait_until
 
 NUM_FLOOD = 30
-PROMPT_TOKENS = 600
+PROMPT_TOKENS = 300
 
 
 def prompt() -> list[int]:

@@ -13,7 +13,7 @@ import pytest
 
 from tests.system.harness import RunningCluster, Watched, wait_until
 
-pytestmark = pytest.mark.timeout(240)
+pytestmark = pytest.mark.timeout(400)
 
 NUM_STREAMS = 8
 NUM_TOKENS = 120
