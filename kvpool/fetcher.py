@@ -162,6 +162,11 @@ class Fetcher:
         if machine is not None:
             self._do(machine, machine.cancel(now_s), now_s)
 
+    def cancel_all(self, now_s: float) -> None:
+        """Ends every fetch with what it has; `on_ended` follows for each, from inside this call."""
+        for fetch_id in list(self._machines):
+            self.cancel_fetch(fetch_id, now_s)
+
     def tell(self, source: Source, message: ToSource) -> None:
         """Sends a source something that is no fetch, if it takes messages now."""
         peer = self._line(source)

@@ -299,6 +299,7 @@ class PoolNode:
             counters=tiers.counters() if tiers is not None else Counters(),
             links=tiers.service.links() if tiers is not None else [],
             draining=self._leaving,
+            peers=self._peer_lists.number(router),
         )
 
     # --- workers -----------------------------------------------------------------------------------------------------

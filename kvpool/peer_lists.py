@@ -22,12 +22,18 @@ class PeerLists:
         self._lists: dict[int, Peers] = {}
         self._since_s: dict[int, float] = {}
         """Since when each router speaks to us."""
+        self._numbers: dict[int, int] = {}
+        """Of the last list of each router that speaks to us."""
         self._latest = -1
         self._leaving: dict[_Name, tuple[Source, bool, float]] = {}
         """Whom nobody lists any more: as it was, whether it is a pool node, and until when it counts as there."""
 
     def said(self, router: int, peers: Peers, now_s: float) -> Peers | None:
-        """A router's new list; returns what holds now, None before a router has a group to tell of."""
+        """A router's new list; returns what holds now, None before a router has a group to tell of. One that comes after a later
+        one changes nothing."""
+        if 0 < peers.number <= self.number(router):
+            return self.merged(now_s)
+        self._numbers[router] = peers.number
         if peers.group is None or not peers.slab_bytes:
             return self.merged(now_s)
         before = self.merged(now_s)
@@ -38,9 +44,14 @@ class PeerLists:
             self._notice(before, until_s, now_s)
         return self.merged(now_s)
 
+    def number(self, router: int) -> int:
+        """Of the last list that came from it, 0 if none did since it was lost."""
+        return self._numbers.get(router, 0)
+
     def lost(self, router: int) -> None:
         """A router is gone. What it said last counts no more where another one has said something; alone, it is all we know."""
         self._since_s.pop(router, None)
+        self._numbers.pop(router, None)
         if router in self._lists and len(self._lists) > 1:
             del self._lists[router]
             if self._latest == router:

@@ -175,6 +175,7 @@ class KVService:
             return
         self._closed = True
         self._fetcher.close()
+        self._server.close()
         for transport in self._transports:
             self._unwatch(transport.fileno())
             transport.close()
@@ -251,6 +252,10 @@ class KVService:
     def cancel_fetch(self, fetch_id: bytes, now_s: float) -> None:
         """Ends a fetch with what it has; `on_ended` follows, from inside this call. An unknown id is ignored."""
         self._fetcher.cancel_fetch(fetch_id, now_s)
+
+    def cancel_all(self, now_s: float) -> None:
+        """Ends every fetch with what it has; `on_ended` follows for each, from inside this call."""
+        self._fetcher.cancel_all(now_s)
 
     def tell(self, source: Source, message: ToSource) -> None:
         """Sends a source something that is no fetch, if it takes messages now."""

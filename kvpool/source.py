@@ -177,6 +177,13 @@ class FetchServer:
         if (number := self._keepers.pop(sink_id, None)) is not None:
             self._pool.forget_keeper(number)
 
+    def close(self) -> None:
+        """Nobody is answered any more: what pool nodes said that they keep is forgotten. Leases end by themselves, since somebody
+        may be reading still."""
+        for number in self._keepers.values():
+            self._pool.forget_keeper(number)
+        self._keepers.clear()
+
     def tick(self, now_s: float) -> Answers:
         """Ends leases and parked keys whose time is over."""
         self._pool.expire(now_s)

@@ -103,6 +103,9 @@ class Hello(Struct, tag="hello", tag_field="t"):
     model: Annotated[str, Meta(max_length=256)] = ""
     number: Count = 0
     """Counts this process' hellos to this router, from 1."""
+    former_epochs: Annotated[list[U64], Meta(max_length=64)] = []
+    """Those that this same process had before and has given up, the last ones: whoever knows it by one of them need not wait for
+    proof of its death."""
 
 
 class Welcome(Struct, tag="welcome", tag_field="t"):
@@ -232,6 +235,8 @@ class Heartbeat(Struct, tag="heartbeat", tag_field="t"):
     links: Annotated[list[Link], Meta(max_length=16_384)] = []
     draining: bool = False
     """It takes no more dispatches and will leave: what it has ends there, or is given back with Failed `draining`."""
+    peers: Count = 0
+    """Number of the last list of peers that it has from this router."""
 
 
 class Sampling(Struct, frozen=True):
@@ -401,12 +406,14 @@ class Abort(Struct, tag="abort", tag_field="t"):
 
 
 class Peers(Struct, tag="peers", tag_field="t"):
-    """Router → pool node and worker: who else serves blocks of its group, whole lists, on each change."""
+    """Router → pool node and worker: who else serves blocks of its group, whole lists, on each change, and to whom a heartbeat
+    shows that it has not heard the last one. A router counts its lists from 1; an earlier one that comes late is nothing."""
 
     workers: Annotated[list[Source], Meta(max_length=4096)]
     group: RoutingGroup | None = None
     slab_bytes: Count = 0
     pools: Annotated[list[Source], Meta(max_length=4096)] = []
+    number: Count = 0
 
 
 class Audit(Struct, tag="audit", tag_field="t"):

@@ -6,12 +6,14 @@ and knows nothing of requests or blocks.
     hello ──► Joined ──(heartbeats)──► … ──► Lost      silence for `liveness_s`, a step older than `progress_s`, goodbye,
       │         │                                      a closed connection, or a new epoch of the same name
       │         └─ hello again ──► Changed (its Welcome was late; a pool node has learnt its group), or, from a worker that
-      │                            was welcome already, Lost and Joined: it had lost us and dropped its work
+      │                            was welcome already, Lost and Joined: it had lost us and dropped its work; so from one
+      │                            that names our member's epoch as its own former one
       └──► Rejected                                    protocol version, role, or a name whose other epoch is proven alive
 
 A hello under a name that another epoch holds is not answered at once: refusing would stop a restarted worker whose
 predecessor's death has not been noticed yet. It is repeated every second, and by then the old epoch has either spoken
-(Rejected) or been silent for two heartbeats (Lost, then Joined).
+once more after `liveness_s`, so that it is no late word of one that has died (Rejected), or been silent for two heartbeats
+(Lost, then Joined).
 """
 
 from __future__ import annotations
@@ -70,7 +72,7 @@ class Changed:
 
 Cause = Literal["closed", "left", "silent", "stuck", "replaced", "rejoined"]
 """Why a process is lost: its connection closed, it said goodbye, no heartbeat came, a step does not end, a new process has its
-name, or it came back by itself after it had lost us."""
+name, or it came back by itself after it had lost us or had given its epoch up."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -167,6 +169,8 @@ class Membership:
             old.heard_at_s = now_s
             self._choose_group()
             return [Changed(old, group_changed, endpoints_changed)]
+        elif old is not None and old.epoch in hello.former_epochs:
+            events.append(self._lose(old, now_s, "rejoined", "gave its epoch up, with all it did in it"))
         elif old is not None:
             verdict = self._rival(old, hello, now_s)
             if not isinstance(verdict, Lost):
@@ -187,7 +191,7 @@ class Membership:
             self._rivals[old.name] = (epoch, first_seen_s)
         if now_s - old.heard_at_s > 2 * self._heartbeat_s:
             return self._lose(old, now_s, "replaced", f"replaced by a new process of the name {old.name!r}")
-        if old.heard_at_s > first_seen_s:
+        if old.heard_at_s > first_seen_s + self._liveness_s:
             del self._rivals[old.name]
             return Rejected(f"the name {old.name!r} is taken by a live process (pid {old.hello.pid})")
         return None
@@ -272,12 +276,13 @@ class Membership:
 
     def to_tell(self) -> list[Member]:
         """Who is told of its peers: the served group, and pool nodes that have no group yet."""
-        served = self._served
-        return [
-            m for m in self._members.values() if m.hello.group == served or (m.role == "pool" and not m.hello.group)
-        ]
+        return [member for member in self._members.values() if self.is_told(member)]
 
-    def peers(self) -> Peers:
+    def is_told(self, member: Member) -> bool:
+        """Whether it is one of them."""
+        return member.hello.group == self._served or (member.role == "pool" and not member.hello.group)
+
+    def peers(self, number: int) -> Peers:
         """What they are told: the workers of the served group, and the pool nodes that keep its blocks."""
         workers = [*self.workers("prefill"), *self.workers("decode")]
         pools = [m for m in self._members.values() if m.role == "pool" and m.hello.group == self._served]
@@ -286,4 +291,5 @@ class Membership:
             group=self._served,
             slab_bytes=next((m.hello.capacity.slab_bytes for m in workers if m.hello.capacity.slab_bytes), 0),
             pools=[m.source("HOST") for m in pools if self._served is not None],
+            number=number,
         )

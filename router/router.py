@@ -50,6 +50,7 @@ from protos.control import (
     Heartbeat,
     Hello,
     Owned,
+    Peers,
     Refused,
     Resend,
     RoleReport,
@@ -188,6 +189,7 @@ class RouterCore:
         self._rng = rng
         self._waiting: dict[str, None] = {}
         self._closing: dict[Fence, _Closing] = {}
+        self._peers_number, self._peers_changed_s = 0, 0.0
         self._keepalive_at_s = 0.0
         self.num_left_waiting = 0
         """Requests that ended while they waited for a worker or for room."""
@@ -372,7 +374,7 @@ class RouterCore:
                         self.fleet.regroup(member.name, member.hello.group)
                         self.fleet.serve(self.membership.served_group)
                     if group_changed or member.role == "pool":
-                        actions += self._tell_peers()
+                        actions += self._tell_peers(now_s)
                 case Joined(member=member):
                     actions += self._on_joined(member, now_s)
         return actions
@@ -400,7 +402,7 @@ class RouterCore:
         actions: list[Action] = [
             Send(member.name, member.epoch, self._welcome(member)),
             *self._follow(member, from_seq),
-            *self._tell_peers(),
+            *self._tell_peers(now_s),
         ]
         for request_id in list(self._waiting):
             record = self.journal.get(request_id)
@@ -421,7 +423,7 @@ class RouterCore:
         self.fleet.serve(self.membership.served_group)
         for fence in [fence for fence, closing in self._closing.items() if closing.process == lost.name]:
             del self._closing[fence]
-        actions: list[Action] = [Unsubscribe(lost.name, lost.epoch, lost.reason), *self._tell_peers()]
+        actions: list[Action] = [Unsubscribe(lost.name, lost.epoch, lost.reason), *self._tell_peers(now_s)]
         held = [
             (record, dispatch)
             for record in self.journal
@@ -443,9 +445,21 @@ class RouterCore:
             actions += self._after_failure(record, roles[record.request_id], error, now_s, counted=counted)
         return actions
 
-    def _tell_peers(self) -> list[Action]:
-        peers = self.membership.peers()
+    def _tell_peers(self, now_s: float) -> list[Action]:
+        self._peers_number += 1
+        self._peers_changed_s = now_s
+        peers = self._peers()
         return [Send(member.name, member.epoch, peers) for member in self.membership.to_tell()]
+
+    def _peers(self) -> Peers:
+        return self.membership.peers(self._peers_number)
+
+    def _has_missed_peers(self, member: Member, message: Heartbeat, now_s: float) -> bool:
+        """Whether the last list that it was told never came there, or leaves out that it keeps blocks, because its hello of
+        them was lost: it says so again when it doesn't find itself among its peers."""
+        if now_s - self._peers_changed_s > 2 * self.settings.heartbeat_s and message.peers != self._peers_number:
+            return self.membership.is_told(member)
+        return member.role == "pool" and message.events_seq >= 0 and not member.hello.endpoints.events
 
     def _on_heartbeat(self, message: Heartbeat, now_s: float) -> list[Action]:
         self.membership.heartbeat(message, now_s)
@@ -455,14 +469,8 @@ class RouterCore:
         from_seq = self.index.on_announced(message.process, message.epoch, message.events_seq, now_s)
         actions = self._replay(message.process, from_seq)
         member = self.membership.get(message.process)
-        if (
-            member is not None
-            and member.role == "pool"
-            and message.events_seq >= 0
-            and not member.hello.endpoints.events
-        ):
-            # Its hello of what it holds was lost: it says so again when it doesn't find itself among its peers.
-            actions.append(Send(member.name, member.epoch, self.membership.peers()))
+        if member is not None and self._has_missed_peers(member, message, now_s):
+            actions.append(Send(member.name, member.epoch, self._peers()))
         return [*actions, *self._release(now_s)]
 
     def _replay(self, process: str, from_seq: int | None) -> list[Action]:

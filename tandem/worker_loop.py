@@ -64,6 +64,7 @@ log = logging.getLogger(__name__)
 _IDLE_WAIT_S = 0.05
 """How long the engine thread sleeps at most: deadlines, stops and room that another thread freed are noticed so late."""
 _GOODBYE_LINGER_MS = 200
+_MAX_FORMER_EPOCHS = 64
 _STARTED_WAIT_S = 0.1
 """A step waits at most so long until the word that it begins has been sent: some 0.1 ms when the transfer thread is idle."""
 
@@ -218,7 +219,11 @@ class EngineThread:
 
 class TransferThread:
     """Sockets, copies, checksums, heartbeats. Everything it owns is touched by its thread alone, but for `take_output`,
-    `leave`, `stop` and `error`."""
+    `leave`, `stop` and `error`.
+
+    Between `open` and its end it is one incarnation after the other, each with an epoch, a service and a link of its own
+    (docs/decisions/0026). What the engine says for a former one is not sent.
+    """
 
     def __init__(
         self,
@@ -229,9 +234,17 @@ class TransferThread:
         name: str,
         model: str,
         epoch: bytes,
+        new_epoch: Callable[[], bytes] = lambda: secrets.token_bytes(8),
     ) -> None:
         self._config = config
         self._parts = parts
+        self._new_epoch = new_epoch
+        self._former_epochs: list[bytes] = []
+        self._is_fenced = False
+        """The engine still has work of a former incarnation."""
+        self._polled: list[zmq.Socket[bytes]] = []
+        self._lost_all = False
+        """There was a router, and there is none left."""
         self._engine = engine
         self._role: Literal["prefill", "decode"] = role
         self._name = name
@@ -303,8 +316,9 @@ class TransferThread:
         try:
             self.open(
                 context,
-                make_transports(transfer, self._parts.arena, self._epoch, machine_id=machine, native=native),
+                lambda epoch: make_transports(transfer, self._parts.arena, epoch, machine_id=machine, native=native),
                 machine,
+                zmq.Poller(),
             )
             try:
                 self._poll_until_stopped()
@@ -312,14 +326,27 @@ class TransferThread:
                 if self._says_goodbye:
                     self._link.send_all(Goodbye(self._name, self._epoch))
             finally:
-                self._link.close(_GOODBYE_LINGER_MS)
-                self._service.close()
+                self._close_incarnation()
         finally:
             context.term()
 
-    def open(self, context: zmq.Context[zmq.Socket[bytes]], transports: Sequence[Transport], machine: str) -> None:
-        """Listens, and begins to dial the routers. Closes what it opened if it raises."""
-        transfer = self._config.transfer
+    def open(
+        self,
+        context: zmq.Context[zmq.Socket[bytes]],
+        transports_of: Callable[[bytes], Sequence[Transport]],
+        machine: str,
+        poller: zmq.Poller,
+    ) -> None:
+        """Listens, and begins to dial the routers. `transports_of` makes those of an epoch, which end with it; `poller` is what
+        learns of all that can become `ready`. Closes what it opened if it raises."""
+        self._context = context
+        self._transports_of = transports_of
+        self._machine = machine
+        self._poller = poller
+        self._open_incarnation()
+
+    def _open_incarnation(self) -> None:
+        context, machine, transfer = self._context, self._machine, self._config.transfer
         self._service = KVService(
             context=context,
             pool=self._parts.pool,
@@ -328,7 +355,7 @@ class TransferThread:
             epoch=self._epoch,
             bind_host=transfer.host,
             advertised_host=transfer.advertised_host,
-            transports=transports,
+            transports=self._transports_of(self._epoch),
             machine_id=machine,
             lease_s=transfer.lease_s,
             grace_s=transfer.grace_s,
@@ -351,23 +378,62 @@ class TransferThread:
         except BaseException:
             self._service.close()
             raise
+        self._polled = self._link.sockets()
+        for socket in self._polled:
+            self._poller.register(socket, zmq.POLLIN)
+        self._service.register(self._poller)
+
+    def _close_incarnation(self) -> None:
+        for socket in self._polled:
+            self._poller.unregister(socket)
+        self._polled = []
+        self._link.close(_GOODBYE_LINGER_MS)
+        self._service.close()
+
+    def _fence(self, why: str) -> None:
+        """Becomes another incarnation. What routers dispatched to the former one is theirs to dispatch again; the blocks stay and
+        are announced anew. Nobody is told of the new one before the engine has dropped the work of the former."""
+        log.warning("%s: going on as a new incarnation", why)
+        self._former_epochs = [*self._former_epochs, self._epoch][-_MAX_FORMER_EPOCHS:]
+        self._lost_all, self._is_fenced = False, True
+        epoch = self._new_epoch()
+        self._engine.post(lambda: self._fence_engine(epoch))
+        self._service.cancel_all(now_s())
+        self._link.send_all(Goodbye(self._name, self._epoch))
+        self._close_incarnation()
+        self._epoch = epoch
+        self._unacknowledged = Unacknowledged()
+        self._peer_lists = PeerLists()
+        self._open_incarnation()
+
+    def _fence_engine(self, epoch: bytes) -> None:
+        """On the engine thread."""
+        engine = self._parts.engine
+        engine.fence(epoch)
+        self._outputs.put(engine.take_output())
+        self._outputs.put(lambda: self._on_engine_fenced(epoch))
+        self.wake()
+
+    def _on_engine_fenced(self, epoch: bytes) -> None:
+        """What the engine says from now on is this incarnation's."""
+        if epoch == self._epoch:
+            self._is_fenced = False
 
     def _poll_until_stopped(self) -> None:
-        poller = zmq.Poller()
-        poller.register(self._wake_fd, zmq.POLLIN)
-        for socket in self._link.sockets():
-            poller.register(socket, zmq.POLLIN)
+        self._poller.register(self._wake_fd, zmq.POLLIN)
         due_s = 0.0
         while not self._stopping:
-            self._service.register(poller)
             timeout_ms = max(0, int((due_s - now_s()) * 1000) + 1)
-            ready = dict(poller.poll(min(timeout_ms, 1000)))
+            ready = dict(self._poller.poll(min(timeout_ms, 1000)))
             if ready.pop(self._wake_fd, 0):
                 os.eventfd_read(self._wake_fd)
             due_s = self.turn(ready)
 
     def turn(self, ready: dict[Any, int]) -> float:
         """Takes in what is `ready`, says and does what the engine wants said and done; when to call again at the latest."""
+        if silent_s := self._link.silent_s(now_s()):
+            self._fence(f"no router has heard of this process for {silent_s:.1f} s, in which it did not run")
+            return now_s()
         for socket in self._link.sockets():
             if ready.pop(socket, 0):
                 self._link.handle(socket, now_s())
@@ -379,7 +445,13 @@ class TransferThread:
             self._link.heartbeat_now()
         if (gone_s := self._peer_lists.due_s()) is not None and gone_s <= now:
             self._take_peers(self._peer_lists.merged(now), now)
-        return min(self._service.tick(now), self._link.tick(now), self._resend(now))
+        due_s = min(self._service.tick(now), self._resend(now))
+        if not self._is_fenced:
+            due_s = min(due_s, self._link.tick(now))
+        if self._lost_all:
+            self._fence("every router is lost")
+            return now_s()
+        return due_s
 
     def _send_outputs(self) -> None:
         while True:
@@ -403,7 +475,7 @@ class TransferThread:
                 )  # who waited for what is there gets it, before the rest is missed
             for owner in output.withdrawals:
                 self._service.withdraw(owner, now)
-            for router, reply in output.replies:
+            for router, reply in output.replies if not self._is_fenced else ():
                 match reply:
                     case Tokens():
                         self._unacknowledged.add(router, reply, now)
@@ -479,6 +551,7 @@ class TransferThread:
         self._peer_lists.lost(router)
         self._unacknowledged.drop_router(router)
         self._engine.post(lambda: self._parts.engine.on_router_lost(router))
+        self._lost_all = not self._link.welcomed
 
     def _on_refused(self, reason: str) -> None:
         raise ConfigError(f"the router refused {self._name}: {reason}")
@@ -511,6 +584,7 @@ class TransferThread:
             ),
             group=self._parts.group,
             model=self._model,
+            former_epochs=self._former_epochs,
         )
 
     def _heartbeat(self, router: int) -> Heartbeat:
@@ -532,4 +606,5 @@ class TransferThread:
             counters=self._service.add_counters(self._engine.counters),
             links=self._service.links(),
             draining=self._leaving,
+            peers=self._peer_lists.number(router),
         )

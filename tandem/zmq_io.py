@@ -76,6 +76,8 @@ class _Router:
     heard_s: float = 0.0
     next_hello_s: float = 0.0
     next_heartbeat_s: float = 0.0
+    heartbeat_s: float = 0.0
+    """When the last heartbeat was sent, or the welcome came."""
     num_hellos: int = 0
     """Since the last welcome."""
     hello_number: int = 0
@@ -129,6 +131,16 @@ class RouterLink:
         """Whether some router knows this process."""
         return any(router.welcome for router in self._routers)
 
+    def silent_s(self, now_s: float) -> float:
+        """For how long a router has had no heartbeat of this process, if so long that it takes it for dead; else 0. Then this
+        process did not run: to be asked before the next `handle` or `tick`."""
+        overdue = [
+            now_s - router.heartbeat_s
+            for router in self._routers
+            if router.welcome is not None and now_s - router.heartbeat_s > router.welcome.liveness_s
+        ]
+        return max(overdue, default=0.0)
+
     def handle(self, socket: zmq.Socket[bytes], now_s: float) -> None:
         """Takes in what waits on `socket`, up to `MESSAGES_PER_HANDLE`: a flood must not starve heartbeats."""
         number = next(i for i, router in enumerate(self._routers) if router.socket is socket)
@@ -155,7 +167,7 @@ class RouterLink:
                         continue
                     if router.welcome is None:
                         log.info("joined %s at %s", message.router, router.endpoint)
-                        router.next_heartbeat_s = now_s
+                        router.next_heartbeat_s = router.heartbeat_s = now_s
                     router.welcome = message
                     router.num_hellos = 0
                 case Refused(reason=reason):
@@ -173,7 +185,8 @@ class RouterLink:
             if welcome is not None and now_s - router.heard_s > welcome.liveness_s:
                 log.warning("router %s has been silent for %.1f s", router.endpoint, now_s - router.heard_s)
                 self._lose(number, now_s)
-                welcome = None
+                due = now_s  # then a hello, unless the owner has closed this link for a new one
+                continue
             if welcome is None:
                 if now_s >= router.next_hello_s:
                     router.num_hellos += 1
@@ -185,6 +198,7 @@ class RouterLink:
             else:
                 if now_s >= router.next_heartbeat_s:
                     self._send(router, self._make_heartbeat(number))
+                    router.heartbeat_s = now_s
                     router.next_heartbeat_s = now_s + welcome.heartbeat_s
                 due = min(due, router.next_heartbeat_s)
         return due

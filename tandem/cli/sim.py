@@ -102,7 +102,8 @@ def trace(
 def faults(
     seeds: Annotated[int, typer.Option(min=1, max=10_000_000, help="So many runs, each with a seed of its own.")] = 100,
     first_seed: Annotated[int, typer.Option(min=0)] = 1,
-    requests: Annotated[int, typer.Option(min=1, max=1_000_000, help="Of each run; a fault comes every 50.")] = 300,
+    requests: Annotated[int, typer.Option(min=1, max=1_000_000, help="Of each run.")] = 300,
+    requests_per_fault: Annotated[int, typer.Option(min=0, help="A fault every so many; 0: no faults.")] = 50,
     story: Annotated[bool, typer.Option("--story", help="Tell what happened in each run, also when all held.")] = False,
     as_json: JsonOption = False,
 ) -> None:
@@ -115,9 +116,11 @@ def faults(
     """
     from tandem.sim.faults.report import Summary, command_of, line_of
     from tandem.sim.faults.run import run_seeds
+    from tandem.sim.faults.shape import Shape
 
+    shape = Shape(requests_per_fault=requests_per_fault)
     summary = Summary()
-    for result in run_seeds(first_seed, seeds, requests, tell=story):
+    for result in run_seeds(first_seed, seeds, requests, shape, tell=story):
         summary.add(result)
         if as_json:
             print_json(line_of(result))
@@ -125,7 +128,7 @@ def faults(
             stdout.print("\n".join(result.story), highlight=False, markup=False, soft_wrap=True)
         if result.violation:
             stderr.print(f"seed {result.seed}: {result.violation}", style="bold red", markup=False, soft_wrap=True)
-            stderr.print(f"again: {command_of(result, requests)}", markup=False, soft_wrap=True)
+            stderr.print(f"again: {command_of(result, requests, requests_per_fault)}", markup=False, soft_wrap=True)
         if summary.num_seeds % PROGRESS_SEEDS == 0 and summary.num_seeds < seeds:
             _say(summary.line())
     if as_json:

@@ -25,7 +25,7 @@ class BlockTables:
         self._pool = pool
         self._memory = memory
         self._block_size = block_size
-        self._writer = writer
+        self.writer = writer
 
     # --- blocks become findable --------------------------------------------------------------------------------------
 
@@ -41,7 +41,7 @@ class BlockTables:
                 chain.keys[i],
                 chain.parent_of(i),
                 self._memory.checksum(block),
-                writer=self._writer,
+                writer=self.writer,
                 owner=owner_of(chain.root),
             )
             sequence.num_published_blocks = i + 1
@@ -72,7 +72,7 @@ class BlockTables:
                 num_tail_tokens,
                 self._memory.checksum(block),
                 announce=False,
-                writer=self._writer,
+                writer=self.writer,
                 owner=owner_of(chain.root),
             ):
                 # Another job holds the same prompt: this one holds its block too, or it would go with that job.

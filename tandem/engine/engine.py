@@ -148,6 +148,12 @@ class Engine:
         """Drops everything that this router dispatched."""
         self._jobs.drop_router(router)
 
+    def fence(self, writer: bytes) -> None:
+        """This process is another incarnation from now on, `writer`: drops every dispatch. The blocks stay."""
+        for router in list(self._jobs.num_dispatches):
+            self._jobs.drop_router(router)
+        self._tables.writer = writer
+
     def leave(self) -> None:
         """Refuses dispatches from now on, with `Failed` `draining`; those that are known go on."""
         self._jobs.leaving = True

@@ -120,19 +120,22 @@ def load_of(
     requests: Sequence[TraceRequest], rate: float, workers: int, seed: int, most: int | None = None
 ) -> list[Job]:
     """For a cluster of so many workers; only the first `most` that come, if given."""
-    return jobs_of(requests, rate, max(1, workers // COPY_WORKERS), seed)[:most]
+    return jobs_of(requests, rate, max(1, workers // COPY_WORKERS), seed, most)
 
 
-def capacity_rate(requests: Sequence[TraceRequest], preset: Preset, workers: int, seed: int, say: Say) -> float:
-    """Requests a second at which least loaded serves 90 % as promised; within 2 %. Raises ConfigError if there is none."""
+def capacity_rate(
+    requests: Sequence[TraceRequest], preset: Preset, workers: int, seed: int, say: Say, most: int | None = None
+) -> float:
+    """Requests a second at which least loaded serves 90 % as promised, of the first `most` if given; within 2 %. Raises
+    ConfigError if there is none."""
     contender = contenders(["least-loaded"])[0]
 
     def goodput(rate: float) -> float:
-        jobs = load_of(requests, rate, workers, seed)
+        jobs = load_of(requests, rate, workers, seed, most)
         return float(outcome(contender, preset, workers, jobs, seed, say).within.mean())
 
     if workers > COPY_WORKERS:  # about as much a worker as a small cluster, which is soon searched
-        small = capacity_rate(requests, preset, COPY_WORKERS, seed, say)
+        small = capacity_rate(requests, preset, COPY_WORKERS, seed, say, most)
         low, step = small * workers / COPY_WORKERS, 1.15
     else:
         low, step = 0.32 * workers, 2.0
@@ -197,7 +200,7 @@ def compare(
     requests, if given."""
     asked: list[tuple[float, float | None]] = [(rate, None) for rate in rates]
     if loads:
-        full = capacity_rate(requests, preset, workers, seed, say)
+        full = capacity_rate(requests, preset, workers, seed, say, most)
         asked += [(load * full, load) for load in loads]
     for rate, load in asked:
         jobs = load_of(requests, rate, workers, seed, most)

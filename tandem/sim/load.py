@@ -11,6 +11,7 @@ import hashlib
 from collections import Counter
 from collections.abc import Sequence
 from itertools import pairwise
+from operator import itemgetter
 from random import Random
 
 from kvpool.keys import Key
@@ -21,26 +22,33 @@ SHARED_PART = 0.1
 """A block that so many of all requests have is everybody's."""
 
 
-def jobs_of(requests: Sequence[TraceRequest], per_s: float, copies: int = 1, seed: int = 1) -> list[Job]:
-    """Jobs in the order of their arrival, `per_s` a second on average."""
+def jobs_of(
+    requests: Sequence[TraceRequest], per_s: float, copies: int = 1, seed: int = 1, most: int | None = None
+) -> list[Job]:
+    """Jobs in the order of their arrival, `per_s` a second on average; only the first `most`, if given."""
     counts = Counter(block for request in requests for block in set(request.hash_ids))
     shared = {block for block, count in counts.items() if count >= SHARED_PART * len(requests)}
     long_s = max(requests[-1].arrival_s, 1e-3)
     faster = per_s * long_s / (copies * len(requests))
     rng = Random(seed)
     arrivals_s, step_s = _spread(requests, rng)
-    names = {block: hashlib.blake2b(str(block).encode(), digest_size=16).digest() for block in counts}
-    jobs: list[Job] = []
+    arrivals: list[tuple[float, int, TraceRequest]] = []
     for copy in range(copies):
         shift_s = rng.random() * long_s if copy else 0.0
-        own = copy.to_bytes(2, "big")
-        of_copy: dict[int, Key] = {block: name if block in shared else name[:14] + own for block, name in names.items()}
         for request, came_s in zip(requests, arrivals_s, strict=True):
-            num_full = request.input_length // BLOCK_TOKENS
-            keys = tuple(of_copy[block] for block in request.hash_ids[:num_full])
-            arrival_s = (came_s + shift_s) % (long_s + step_s + 1e-3) / faster
-            jobs.append(Job(arrival_s, request.input_length, max(1, request.output_length), keys, 0))
-    jobs.sort(key=lambda job: job.arrival_s)
+            arrivals.append(((came_s + shift_s) % (long_s + step_s + 1e-3) / faster, copy, request))
+    arrivals.sort(key=itemgetter(0))
+    names = {block: hashlib.blake2b(str(block).encode(), digest_size=16).digest() for block in counts}
+    named: list[dict[int, Key]] = [{block: names[block] for block in shared} for _ in range(copies)]
+    jobs: list[Job] = []
+    for arrival_s, copy, request in arrivals[:most]:
+        keys, own = named[copy], copy.to_bytes(2, "big")
+        blocks = request.hash_ids[: request.input_length // BLOCK_TOKENS]
+        for block in blocks:
+            if block not in keys:
+                keys[block] = names[block][:14] + own
+        chain = tuple([keys[block] for block in blocks])
+        jobs.append(Job(arrival_s, request.input_length, max(1, request.output_length), chain, 0))
     return _counted(jobs)
 
 

@@ -1,4 +1,4 @@
-"""`tandem sim trace` as a user meets it: a table for people, lines for programs, one sentence for what is wrong."""
+"""`tandem sim` as a user meets it: a table for people, lines for programs, one sentence for what is wrong."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from kvpool.block_pool import BlockPool
 from tandem.cli.main import main
 
 COMMAND = [sys.executable, "-m", "tandem.cli", "sim", "trace"]
@@ -179,3 +180,36 @@ def test_one_worker_is_no_cluster(file: Path) -> None:
     done = sim(file, "--workers", 1)
     assert done.returncode != 0
     assert "--workers" in done.stderr
+
+
+def test_seeds_that_hold_are_a_line_each_and_exit_with_0(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code, out, _ = run_faults(monkeypatch, capsys, "--seeds", "2", "--requests", "20", "--json")
+    first, second, total = map(json.loads, out.splitlines())
+    assert code == 0
+    assert (first["seed"], second["seed"], first["ok"], first["requests"]) == (1, 2, True, 20)
+    assert (total["seeds"], total["ok"], total["requests"]) == (2, True, 40)
+
+
+def test_a_seed_that_fails_is_told_with_the_command_that_repeats_it(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def broken(self: BlockPool) -> None:
+        raise AssertionError("a block is in no class")
+
+    monkeypatch.setattr(BlockPool, "check", broken)
+    code, out, err = run_faults(monkeypatch, capsys, "--seeds", "1", "--first-seed", "5", "--requests", "20")
+    assert code == 1
+    assert "VIOLATION" in out
+    assert "tandem sim faults --seeds 1 --first-seed 5 --requests 20" in err
+
+
+def run_faults(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *arguments: str
+) -> tuple[int, str, str]:
+    monkeypatch.setattr(sys, "argv", ["tandem", "sim", "faults", *arguments])
+    with pytest.raises(SystemExit) as exit_info:
+        main()
+    captured = capsys.readouterr()
+    return int(exit_info.value.code or 0), captured.out, captured.err

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import msgspec
+
 from kvpool.peer_lists import GRACE_S, PeerLists
 from protos.control import Endpoints, Peers, RoutingGroup, Source
 
@@ -84,3 +86,16 @@ def test_routers_of_another_group_are_not_mixed_in() -> None:
     assert found is not None
     assert found.group == OTHER
     assert names(lists.said(0, peers("a", "c"), 10.0)) == ["a", "c"]
+
+
+def test_a_list_that_comes_after_a_later_one_changes_nothing_until_its_router_is_another() -> None:
+    lists = PeerLists()
+    told = msgspec.structs.replace
+    lists.said(0, told(peers("a", "b"), number=2), 100.0)
+    assert names(lists.said(0, told(peers("a"), number=1), 200.0)) == ["a", "b"]
+    assert names(lists.said(0, told(peers(), number=2), 200.0)) == ["a", "b"]
+    assert names(lists.said(1, told(peers("c"), number=1), 200.0)) == ["a", "b", "c"]
+    assert (lists.number(0), lists.number(1)) == (2, 1)
+    lists.lost(0)
+    assert lists.number(0) == 0
+    assert "d" in names(lists.said(0, told(peers("d"), number=1), 300.0))

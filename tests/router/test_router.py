@@ -479,6 +479,16 @@ def test_a_pool_node_whose_hello_of_what_it_holds_was_lost_is_told_that_it_is_mi
     assert not sent(bench.say("pool-0", msgspec.structs.replace(heartbeat, events_seq=1)), Peers)
 
 
+def test_who_has_not_heard_the_last_list_of_peers_is_told_it_once_there_was_time_to_hear_it() -> None:
+    bench = Bench(("d0", "decode"))
+    (_, last), *_ = sent(bench.join("d1", "decode"), Peers)
+    heartbeat = Heartbeat("d0", EPOCH, 0, 0.0, -1, Load(), Counters(), peers=last.number - 1)
+    assert not sent(bench.say("d0", heartbeat), Peers), "it may be on its way"
+    bench.now_s += 1.0
+    assert sent(bench.say("d0", heartbeat), Peers) == [("d0", last)]
+    assert not sent(bench.say("d0", msgspec.structs.replace(heartbeat, peers=last.number)), Peers)
+
+
 def test_members_hear_a_welcome_each_heartbeat_and_strangers_nothing() -> None:
     bench = cluster()
     names = [name for name, _ in sent(bench.pass_time(1.0, "p0", "d0"), Welcome)]

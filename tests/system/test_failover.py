@@ -18,6 +18,7 @@ pytestmark = pytest.mark.timeout(400)
 NUM_STREAMS = 8
 NUM_TOKENS = 120
 DRAIN_S = 1.5
+LIVENESS_S = 2.0
 WORKERS = ("prefill-0", "prefill-1", "decode-0", "decode-1")
 SAMPLING: dict[str, Any] = {"max_tokens": NUM_TOKENS, "ignore_eos": True, "temperature": 0.8, "seed": 3}
 
@@ -81,6 +82,11 @@ def computing(cluster: RunningCluster, streams: list[Watched], sampling: dict[st
     return found
 
 
+def names(cluster: RunningCluster) -> set[str]:
+    """Of the processes that the router knows."""
+    return {process.name for process in cluster.client.cluster().processes}
+
+
 def leave(cluster: RunningCluster, name: str, deadline_s: float) -> float:
     """Tells a process to end, which it does well and in time; how long it took."""
     began_s = time.monotonic()
@@ -124,6 +130,45 @@ def test_a_prefill_worker_that_is_told_to_end_loses_no_prompt(cluster: RunningCl
     has_failed_none(cluster)
     assert [cluster.generate(stream.prompt, **sampling).tokens[0] for stream in streams] == tokens
     back(cluster, busy)
+
+
+def test_a_decode_worker_that_freezes_is_fenced_and_comes_back_as_another_with_its_blocks(
+    cluster: RunningCluster, prompts: list[list[int]], truth: list[list[int]]
+) -> None:
+    long = prompt_of(320)
+    answer = cluster.generate(long, **SAMPLING | {"max_tokens": 2})
+    computed = answer.run("decode").process
+    epoch = cluster.status(computed).epoch
+    streams = started(cluster, prompts)
+    wait_until(lambda: cluster.status(computed).num_running, 10.0, f"{computed} generates")
+    cluster.kill(computed, signal.SIGSTOP)
+    frozen_s = time.monotonic()
+    try:
+        assert [stream.result() for stream in streams] == truth
+        moved = [stream for stream in streams if stream.processes("decode")[0] == computed]
+        assert moved
+        wait_until(lambda: computed not in names(cluster), 10.0, f"{computed} is lost")
+        wait_until(lambda: time.monotonic() > frozen_s + 2 * LIVENESS_S, 60.0, "it is frozen for long enough")
+    finally:
+        cluster.kill(computed, signal.SIGCONT)
+    wait_until(lambda: computed in names(cluster), 10.0, f"{computed} is back")
+    assert cluster.status(computed).epoch != epoch
+    assert cluster.status(computed).pid == cluster.processes[computed].pid
+    wait_until(lambda: cluster.status(computed).indexed_blocks >= 20, 10.0, "its blocks are known again")
+    has_failed_none(cluster)
+    assert cluster.status(computed).num_running == 0
+
+    other = next(name for name in ("decode-0", "decode-1") if name != computed)
+    leave(cluster, "pool-0", 40.0)
+    leave(cluster, other, DRAIN_S + 10.0)
+    for name in ("prefill-0", "prefill-1"):
+        leave(cluster, name, DRAIN_S + 10.0)
+    again = cluster.generate(long, **SAMPLING | {"max_tokens": 2})
+    assert again.tokens == answer.tokens
+    assert again.run("decode").process == computed
+    assert again.run("decode").local_hit_tokens >= 304, "what it computed as its former self"
+    back(cluster, "pool-0", other, "prefill-0", "prefill-1")
+    has_failed_none(cluster)
 
 
 def test_every_worker_and_pool_node_is_replaced_under_load_and_no_request_fails(

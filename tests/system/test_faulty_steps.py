@@ -1,4 +1,4 @@
-"""Steps that end their process: workers of which the test replaced the computation."""
+"""Steps that end their process, and steps that don't end: workers of which the test replaced the computation."""
 
 from __future__ import annotations
 
@@ -12,8 +12,10 @@ from tandem.errors import Quarantined
 from tests.system.harness import RunningCluster, wait_until
 from tests.system.quick_worker import Fault
 
-KILLS = 40_001
-"""A token that no other prompt has."""
+KILLS, LONG, ENDLESS = 40_001, 40_002, 40_003
+"""Tokens that no other prompt has."""
+LIVENESS_S = 1.5
+PROGRESS_S = 4.0
 WORKERS = ("decode-0", "decode-1", "decode-2")
 
 
@@ -28,10 +30,13 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningCluster
     folder = tmp_path_factory.mktemp("faulty")
     faults = [
         Fault(KILLS),
+        Fault(LONG, sleep_s=LIVENESS_S + 1.0, once=str(folder / "long")),
+        Fault(ENDLESS, sleep_s=PROGRESS_S + LIVENESS_S + 2.0, once=str(folder / "endless")),
     ]
     running = RunningCluster(
         folder,
         {
+            "router": {"liveness_s": LIVENESS_S, "progress_s": PROGRESS_S},
             "decode": {"arena_bytes": 128 * 2**20},
         },
         faults,
@@ -41,6 +46,39 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningCluster
     finally:
         codes = running.stop()
     assert sorted(codes.values()) == [-9, -9, 0, 0], f"{codes}\n{running.logs()}"
+
+
+def test_a_step_longer_than_the_liveness_deadline_is_no_death(cluster: RunningCluster) -> None:
+    epochs = {name: cluster.status(name).epoch for name in WORKERS}
+    answer = cluster.generate(prompt_of(40, LONG), max_tokens=4, ignore_eos=True)
+    assert answer.completed is not None
+    assert answer.completed.ttft_s > LIVENESS_S + 1.0, "it did take so long"
+    assert [run.attempt for run in answer.completed.runs] == [0]
+    assert {name: cluster.status(name).epoch for name in WORKERS} == epochs
+
+
+def test_a_step_longer_than_the_progress_deadline_is_a_death_and_its_worker_comes_back_as_another(
+    cluster: RunningCluster,
+) -> None:
+    epochs = {name: cluster.status(name).epoch for name in WORKERS}
+    prompt = prompt_of(40, ENDLESS)
+    began_s = time.monotonic()
+    answer = cluster.generate(prompt, max_tokens=8, ignore_eos=True)
+    took_s = time.monotonic() - began_s
+    assert PROGRESS_S < took_s < PROGRESS_S + 1.5, "the deadline, its notice, and the computation elsewhere"
+    (run,) = answer.completed.runs if answer.completed is not None else ()
+    assert run.attempt == 1
+    (stuck,) = {
+        name for name in WORKERS if name not in {process.name for process in cluster.client.cluster().processes}
+    }
+    assert stuck != run.process
+
+    wait_until(
+        lambda: stuck in {process.name for process in cluster.client.cluster().processes}, 20.0, f"{stuck} is back"
+    )
+    assert cluster.status(stuck).epoch != epochs[stuck]
+    assert cluster.generate(prompt, max_tokens=8, ignore_eos=True).tokens == answer.tokens
+    wait_until(lambda: cluster.client.audit().ok, 10.0, f"{cluster.client.audit()}")
 
 
 def test_a_prompt_that_kills_two_workers_is_refused_and_the_others_go_on(cluster: RunningCluster) -> None:

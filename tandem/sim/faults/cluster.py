@@ -107,7 +107,7 @@ class Cluster:
             self.nodes[name] = self._worker("prefill" if role == "prefill" else "decode", name, machine, offset_s)
 
     def _worker(self, role: Literal["prefill", "decode"], name: str, machine: str, offset_s: float) -> WorkerNode:
-        worker = WorkerNode(
+        return WorkerNode(
             self.world,
             self.network,
             self.memories,
@@ -118,9 +118,8 @@ class Cluster:
             machine=machine,
             offset_s=offset_s,
             transports=("shm", self.remote),
+            serves=self.reads.serves,
         )
-        self.reads.serves(worker.transfer.service.endpoints.fetch, worker.transports[0].ours)
-        return worker
 
     def kill(self, node: Process, *, unreachable: bool) -> None:
         """It is gone at once. Unreachable: its machine is too, and nobody's connections are closed."""

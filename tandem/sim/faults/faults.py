@@ -48,7 +48,7 @@ class Faults:
             "slow lines": (2, self._slow_lines),
             "slow worker": (1, self._slow_worker),
             "damaged bytes": (2, self._damage),
-            "clock jump": (2, self._jump),
+            "clock jump": (3, self._jump),
             "endless step": (1, self._stick),
         }
 
@@ -270,10 +270,11 @@ class Faults:
         return f"{worker.name}, for {seconds:.2f} s"
 
     def _jump(self) -> str | None:
-        node = self._one([*self._cluster.routers, *self._served])
+        node = self._one(self._rng.choice((self._cluster.workers, [*self._cluster.routers, *self._served])))
         if node is None:
             return None
-        seconds = self._rng.choice((0.3, 3.0, 8.0)) * self._rng.random()
+        # Within what is tolerated, or so far that all others seem to be silent.
+        seconds = self._rng.choice((self._rng.uniform(0.0, 1.0), self._rng.uniform(2.1, 9.0)))
         node.jump(seconds)
         return f"{node.name} is {seconds:.2f} s ahead of before"
 

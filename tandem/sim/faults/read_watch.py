@@ -14,7 +14,7 @@ from protos import control
 from protos.control import Cancel, Done, Ready
 from tandem.sim.faults.network import Frames, Socket
 from tandem.sim.faults.transport import Memory, Read
-from tandem.sim.faults.world import Process, Violation
+from tandem.sim.faults.world import Violation
 from tandem.zmq_io import identity
 
 GrantName = tuple[bytes, bytes, int]
@@ -42,15 +42,16 @@ class ReadWatch:
     def __init__(self) -> None:
         self._sources: dict[str, Memory] = {}
         """By the endpoint that serves fetches."""
-        self._readers: dict[bytes, Process] = {}
+        self._readers: dict[bytes, Memory] = {}
         self._grants: dict[str, dict[GrantName, Grant]] = {}
-        self._running: dict[Read, None] = {}
+        self._running: dict[Read, dict[int, list[Grant]]] = {}
+        """The grants under which each location is being read."""
         self.num_grants = 0
         self.num_reads = 0
 
     def serves(self, endpoint: str, memory: Memory) -> None:
-        """A process serves its memory at this endpoint."""
-        self._readers[identity(memory.process.name, memory.process.epoch)] = memory.process
+        """An incarnation of a process serves its memory at this endpoint."""
+        self._readers[identity(memory.process.name, memory.epoch)] = memory
         self._sources[endpoint] = memory
         self._grants[endpoint] = {}
 
@@ -75,9 +76,9 @@ class ReadWatch:
             return
         said = control.decode_to_source(frames[-1])
         if isinstance(said, Done | Cancel):
-            for name, grant in self._of(grants, socket.identity, said):
+            for _, grant in self._of(grants, socket.identity, said):
                 grant.given_back = True
-                self._check_not_read(socket, name, grant)
+                self._check_not_read(socket, grant)
 
     def taken(self, socket: Socket, frames: Frames) -> None:
         """A message is taken in."""
@@ -100,18 +101,16 @@ class ReadWatch:
 
     def began(self, read: Read) -> None:
         self.num_reads += 1
-        self._running[read] = None
+        under = self._running[read] = {location: self._covering(read, location) for location in read.locations}
         if not read.channel.theirs.process.alive:
             return  # nothing will come of it
-        for location in read.locations:
-            covering = self._covering(read, location)
+        for covering in under.values():
             if not any(self._stands(grant) or grant.offset_s != grant.source.process.offset_s for grant in covering):
-                raise Violation(f"{_reader(read)} reads block {location} of {_source(read)} without a lease")
+                raise Violation(f"{_reader(read)} reads from {_source(read)} without a lease")
 
     def ended(self, read: Read) -> None:
-        del self._running[read]
-        for location in read.locations:
-            for grant in self._covering(read, location):
+        for location, covering in self._running.pop(read).items():
+            for grant in covering:
                 if self._stands(grant) and grant.source.process.alive:
                     self._check_held(grant, location, f"while {_reader(read)} read it")
 
@@ -140,7 +139,7 @@ class ReadWatch:
     def _check_source(self, source: Memory, grants: dict[GrantName, Grant]) -> None:
         locations: set[int] = set()
         for name, grant in grants.items():
-            if self._stands(grant) and self._readers[name[0]].alive:
+            if self._stands(grant) and not self._readers[name[0]].is_gone:
                 locations.update(grant.keys)
                 for location in grant.keys:
                     self._check_held(grant, location, "under a lease")
@@ -171,18 +170,16 @@ class ReadWatch:
             if name[0] == sink and location in grant.keys and not grant.given_back
         ]
 
-    def _check_not_read(self, socket: Socket, name: GrantName, grant: Grant) -> None:
-        for read in self._running:
-            if read.channel.theirs is not grant.source or _identity(read) != name[0]:
-                continue
-            for location in read.locations:
-                if location in grant.keys and not self._covering(read, location):
+    def _check_not_read(self, socket: Socket, grant: Grant) -> None:
+        for under in self._running.values():
+            for location, covering in under.items():
+                if grant in covering and all(other.given_back for other in covering):
                     raise Violation(f"{socket.process.name} says that it is done with block {location}, and reads it")
 
 
 def _identity(read: Read) -> bytes:
-    process = read.channel.transport.ours.process
-    return identity(process.name, process.epoch)
+    ours = read.channel.transport.ours
+    return identity(ours.process.name, ours.epoch)
 
 
 def _reader(read: Read) -> str:

@@ -13,9 +13,12 @@ from tandem.sim.faults.run import Result
 JsonLine = dict[str, str | int | float | bool | dict[str, int]]
 
 
-def command_of(result: Result, num_requests: int) -> str:
+def command_of(result: Result, num_requests: int, requests_per_fault: int) -> str:
     """What repeats this run."""
-    return f"tandem sim faults --seeds 1 --first-seed {result.seed} --requests {num_requests} --story"
+    return (
+        f"tandem sim faults --seeds 1 --first-seed {result.seed} --requests {num_requests} "
+        f"--requests-per-fault {requests_per_fault} --story"
+    )
 
 
 def line_of(result: Result) -> JsonLine:

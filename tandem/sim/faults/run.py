@@ -26,8 +26,6 @@ WARM_UP_S = 2.0
 """Before the first request."""
 CHECK_S = 1.0
 REST_CHECK_S = 0.5
-REST_S = 150.0
-"""Everything comes to rest in so long after all is well: longer than any deadline."""
 
 
 @dataclass(slots=True)
@@ -115,8 +113,8 @@ def _run(world: World, cluster: Cluster, clients: Clients, faults: Faults, num_r
         left = list(unrest(cluster, clients))
         if not left:
             break
-        if world.now_s - healed_s > REST_S:
-            raise Violation(f"after {REST_S:g} s without faults: " + "; ".join(left))
+        if world.now_s - healed_s > shape.rest_s:
+            raise Violation(f"after {shape.rest_s:g} s without faults: " + "; ".join(left))
     result.rest_s = world.now_s - healed_s
     check_blocks(cluster)
 

@@ -28,6 +28,8 @@ class Shape:
     requests_per_fault: int = 50
     deadline_s: float = 120.0
     """Of a request that has no short one: to reach it is to wait for ever."""
+    rest_s: float = 150.0
+    """Everything comes to rest in so long after all is well: longer than any deadline."""
 
 
 @lru_cache

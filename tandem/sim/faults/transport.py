@@ -1,8 +1,9 @@
 """A virtual transport: bytes from arena to arena in virtual time, with everything that may go wrong on the way.
 
 Owns the reads that run, and the contract of `kvpool/transport/base.py`. `shm` reads the memory of a process of the same machine,
-`tcp` and `ucx` that of any. A frozen or unreachable source sends nothing; an abort of such a read over `ucx` can't prove that
-nothing will be written any more, and then something is written, later. Half of a read is copied when it begins and half when it
+`tcp` and `ucx` that of any. A frozen or unreachable source sends nothing. `ucx` plays a transport that receives straight into the
+arena (ours has a bounce region): an abort of a read whose source is stalled can't prove that nothing will be written any more,
+and then something is written, later. Half of a read is copied when it begins and half when it
 ends, so that memory that changes meanwhile gives bytes of neither.
 """
 
@@ -10,7 +11,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import count
 
 import numpy as np
@@ -32,11 +33,20 @@ RETRY_S = 0.05
 
 @dataclass(eq=False, slots=True)
 class Memory:
-    """The arena of one process, as others reach it."""
+    """The arena of one incarnation of a process, as others reach it."""
 
     process: Process
     arena: Arena
     pool: BlockPool
+    epoch: bytes = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.epoch = self.process.epoch
+
+    @property
+    def is_gone(self) -> bool:
+        """Nobody serves it any more: the process has died, or is another incarnation by now."""
+        return not self.process.alive or self.process.epoch != self.epoch
 
 
 @dataclass(eq=False, slots=True)
@@ -105,7 +115,7 @@ class VirtualTransport:
 
     def connect(self, source: Source) -> VirtualChannel:
         theirs = self.memories.by_endpoint[getattr(source.endpoints, self.name)]
-        if not theirs.process.alive and self.name == "shm":
+        if theirs.is_gone and self.name == "shm":
             raise TransportError(f"{source.process} is gone")
         channel = VirtualChannel(self, theirs)
         self._channels.append(channel)
@@ -172,12 +182,13 @@ class VirtualChannel:
         if not self.closed_because:
             self.closed_because = reason
             for read in list(self._reads.values()):
-                self._fail(read)
+                if self.transport.name != "ucx" or not self._is_stalled():
+                    self._fail(read)
 
     def look(self) -> None:
         """Notices that the other side is gone, where that can be noticed."""
         theirs = self.theirs.process
-        if not theirs.alive and (self.transport.name == "shm" or not theirs.unreachable):
+        if self.theirs.is_gone and (self.transport.name == "shm" or not theirs.unreachable):
             self.lose(f"{theirs.name} is gone")
 
     # --- inside ---------------------------------------------------------------------------------------------------------
@@ -195,7 +206,7 @@ class VirtualChannel:
         if self._is_stalled():
             self._world.after(RETRY_S, lambda: self._go_on(read))
             return
-        if not self.theirs.process.alive:
+        if self.theirs.is_gone:
             self.look()
             self.transport.ours.process.wake()
             return

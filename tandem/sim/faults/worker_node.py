@@ -7,6 +7,7 @@ long a step takes. A step's results are there when its time is over; between its
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, Literal, cast
 
 from kvpool.arena import Arena
@@ -56,6 +57,10 @@ class _Transfer(TransferThread):
     def wake(self) -> None:
         self.node.wake()
 
+    def _open_incarnation(self) -> None:
+        super()._open_incarnation()
+        self.node.opened()
+
     @property
     def service(self) -> Any:
         return self._service
@@ -70,7 +75,7 @@ class _Transfer(TransferThread):
 
 
 class WorkerNode(Process):
-    """One incarnation of a worker."""
+    """One process of a worker; `epoch` is its present incarnation."""
 
     def __init__(
         self,
@@ -85,6 +90,7 @@ class WorkerNode(Process):
         machine: str,
         offset_s: float,
         transports: tuple[str, ...],
+        serves: Callable[[str, Memory], None],
     ) -> None:
         super().__init__(world, name, machine, offset_s)
         rng = world.generator(f"{name} {world.now_s}")
@@ -133,17 +139,28 @@ class WorkerNode(Process):
         self.stuck_s = 0.0
         """The next step takes so much longer."""
         self.engine_thread = _Engine(parts, self)
-        self.transfer = _Transfer(config, parts, self.engine_thread, role, name, "", self.epoch)
+        self.transfer = _Transfer(
+            config, parts, self.engine_thread, role, name, "", self.epoch, lambda: rng.randbytes(8)
+        )
         self.transfer.node = self
         self.engine_thread.connect(self.transfer)
-        memory = Memory(self, self.arena, self.pool)
-        self.transports = [VirtualTransport(kind, memories, memory) for kind in transports]
+        self._memories = memories
+        self._serves = serves
+        self._kinds = transports
         self.run(self._open)
 
     def _open(self) -> None:
-        self.transfer.open(cast(Any, self._context), self.transports, self.machine)
-        self.transfer.service.register(NoPoller())
+        self.transfer.open(cast(Any, self._context), self._transports_of, self.machine, cast(Any, NoPoller()))
         self.wake()
+
+    def _transports_of(self, epoch: bytes) -> list[VirtualTransport]:
+        self.epoch = epoch
+        self._memory = Memory(self, self.arena, self.pool)
+        return [VirtualTransport(kind, self._memories, self._memory) for kind in self._kinds]
+
+    def opened(self) -> None:
+        """An incarnation listens."""
+        self._serves(self.transfer.service.endpoints.fetch, self._memory)
 
     # --- the transfer thread ---------------------------------------------------------------------------------------------
 

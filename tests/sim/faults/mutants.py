@@ -1,4 +1,4 @@
-"""Nine ways to break production code, each a small patch that the simulation must notice.
+"""Ten ways to break production code, each a small patch that the simulation must notice.
 
 `MUTANTS` maps what is broken to a function that breaks it through pytest's `monkeypatch`.
 """
@@ -72,6 +72,14 @@ def free_under_a_lease(patch: Patch) -> None:
     patch.setattr(BlockPool, "grant", grant_nothing)
 
 
+def reuse_after_a_cancelled_receive(patch: Patch) -> None:
+    """Memory into which a transport may still write is taken for the sequence's again."""
+    on_aborted = FetchMachine.on_aborted
+    patch.setattr(
+        FetchMachine, "on_aborted", lambda self, read_id, quiet, now_s: on_aborted(self, read_id, True, now_s)
+    )
+
+
 def send_a_second_terminal_message(patch: Patch) -> None:
     """Whoever cancels a request that is over is told so."""
     cancel = RouterCore.cancel
@@ -130,6 +138,7 @@ MUTANTS: dict[str, Callable[[Patch], None]] = {
         accept_an_old_epoch,
         free_before_done,
         free_under_a_lease,
+        reuse_after_a_cancelled_receive,
         send_a_second_terminal_message,
         lose_a_resend,
         ignore_an_event_gap,

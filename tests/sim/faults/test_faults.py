@@ -12,7 +12,7 @@ from tests.sim.faults.mutants import MUTANTS
 
 STORMY = Shape(requests_per_fault=8)
 """Many faults, so that few requests show much."""
-MUTANT_SEEDS = range(2, 14)
+MUTANT_SEEDS = range(2, 40)
 
 
 @pytest.mark.parametrize("seed", range(101, 111))
