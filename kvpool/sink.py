@@ -8,8 +8,8 @@ A fetch asks sources in order. Each key goes to the first source, and, when that
 after it, at once and by itself: one fetch may have several **asks** open, each one `Fetch` message to one source with an
 id of its own. Where several sources are worth reading from at once, runs of keys take turns between those that hold them.
 Only `wait_source` is asked to wait; of what it has not answered for a while it is asked again, since the question or the answer
-may be lost. A source that dies, doesn't answer, or sends what can't be true is not asked again by
-this fetch. A batch is read in portions, so that what is needed first comes first and a slow peer shows.
+may be lost, and then it says at least that it knows. A source that dies, doesn't answer, or sends what can't be true is not
+asked again by this fetch. A batch is read in portions, so that what is needed first comes first and a slow peer shows.
 
 An ask, as a table. WAITING holds nothing at the source; READING holds a lease for each batch that is being read; ABORTING
 ends only when no transport can still write into our memory, or when we know that it might: then the destinations are
@@ -28,7 +28,7 @@ from numpy.typing import NDArray
 
 from kvpool.block_pool import BlockId
 from kvpool.keys import Key
-from protos.control import Cancel, Done, Fetch, Miss, Ready, ReadyBlock, Source, ToSink, ToSource
+from protos.control import Cancel, Done, Fetch, Miss, Parked, Ready, ReadyBlock, Source, ToSink, ToSource
 
 LEASE_MARGIN = 0.2
 """This part of a lease is not used: a read that begins must be able to end in it."""
@@ -178,6 +178,8 @@ class _Ask:
     waits: bool
     sent_s: float
     progress_s: float
+    unanswered: bool
+    """It was asked again, and has not said anything since."""
     open: dict[Key, None]
     """Keys that the source has not answered."""
     reads: dict[int, _Read] = field(default_factory=dict)
@@ -193,8 +195,8 @@ class FetchMachine:
     """One fetch. Call `start` once; then feed it until an action is `FetchEnded`, after which everything is ignored.
 
     A read is of at most `max_read_blocks` blocks. `parallel` are the indices into the plan's sources that are worth reading
-    from at once. A source has `silence_s` for each answer: one that is asked to wait is asked again then, another one given up.
-    How long a read may take is the caller's to judge.
+    from at once. A source has `silence_s` for each answer; then it is given up, one that is asked to wait after a second
+    question. How long a read may take is the caller's to judge.
     """
 
     def __init__(
@@ -252,10 +254,14 @@ class FetchMachine:
         ask = self._asks.get(message.fetch_id)
         if ask is None or ask.state in (AskState.ABORTING, AskState.OVER):
             return []
-        ask.progress_s = now_s
-        if isinstance(message, Miss):
-            return self._finish(self._on_miss(ask, message, now_s))
-        return self._finish(self._on_ready(ask, message, now_s))
+        ask.progress_s, ask.unanswered = now_s, False
+        match message:
+            case Parked():
+                return []
+            case Miss():
+                return self._finish(self._on_miss(ask, message, now_s))
+            case Ready():
+                return self._finish(self._on_ready(ask, message, now_s))
 
     def on_read(self, read_id: int, checksums: NDArray[np.uint64] | None, transport: str, now_s: float) -> list[Action]:
         """A read ended: the checksums of what landed, in the read's order, or None if it failed."""
@@ -339,9 +345,9 @@ class FetchMachine:
         for ask in list(self._asks.values()):
             if self._silent_at(ask) > now_s:
                 continue
-            if ask.waits:
-                # The same id: a source that knows it does nothing, and the time for which it keeps unknown keys goes on.
-                ask.progress_s = now_s
+            if ask.waits and not ask.unanswered:
+                # The same id: for a source that knows it nothing changes, and the time for which it keeps unknown keys goes on.
+                ask.progress_s, ask.unanswered = now_s, True
                 actions.append(self._fetch(ask, now_s))
             else:
                 actions += self._give_source_up(ask.source_index, now_s)
@@ -391,7 +397,7 @@ class FetchMachine:
         wire_id = hashlib.sha256(self._plan.fetch_id + self._num_asks.to_bytes(4, "big")).digest()[:16]
         self._num_asks += 1
         waits = source.process == self._plan.wait_source
-        ask = _Ask(wire_id, route[0], route[1:], waits, now_s, now_s, dict.fromkeys(keys))
+        ask = _Ask(wire_id, route[0], route[1:], waits, now_s, now_s, False, dict.fromkeys(keys))
         self._asks[wire_id] = ask
         return [self._fetch(ask, now_s)]
 

@@ -21,7 +21,7 @@ from typing import Protocol
 
 from kvpool.block_pool import BlockPool
 from kvpool.keys import Key
-from protos.control import Cancel, Done, Fetch, Kept, Lost, Miss, Ready, ReadyBlock, ToSink, ToSource
+from protos.control import Cancel, Done, Fetch, Kept, Lost, Miss, Parked, Ready, ReadyBlock, ToSink, ToSource
 
 MAX_BATCH_BLOCKS = 512
 """Blocks of one Ready: reading them takes well under a lease."""
@@ -223,13 +223,13 @@ class FetchServer:
     def _on_repeated(self, served: _Served, fetch: Fetch, now_s: float) -> Answers:
         """The sink lacks these keys. What was answered is on its way as long as its lease runs; after that the answer is lost."""
         if now_s < served.leased_until_s:
-            return []
+            return [(served.sink_id, Parked(served.fetch_id))]
         answers = self._answer(
             served, [key for key in dict.fromkeys(fetch.keys) if key not in served.parked], now_s, park=fetch.wait
         )
         if not self._drop_if_over(served, now_s):
             self._schedule(served)
-        return answers
+        return answers or [(served.sink_id, Parked(served.fetch_id))]
 
     def _answer(self, served: _Served, keys: Sequence[Key], now_s: float, *, park: bool) -> Answers:
         answers: Answers = []

@@ -539,6 +539,12 @@ class Miss(Struct, tag="miss", tag_field="t"):
     keys: Keys
 
 
+class Parked(Struct, tag="parked", tag_field="t"):
+    """Source → sink, which asked again: it knows of this fetch, and has nothing new. Who says nothing can't be reached."""
+
+    fetch_id: Annotated[bytes, Meta(min_length=16, max_length=16)]
+
+
 class Done(Struct, tag="done", tag_field="t"):
     """Sink → source: the reads of this batch are over; its lease ends."""
 
@@ -565,7 +571,7 @@ class Lost(Struct, tag="lost", tag_field="t"):
 
 
 ToSource = Fetch | Done | Cancel | Kept | Lost
-ToSink = Ready | Miss
+ToSink = Ready | Miss | Parked
 
 T = TypeVar("T")
 

@@ -248,7 +248,7 @@ class Link(_message.Message):
     def __init__(self, source: _Optional[str] = ..., transport: _Optional[str] = ..., num_bytes: _Optional[int] = ..., bytes_per_s: _Optional[float] = ...) -> None: ...
 
 class ProcessStatus(_message.Message):
-    __slots__ = ("name", "role", "epoch", "pid", "heartbeat_age_s", "num_blocks", "free_blocks", "cached_blocks", "leased_blocks", "slab_bytes", "num_running", "num_waiting", "prefill_tokens", "decode_tokens", "prefix_hit_tokens", "fetched_blocks", "fetched_bytes", "prefill_tokens_per_s", "decode_step_s", "indexed_blocks", "preemptions", "recomputed_tokens", "served_blocks", "counters", "fetch_endpoint", "shm_endpoint", "links", "events_endpoint")
+    __slots__ = ("name", "role", "epoch", "pid", "heartbeat_age_s", "num_blocks", "free_blocks", "cached_blocks", "leased_blocks", "slab_bytes", "num_running", "num_waiting", "prefill_tokens", "decode_tokens", "prefix_hit_tokens", "fetched_blocks", "fetched_bytes", "prefill_tokens_per_s", "decode_step_s", "indexed_blocks", "preemptions", "recomputed_tokens", "served_blocks", "counters", "fetch_endpoint", "shm_endpoint", "links", "events_endpoint", "step_age_s")
     class CountersEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -284,6 +284,7 @@ class ProcessStatus(_message.Message):
     SHM_ENDPOINT_FIELD_NUMBER: _ClassVar[int]
     LINKS_FIELD_NUMBER: _ClassVar[int]
     EVENTS_ENDPOINT_FIELD_NUMBER: _ClassVar[int]
+    STEP_AGE_S_FIELD_NUMBER: _ClassVar[int]
     name: str
     role: str
     epoch: str
@@ -312,7 +313,8 @@ class ProcessStatus(_message.Message):
     shm_endpoint: str
     links: _containers.RepeatedCompositeFieldContainer[Link]
     events_endpoint: str
-    def __init__(self, name: _Optional[str] = ..., role: _Optional[str] = ..., epoch: _Optional[str] = ..., pid: _Optional[int] = ..., heartbeat_age_s: _Optional[float] = ..., num_blocks: _Optional[int] = ..., free_blocks: _Optional[int] = ..., cached_blocks: _Optional[int] = ..., leased_blocks: _Optional[int] = ..., slab_bytes: _Optional[int] = ..., num_running: _Optional[int] = ..., num_waiting: _Optional[int] = ..., prefill_tokens: _Optional[int] = ..., decode_tokens: _Optional[int] = ..., prefix_hit_tokens: _Optional[int] = ..., fetched_blocks: _Optional[int] = ..., fetched_bytes: _Optional[int] = ..., prefill_tokens_per_s: _Optional[float] = ..., decode_step_s: _Optional[float] = ..., indexed_blocks: _Optional[int] = ..., preemptions: _Optional[int] = ..., recomputed_tokens: _Optional[int] = ..., served_blocks: _Optional[int] = ..., counters: _Optional[_Mapping[str, int]] = ..., fetch_endpoint: _Optional[str] = ..., shm_endpoint: _Optional[str] = ..., links: _Optional[_Iterable[_Union[Link, _Mapping]]] = ..., events_endpoint: _Optional[str] = ...) -> None: ...
+    step_age_s: float
+    def __init__(self, name: _Optional[str] = ..., role: _Optional[str] = ..., epoch: _Optional[str] = ..., pid: _Optional[int] = ..., heartbeat_age_s: _Optional[float] = ..., num_blocks: _Optional[int] = ..., free_blocks: _Optional[int] = ..., cached_blocks: _Optional[int] = ..., leased_blocks: _Optional[int] = ..., slab_bytes: _Optional[int] = ..., num_running: _Optional[int] = ..., num_waiting: _Optional[int] = ..., prefill_tokens: _Optional[int] = ..., decode_tokens: _Optional[int] = ..., prefix_hit_tokens: _Optional[int] = ..., fetched_blocks: _Optional[int] = ..., fetched_bytes: _Optional[int] = ..., prefill_tokens_per_s: _Optional[float] = ..., decode_step_s: _Optional[float] = ..., indexed_blocks: _Optional[int] = ..., preemptions: _Optional[int] = ..., recomputed_tokens: _Optional[int] = ..., served_blocks: _Optional[int] = ..., counters: _Optional[_Mapping[str, int]] = ..., fetch_endpoint: _Optional[str] = ..., shm_endpoint: _Optional[str] = ..., links: _Optional[_Iterable[_Union[Link, _Mapping]]] = ..., events_endpoint: _Optional[str] = ..., step_age_s: _Optional[float] = ...) -> None: ...
 
 class GetClusterResponse(_message.Message):
     __slots__ = ("router", "model", "max_model_len", "block_size", "model_fingerprint", "numerics_class", "kv_format", "processes", "num_active_requests", "num_requests_finished", "num_requests_failed", "num_requests_cancelled", "ready", "num_waiting_requests", "num_requests_left_waiting")

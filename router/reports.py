@@ -123,6 +123,7 @@ def _process(core: RouterCore, member: Member, now_s: float) -> tandem_pb2.Proce
     )
     if member.heartbeat is not None:
         load, counters = member.heartbeat.load, member.heartbeat.counters
+        status.step_age_s = member.heartbeat.step_age_s
         status.free_blocks = load.free_blocks
         status.cached_blocks = load.cached_blocks
         status.leased_blocks = load.leased_blocks

@@ -108,7 +108,7 @@ def _await(when: When, scene: Scene, after_s: float) -> str:
 
 
 def _seen_by_router(when: When, scene: Scene, seen: dict[str, str]) -> bool:
-    if not (when.running or when.more or when.gone or when.listed):
+    if not (when.running or when.more or when.step_s or when.gone or when.listed):
         return True
     listed = scene.stage.cluster.listed()
     if listed is None:
@@ -126,6 +126,11 @@ def _seen_by_router(when: When, scene: Scene, seen: dict[str, str]) -> bool:
         if (grown := scene.grown(what, listed)) < more:
             return False
         seen[what] = f"with {what} +{grown}, "
+    for who, least_s in when.step_s.items():
+        ages_s = [status.step_age_s for name, status in listed.items() if who in (name, role_of(name))]
+        if max(ages_s, default=0.0) < least_s:
+            return False
+        seen[who] = f"in a step of {max(ages_s):.2f} s of {who}, "
     if when.gone and scene.named(when.gone) in listed:
         return False
     return not when.listed or scene.stage.cluster.is_listed(scene.named(when.listed), listed)
@@ -159,21 +164,23 @@ def _do(step: Step, scene: Scene) -> tuple[str, str]:
             keys = scene.send(step.phase)
             return f"phase {step.phase}", f"{len(keys)} requests"
         case WaitStep():
-            return "", "waited"
+            # What is waited for may be the fault itself.
+            return ("long step" if step.when.step_s else ""), "waited"
 
 
 def _signal(stage: Stage, name: str, kind: str) -> str:
     process = stage.cluster.processes[name]
     if process.poll() is not None:
         raise NotFired(f"{name} had ended already, with {process.returncode}")
+    if kind == "TERM":
+        stage.ask_to_stop(name)
+        return f"{name} (process {process.pid}) was asked to stop"
     process.send_signal(getattr(signal, f"SIG{kind}"))
     if kind == "KILL":
         code = process.wait(END_S)
         if code != -signal.SIGKILL:
             raise NotFired(f"{name} ended with {code}, not by SIGKILL")
         return f"{name} (process {process.pid}) ended with {code}"
-    if kind == "TERM":
-        return f"{name} (process {process.pid}) was asked to stop"
     stopped = kind == "STOP"
     wait_until(
         lambda: (_state(process.pid) == "T") == stopped, END_S, f"{name} is {'stopped' if stopped else 'running'}"

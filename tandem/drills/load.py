@@ -24,8 +24,6 @@ the ship left harbour at dawn with all its sails and a heavy load of grain while
 her from sight and only a bell was heard far out where old charts show neither rock nor island nor light
 """
 _WORDS = _TEXT.split()
-STOP_TOKENS = 3
-"""A stop string is the text of so many tokens."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,12 +39,17 @@ class Asked:
     def key(self) -> str:
         return f"{self.spec.name}-{self.number}"
 
+    @property
+    def variant(self) -> int:
+        """Its number among those that differ."""
+        return self.number % (self.spec.distinct or self.spec.count)
+
     def sampling(self) -> pb.SamplingParams:
         spec = self.spec
         sampling = pb.SamplingParams(
             max_tokens=spec.max_tokens,
             temperature=spec.temperature,
-            seed=spec.seed + self.number,
+            seed=spec.seed + self.variant,
             n=spec.n,
             ignore_eos=True,
         )
@@ -113,13 +116,14 @@ class Got:
 
 
 class Asking(threading.Thread):
-    """A client that asks and reads."""
+    """A client that asks and reads. It has a connection of its own if it is told where to ask."""
 
-    def __init__(self, client: Client, asked: Asked, delay_s: float = 0.0) -> None:
+    def __init__(self, client: Client | str, asked: Asked, delay_s: float = 0.0) -> None:
         super().__init__(name=asked.key, daemon=True)
         self.asked = asked
         self.got = Got()
-        self._client = client
+        self._own = client if isinstance(client, str) else ""
+        self._client = Client(client) if isinstance(client, str) else client
         self._delay_s = delay_s
         self._pause = threading.Event()
 
@@ -143,6 +147,8 @@ class Asking(threading.Thread):
             got.num_ends += 1
         finally:
             got.ended_s = now_s()
+            if self._own:
+                self._client.close()
 
 
 def prompts(specs: Sequence[RequestSpec], nonce: int) -> list[Asked]:
@@ -151,7 +157,7 @@ def prompts(specs: Sequence[RequestSpec], nonce: int) -> list[Asked]:
     asked: list[Asked] = []
     for spec in specs:
         rng = random.Random(f"{nonce}/{spec.name}")
-        texts = by_name.get(spec.again) or [_prompt(rng, spec.words) for _ in range(spec.count)]
+        texts = by_name.get(spec.again) or [_prompt(rng, spec.words) for _ in range(spec.distinct or spec.count)]
         by_name[spec.name] = texts
         asked += [Asked(spec, number, texts[number % len(texts)]) for number in range(spec.count)]
     return asked
@@ -169,10 +175,15 @@ class Truth:
 
     def of(self, asked: Sequence[Asked]) -> tuple[list[Asked], dict[str, Got]]:
         """The answers by key, and the requests with their stop strings. Raises TandemError if one does not complete."""
-        free = self._ask([_without_stop(one) for one in asked])
-        stopping = [one if not one.spec.stop_at else _with_stop(one, free[one.key], self._client) for one in asked]
-        again = self._ask([one for one in stopping if one.stop])
-        return stopping, free | again
+        different = [one for one in asked if one.variant == one.number]
+        free = self._ask([_without_stop(one) for one in different])
+        stopping = {
+            one.key: _with_stop(one, free[one.key], self._client) if one.spec.stop_at else one for one in different
+        }
+        truth = free | self._ask([one for one in stopping.values() if one.stop])
+        same = {one.key: f"{one.spec.name}-{one.variant}" for one in asked}
+        with_stops = [Asked(one.spec, one.number, one.prompt, stopping[same[one.key]].stop) for one in asked]
+        return with_stops, {key: truth[other] for key, other in same.items()}
 
     def _ask(self, asked: Sequence[Asked]) -> dict[str, Got]:
         asking = [Asking(self._client, _patient(one)) for one in asked]
@@ -196,11 +207,15 @@ def _without_stop(asked: Asked) -> Asked:
 
 
 def _with_stop(asked: Asked, free: Got, client: Client) -> Asked:
-    """The text of the tokens from `stop_at` on, as one short request more shows where they begin."""
+    """What comes after the text of the first `stop_at` tokens, as much of it as has not come before."""
     spec = msgspec.structs.replace(
         asked.spec, max_tokens=asked.spec.stop_at, leaves_at=None, pause_s=0.0, n=1, logprobs=-1
     )
     short = Asking(client, Asked(spec, asked.number, asked.prompt))
     short.run()
+    text = free.text[0]
     begin = len(short.got.text.get(0, "").rstrip("\ufffd"))
-    return Asked(asked.spec, asked.number, asked.prompt, free.text[0][begin : begin + 8])
+    for length in range(3, 65):
+        if text.find(stop := text[begin : begin + length]) == begin:
+            return Asked(asked.spec, asked.number, asked.prompt, stop)
+    raise TandemError(f"{asked.key}: nothing new comes after its {asked.spec.stop_at}-th token")

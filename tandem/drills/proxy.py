@@ -133,12 +133,15 @@ class Proxy:
                 sink.sendall(piece)
                 self._line.num_bytes += len(piece)
             self._wait(direction, 0, pair)  # nor does its end pass a blackhole
-            sink.shutdown(socket.SHUT_WR)
+            if pair in self._pairs:  # else it was us who ended it, and no FIN goes before a reset
+                sink.shutdown(socket.SHUT_WR)
         except OSError:
             with self._lock:
+                is_ours = pair in self._pairs
                 self._pairs.discard(pair)
-            for one in pair:
-                _end(one, by_reset=False)
+            if is_ours:
+                for one in pair:
+                    _end(one, by_reset=False)
 
     def _wait(self, direction: Direction, num_bytes: int, pair: tuple[socket.socket, socket.socket]) -> None:
         """Until the line lets this many bytes pass."""

@@ -220,7 +220,9 @@ def _send(scene: Scene, asked: Sequence[Asked], asking: list[Asking], phase: int
     sent = []
     for one in asked:
         if one.spec.phase == phase:
-            client = Asking(scene.stage.cluster.client, one, one.number * one.spec.every_s)
+            cluster = scene.stage.cluster
+            where = cluster.client.target if cluster.config.router.replicas > 1 else cluster.client
+            client = Asking(where, one, one.number * one.spec.every_s)
             asking.append(client)
             scene.asking.setdefault(one.spec.name, []).append(client)
             client.start()

@@ -58,6 +58,8 @@ class RequestSpec(_Part, frozen=True):
 
     name: str = "q"
     count: Positive = 1
+    distinct: Count = 0
+    """So many of them differ, and the others are asked again in turn; 0: all."""
     words: Positive = 60
     """Of the prompt; a word is a token or two."""
     max_tokens: Positive = 64
@@ -96,6 +98,8 @@ class When(_Part, frozen=True):
     """That process, or one of that role, has work."""
     more: dict[str, Count] = {}
     """`PROCESS.COUNTER`, or `ROLE.COUNTER` for the sum, has grown by so much since the drill began."""
+    step_s: dict[str, Seconds] = {}
+    """One step of that process, or of one of that role, runs for so long already."""
     gone: str = ""
     """The router lists that process no more."""
     listed: str = ""
@@ -180,13 +184,17 @@ class Expect(_Part, frozen=True):
     """From the last step to the last end."""
     again: dict[str, Count] = {}
     """By ROLE: at least so many requests were dispatched again for it."""
+    never_again: bool = False
+    """None was."""
+    ends: dict[str, Count] = {}
+    """`NAME.END`: at least so many; END is `completed`, `left` or an error's code."""
     resumed: Count = 0
     """At least so many answers went on at another router."""
     more: dict[str, Count] = {}
     """As `When.more`, at the end, at least."""
     at_most: dict[str, Count] = {}
     fetched_from: dict[str, list[str]] = {}
-    """Each request of that name got KV from one of these processes."""
+    """Some request of that name got KV from one of these processes."""
     memory_bytes: Count = 0
     """No process grew by more; 0: not looked at."""
     exact: bool = True
@@ -267,6 +275,8 @@ def _check(path: Path, spec: DrillSpec, cluster: ClusterSpec) -> None:
         for name in [*when.tokens, *(name for name in (when.accepted, when.ended) if name)]:
             if name not in known:
                 refuse(f"{key}.when", f"there are no requests {name!r}")
+        if isinstance(step, LoadStep) and step.phase not in {request.phase for request in spec.requests}:
+            refuse(f"{key}.phase", f"no request has phase {step.phase}")
         if isinstance(step, LineStep | EventsStep) and step.line not in cluster.lines:
             refuse(f"{key}.line", f"cluster {spec.cluster!r} has no line {step.line!r}")
         if isinstance(step, EventsStep) and cluster.lines[step.line].kind != "data":

@@ -42,6 +42,7 @@ class Stage:
         self.folder = folder
         self.lines = {name: Line() for name in spec.lines}
         self.disk: Path | None = None
+        self._leaving: dict[str, subprocess.Popen[bytes]] = {}
         values = merged(BASE, {"model": {"path": str(shallow(model, spec.layers)), "name": "drill"}})
         if spec.small_disk_bytes:
             self.disk = _mounted(folder / "disk", spec.small_disk_bytes)
@@ -60,11 +61,31 @@ class Stage:
     def start(self, name: str) -> None:
         """Starts a process (again), and waits for its lines, not for it."""
         process = self.cluster.processes.get(name)
+        self._see_off(name)
         if process is not None and process.poll() is None:
             raise TandemError(f"{name} runs already, as process {process.pid}")
         self.cluster.spawn(name)
         if any(line.process == name and line.kind == "data" for line in self.spec.lines.values()):
             self._wait_ready([name])
+
+    def ask_to_stop(self, name: str) -> None:
+        """By SIGTERM: it finishes or gives back what it has, and is expected to end with 0."""
+        process = self._leaving[name] = self.cluster.processes[name]
+        process.terminate()
+
+    def _see_off(self, name: str) -> None:
+        """Waits for one that was asked to stop. Raises TandemError if it doesn't end well."""
+        process = self._leaving.pop(name, None)
+        if process is None:
+            return
+        try:
+            code = process.wait(RESTART_S)
+        except subprocess.TimeoutExpired:
+            raise TandemError(
+                f"{name} (process {process.pid}) has not ended within {RESTART_S:g} s of SIGTERM"
+            ) from None
+        if code:
+            raise TandemError(f"{name} (process {process.pid}) ended with {code} after SIGTERM")
 
     def restore(self) -> None:
         """Every process of the spec runs and is listed, nobody else does, every line is whole."""
@@ -80,6 +101,7 @@ class Stage:
             (self.disk / "others").unlink(missing_ok=True)
         for name in self.spec.processes:
             process = self.cluster.processes[name]
+            self._see_off(name)
             if process.poll() is None:
                 process.send_signal(signal.SIGCONT)
             else:

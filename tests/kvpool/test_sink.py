@@ -25,7 +25,7 @@ from kvpool.sink import (
     StartRead,
     WantedBlock,
 )
-from protos.control import Cancel, Done, Endpoints, Fetch, Miss, Ready, ReadyBlock, Source
+from protos.control import Cancel, Done, Endpoints, Fetch, Miss, Parked, Ready, ReadyBlock, Source
 
 SIZE = 16
 ROOT = b"r" * 16
@@ -283,6 +283,22 @@ def test_a_silent_source_is_given_up_but_one_that_is_asked_to_wait_is_asked_agai
     assert run.ended is None
     run.do(run.machine.tick(DEADLINE))
     assert run.result() == ("a", "b")
+
+
+def test_a_source_that_is_asked_to_wait_is_given_up_when_it_does_not_even_say_that_it_knows() -> None:
+    run = Run("ab", [W, P], wait="w")
+    run.do(run.machine.tick(3.0))
+    run.do(run.machine.on_message(Parked(run.fetches[0][1].fetch_id), 3.1))
+    run.do(run.machine.tick(6.2))
+    run.do(run.machine.on_message(Parked(run.fetches[0][1].fetch_id), 6.3))
+    run.do(run.machine.tick(9.4))
+    assert run.asked() == [("w", "ab", True)] * 4
+    assert not run.others
+    run.do(run.machine.tick(12.4))
+    assert run.others == [Cancel(run.fetches[0][1].fetch_id)]
+    assert run.asked()[4:] == [("p", "ab", False)]
+    run.do(run.machine.tick(15.4))
+    assert run.result() == ("", "ab")
 
 
 def test_a_batch_is_read_in_portions_and_done_after_the_last() -> None:

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from kvpool.block_pool import BlockPool
 from kvpool.source import MAX_BATCH_BLOCKS, MAX_KEEPERS, Answers, FetchServer
-from protos.control import Cancel, Done, Fetch, Kept, Lost, Miss, Ready
+from protos.control import Cancel, Done, Fetch, Kept, Lost, Miss, Parked, Ready
 from tests.kvpool.named_blocks import ROOT, SIZE, key_of
 
 LEASE_S = 5.0
@@ -181,11 +181,11 @@ def test_a_block_published_before_the_fetch_came_is_ready_at_once() -> None:
     assert world.server.on_published(world.pool.take_published(), 0.1) == []
 
 
-def test_a_repeated_fetch_changes_nothing() -> None:
+def test_a_repeated_fetch_changes_nothing_and_is_told_that_it_is_known() -> None:
     world = World()
     world.put("a")
     world.server.on_message(SINK, fetch(1, "ab", wait=True), 0.0)
-    assert world.server.on_message(SINK, fetch(1, "ab", wait=True), 0.1) == []
+    assert world.server.on_message(SINK, fetch(1, "ab", wait=True), 0.1) == [(SINK, Parked(fetch_id(1)))]
     assert world.pool.stats().num_leases == 1
     world.server.on_message(SINK, Cancel(fetch_id(99)), 0.2)
     assert world.server.num_fetches == 1
@@ -207,7 +207,7 @@ def test_a_fetch_that_comes_again_is_answered_again_when_the_leases_of_the_lost_
     world.server.promise("job", [key_of(name) for name in "abc"])
     world.server.on_message(SINK, first, 0.0)
     world.put("ab", tell_at_s=1.0)  # this answer is lost
-    assert world.server.on_message(SINK, first, 2.0) == [], "it may be on its way"
+    assert world.server.on_message(SINK, first, 2.0) == [(SINK, Parked(fetch_id(1)))], "it may be on its way"
     ((_, again),) = world.server.on_message(SINK, first, 50.0)
     assert isinstance(again, Ready)
     assert [block.key for block in again.blocks] == [key_of("a"), key_of("b")]

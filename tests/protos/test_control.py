@@ -37,6 +37,7 @@ from protos.control import (
     Lost,
     Miss,
     Owned,
+    Parked,
     Peers,
     Ready,
     ReadyBlock,
@@ -86,7 +87,7 @@ FROM_ROUTER = [
     Audit(3),
 ]
 TO_SOURCE = [Fetch(KEY, "request", [KEY], True, 5.0), Done(KEY, 1), Cancel(KEY), Kept([KEY]), Lost([KEY])]
-TO_SINK = [Ready(KEY, 0, EPOCH, 5.0, [ReadyBlock(KEY, 2**40, 16, EPOCH, KEY)], 1.5), Miss(KEY, [KEY, KEY])]
+TO_SINK = [Ready(KEY, 0, EPOCH, 5.0, [ReadyBlock(KEY, 2**40, 16, EPOCH, KEY)], 1.5), Miss(KEY, [KEY, KEY]), Parked(KEY)]
 
 Decode = Callable[[bytes], Any]
 FAMILIES: list[tuple[list[Any], Decode, Any]] = [
