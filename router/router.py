@@ -149,13 +149,17 @@ class Settings:
 
 @dataclass(slots=True)
 class _Closing:
-    """An Abort that has not been confirmed yet."""
+    """An Abort that has not been confirmed yet: that may still be computed."""
 
-    process: str
-    epoch: bytes
+    record: Record
+    dispatch: DispatchRecord
     reason: str
     again_at_s: float
     tries_left: int
+
+    @property
+    def process(self) -> str:
+        return self.dispatch.process
 
 
 class RouterCore:
@@ -421,7 +425,10 @@ class RouterCore:
             self._approximate.forget(number)
         self.fleet.forget(lost.name)
         self.fleet.serve(self.membership.served_group)
-        for fence in [fence for fence, closing in self._closing.items() if closing.process == lost.name]:
+        # Others may have noticed before us, and what it had was called off because of that: it died of it all the same.
+        closed = [(fence, one) for fence, one in self._closing.items() if one.process == lost.name]
+        called_off = [(one.record, one.dispatch) for _, one in closed if self._is_unproven(one.record)]
+        for fence, _ in closed:
             del self._closing[fence]
         actions: list[Action] = [Unsubscribe(lost.name, lost.epoch, lost.reason), *self._tell_peers(now_s)]
         held = [
@@ -434,7 +441,7 @@ class RouterCore:
         for record, dispatch in held:
             roles.setdefault(record.request_id, set()).add(dispatch.fence.role)
             del record.dispatches[dispatch.fence]
-        culprit = self.poison.on_death(held, now_s) if lost.cause in DEATHS else None
+        culprit = self.poison.on_death([*called_off, *held], now_s) if lost.cause in DEATHS else None
         if culprit is not None:
             text = f"{culprit.num_deaths} workers died while they computed this request, the last was {lost.name}"
             actions += self._end(culprit, Quarantined(text), now_s)
@@ -444,6 +451,11 @@ class RouterCore:
             counted = lost.cause != "left"
             actions += self._after_failure(record, roles[record.request_id], error, now_s, counted=counted)
         return actions
+
+    def _is_unproven(self, record: Record) -> bool:
+        """Whether it is not over, and nobody generates it now."""
+        is_here = self.journal.get(record.request_id) is record
+        return is_here and not any(dispatch.generates for dispatch in record.dispatches.values())
 
     def _tell_peers(self, now_s: float) -> list[Action]:
         self._peers_number += 1
@@ -630,9 +642,7 @@ class RouterCore:
 
     def _abort(self, record: Record, dispatch: DispatchRecord, reason: str, now_s: float) -> Action:
         self._forget(record, dispatch, now_s)
-        self._closing[dispatch.fence] = _Closing(
-            dispatch.process, dispatch.epoch, reason, now_s + ABORT_RETRY_S, ABORT_TRIES
-        )
+        self._closing[dispatch.fence] = _Closing(record, dispatch, reason, now_s + ABORT_RETRY_S, ABORT_TRIES)
         return Send(dispatch.process, dispatch.epoch, Abort(fence=dispatch.fence, reason=reason))
 
     def _repeat_aborts(self, now_s: float) -> list[Action]:
@@ -645,7 +655,7 @@ class RouterCore:
                 continue
             closing.tries_left -= 1
             closing.again_at_s = now_s + ABORT_RETRY_S
-            actions.append(Send(closing.process, closing.epoch, Abort(fence=fence, reason=closing.reason)))
+            actions.append(Send(closing.process, closing.dispatch.epoch, Abort(fence=fence, reason=closing.reason)))
         return actions
 
     def _probe(self, now_s: float) -> list[Action]:

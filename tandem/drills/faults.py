@@ -62,7 +62,7 @@ class Scene:
         busy = [status for status in listed if status.num_running + status.num_waiting]
         if not busy:
             raise NotFired(f"no {role} process has work")
-        return max(busy, key=lambda status: status.num_running + status.num_waiting).name
+        return max(busy, key=lambda one: (one.step_age_s > 0, one.num_running + one.num_waiting)).name
 
     def grown(self, what: str, listed: dict[str, pb.ProcessStatus] | None) -> int:
         """By how much a counter of a process, or of all of a role, has grown since the drill began."""

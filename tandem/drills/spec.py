@@ -110,7 +110,8 @@ class When(_Part, frozen=True):
 
 
 class SignalStep(_Part, frozen=True, tag="signal", tag_field="do"):
-    """Sends a signal. `process`: a name; `busy:ROLE`: the one of that role that has most work; `last`: that of the last step."""
+    """Sends a signal. `process`: a name; `busy:ROLE`: the one of that role that has most work, of those that are in a
+    step if any is; `last`: that of the last step."""
 
     process: str
     signal: Literal["KILL", "STOP", "CONT", "TERM"] = "KILL"

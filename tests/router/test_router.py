@@ -31,6 +31,7 @@ from protos.control import (
     RoleReport,
     RoutingGroup,
     Sampling,
+    Started,
     Tokens,
     Welcome,
 )
@@ -39,7 +40,7 @@ from router.actions import CompletedEvent, Emit, FailedEvent, Replay, Send, Subs
 from router.admission import Slo
 from router.journal import Record, Request
 from router.router import RouterCore, Settings
-from tandem.errors import Cancelled, DeadlineExceeded, InvalidRequest, Overloaded, Unavailable, WorkerLost
+from tandem.errors import Cancelled, DeadlineExceeded, InvalidRequest, Overloaded, Quarantined, Unavailable, WorkerLost
 
 GROUP = RoutingGroup(model_fingerprint=b"f" * 16, kv_format="v1", numerics_class=b"n" * 16, block_size=4)
 ROOT = root_key(model_fingerprint=b"f" * 16, kv_format="v1", numerics_class=b"n" * 16)
@@ -477,6 +478,22 @@ def test_a_pool_node_whose_hello_of_what_it_holds_was_lost_is_told_that_it_is_mi
     assert (name, peers.pools) == ("pool-0", [])
     bench.join("pool-0", "pool")
     assert not sent(bench.say("pool-0", msgspec.structs.replace(heartbeat, events_seq=1)), Peers)
+
+
+def test_a_worker_died_of_what_was_called_off_because_others_noticed_its_death_first() -> None:
+    bench = cluster()
+    bench.submit()
+    bench.say("p0", Started(P))
+    actions = bench.say("d0", Failed(D, "fetch_failed", "p0 gave nothing"))
+    assert "p0" in dict(sent(actions, Abort))
+    record = bench.core.journal.get("q")
+    assert record is not None
+    bench.core.on_closed("p0", EPOCH, bench.now_s)
+    assert record.num_deaths == 1
+    ((_, again),) = sent(actions, Dispatch)
+    bench.say("d0", Started(again.fence))
+    (failed,) = emitted(bench.core.on_closed("d0", EPOCH, bench.now_s), FailedEvent)
+    assert isinstance(failed.error, Quarantined)
 
 
 def test_who_has_not_heard_the_last_list_of_peers_is_told_it_once_there_was_time_to_hear_it() -> None:
