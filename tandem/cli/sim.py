@@ -162,33 +162,39 @@ def _numbers(option: str, text: str) -> list[float]:
 def _print(results: Sequence[Result]) -> None:
     first = results[0]
     part = f", {first.load:.0%} of capacity" if first.load is not None else ""
-    table = Table(box=SIMPLE, pad_edge=False, title=f"{first.rate:.2f} requests/s{part}", title_justify="left")
-    columns = (
-        "policy",
-        "as promised",
-        "TTFT p50",
-        "p90",
-        "p99",
-        "TPOT p50",
-        "p90",
-        "hits",
-        "in place",
-        "here",
-        "busiest",
-        "req/s",
+    latency = _table(
+        f"{first.rate:.2f} requests/s{part}",
+        ("policy", "as promised", "TTFT p50", "p90", "p99", "TPOT p50", "p90", "p99", "req/s"),
     )
-    for column in columns:
-        table.add_column(column, justify="left" if column == "policy" else "right", no_wrap=True)
+    blocks = _table(
+        "KV: where hits were, of all prompt tokens, and what was moved",
+        ("policy", "hits", "in place", "HOST", "DISK", "others", "fetched", "handed over", "here", "busiest"),
+    )
     for result in results:
-        table.add_row(
-            f"{result.policy} {result.setting}".strip(),
+        name = f"{result.policy} {result.setting}".strip()
+        latency.add_row(
+            name,
             f"{result.goodput:.1%}",
             *(f"{value:.2f} s" for value in (result.ttft_p50, result.ttft_p90, result.ttft_p99)),
-            *(f"{1000 * value:.0f} ms" for value in (result.tpot_p50, result.tpot_p90)),
-            f"{result.hit_rate:.1%}",
-            f"{result.hits.get('DEVICE', 0.0):.1%}",
-            f"{result.prefilled_here:.1%}",
-            f"{result.imbalance:.2f}",
+            *(f"{1000 * value:.0f} ms" for value in (result.tpot_p50, result.tpot_p90, result.tpot_p99)),
             f"{result.requests_per_s:,.0f}",
         )
-    stdout.print(table)
+        if not result.hits:
+            continue  # the bound is nowhere
+        blocks.add_row(
+            name,
+            f"{result.hit_rate:.1%}",
+            *(f"{result.hits.get(place, 0.0):.1%}" for place in ("DEVICE", "HOST", "DISK", "other DEVICE")),
+            *(f"{result.moved_bytes.get(why, 0.0) / 1e12:.1f} TB" for why in ("fetch", "hand-over")),
+            f"{result.prefilled_here:.1%}",
+            f"{result.imbalance:.2f}",
+        )
+    stdout.print(latency)
+    stdout.print(blocks)
+
+
+def _table(title: str, columns: Sequence[str]) -> Table:
+    table = Table(box=SIMPLE, pad_edge=False, title=title, title_justify="left")
+    for column in columns:
+        table.add_column(column, justify="left" if column == "policy" else "right", no_wrap=True)
+    return table

@@ -61,9 +61,11 @@ def test_a_table_for_each_rate_has_the_bound_and_who_was_asked_for(file: Path) -
     at = [done.stdout.index(f"{rate}.00 requests/s") for rate in (2, 8)]
     for table in (done.stdout[at[0] : at[1]], done.stdout[at[1] :]):
         rows = [row.split("  ")[0].strip() for row in table.splitlines() if "%" in row]
-        assert rows == ["bound", "tandem", "mooncake", "tandem without fetch"]
+        who = ["tandem", "mooncake", "tandem without fetch"]
+        assert rows == ["bound", *who, *who], "first how soon, then where the blocks were"
         assert "as promised" in table
         assert "TTFT p50" in table
+        assert "handed over" in table
     assert "2.00 requests/s: mooncake" in done.stderr
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import numpy as np
 import pytest
@@ -26,7 +27,7 @@ from tandem.sim.compare import (
 )
 from tandem.sim.policies.registry import POLICIES
 from tandem.sim.presets import PRESETS
-from tandem.sim.replay import Job, noise_of
+from tandem.sim.replay import Job, Outcome, noise_of
 from tandem.sim.trace import BLOCK_TOKENS, TraceRequest
 
 H100 = PRESETS["h100-llama-70b"]
@@ -183,6 +184,18 @@ def test_of_a_large_load_the_first_requests_can_be_enough() -> None:
         for most in (None, 20)
     )
     assert some.moved_bytes["hand-over"] < all_of_it.moved_bytes["hand-over"] / 2
+
+
+def test_the_capacity_of_the_first_requests_is_searched_with_them_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    lengths: set[int] = set()
+
+    def counted(*arguments: Any) -> Outcome:
+        lengths.add(len(arguments[3]))
+        return outcome(*arguments)
+
+    monkeypatch.setattr("tandem.sim.compare.outcome", counted)
+    assert capacity_rate(requests(60), H100, 4, 1, quiet, most=20) > 0
+    assert lengths == {20}
 
 
 def test_a_cluster_that_keeps_no_promise_at_any_rate_has_no_capacity() -> None:

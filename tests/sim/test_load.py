@@ -60,6 +60,11 @@ def test_copies_share_what_is_everybodys_and_nothing_else() -> None:
     assert {key for job in jobs_of(turns(), 10.0, copies=1) for key in job.keys} < set(owners) | {jobs[0].keys[0]}
 
 
+@pytest.mark.parametrize("most", [1, 57, 240, 1000])
+def test_the_first_of_a_load_are_those_of_all_of_it(most: int) -> None:
+    assert jobs_of(turns(), 10.0, 3, 1, most) == jobs_of(turns(), 10.0, 3)[:most]
+
+
 def test_a_block_that_fewer_than_a_tenth_have_is_not_everybodys() -> None:
     requests = [request(at, [1 if at < 2 else 100 + at]) for at in range(21)]
     assert len({job.keys[0] for job in jobs_of(requests, 1.0, copies=2)}) == 2 * 20
