@@ -1,6 +1,7 @@
-"""The cluster on this machine: Ray places, starts, watches and restarts one process per role.
+"""The cluster: Ray places, starts, watches and restarts one process per role.
 
-Owns Ray's session and the actors in it. Never on a request's way: no message of a request passes through Ray, and Ray gets
+Ray is started on this machine for it, or is one that runs already; there roles are spread over its nodes. Owns the session of its
+own Ray, and the actors. Never on a request's way: no message of a request passes through Ray, and Ray gets
 plain strings as arguments, because it pickles them. Each actor's process runs the role's own `run(config, name, stop)`, the
 same that `python -m ROLE` runs.
 """
@@ -38,6 +39,8 @@ log = logging.getLogger(__name__)
 OBJECT_STORE_BYTES = 80 * 2**20
 """Ray's smallest object store is 75 MiB; nothing of ours goes through it."""
 
+_ACTOR_CPUS = 0.001
+"""What needs nothing Ray puts anywhere, whatever it is told."""
 _KEPT = frozenset({"TANDEM_CACHE", "TANDEM_KERNELS"})
 """Variables of our own that are no part of the configuration."""
 _MAX_PAUSE_S = 30.0
@@ -150,6 +153,8 @@ class Cluster:
         self._restarts: dict[str, _Restarts] = {}
         self._ray_dir: Path | None = None
         self._ray_processes: list[psutil.Process] = []
+        self._nodes: list[str] = []
+        """Ray's names of the nodes that get roles."""
 
     @property
     def target(self) -> str:
@@ -176,8 +181,10 @@ class Cluster:
         timeout_s: float = 180.0,
         stop: threading.Event | None = None,
         on_ray_dir: Callable[[Path], None] | None = None,
+        address: str = "",
     ) -> None:
         """Starts everything and returns when the router says that the whole cluster is ready. On any error all is stopped.
+        `address` is that of a running Ray's head, empty for one of this cluster's own.
 
         Raises ConfigError before anything runs if a port is taken, the error of the role that failed, with its name,
         DeadlineExceeded naming what is missing, or Cancelled when `stop` was set meanwhile. `on_ray_dir` is told Ray's temporary
@@ -188,8 +195,8 @@ class Cluster:
         if busy := busy_ports(self.config):
             raise ConfigError("; ".join(busy))
         try:
-            progress("starting Ray")
-            self._start_ray(on_ray_dir)
+            progress(f"joining Ray at {address}" if address else "starting Ray")
+            self._start_ray(on_ray_dir, address)
             for number in range(self.config.router.replicas):
                 self._start_role(router_name(number), "router")
             progress(f"starting the router at {self.target}")
@@ -210,7 +217,7 @@ class Cluster:
 
     def processes(self) -> list[Placed]:
         """Every process and whether it failed, as Ray and the process itself say now."""
-        ray = _ray()
+        ray = ray_module()
         pending = {name: actor.info.remote() for name, actor in self._actors.items()}
         ray.wait(list(pending.values()), num_returns=len(pending), timeout=_ASK_S)
         found = []
@@ -254,7 +261,7 @@ class Cluster:
             lines.append(f"{error}; starting it again" + (f" in {pause_s:.0f} s" if pause_s else ""))
             self._pids[placed.name] = 0
         if restarts.at_s is not None and now_s() >= restarts.at_s:
-            _ray().kill(self._actors[placed.name], no_restart=False)
+            ray_module().kill(self._actors[placed.name], no_restart=False)
             restarts.done(now_s(), placed.pid)
         return lines
 
@@ -267,7 +274,7 @@ class Cluster:
     def stop(self) -> None:
         """Stops every role, then Ray, within a bounded time; leaves no process and no file but the logs. Routers end first, and
         with them all requests: the workers have nothing left to finish or to hand over."""
-        ray = _ray()
+        ray = ray_module()
         if ray.is_initialized():
             with contextlib.suppress(ray.exceptions.RayError, TimeoutError):
                 workers = [name for name, role in self._roles.items() if role != "router"]
@@ -294,48 +301,51 @@ class Cluster:
             shutil.rmtree(self._ray_dir, ignore_errors=True)
             self._ray_dir = None
 
-    def _start_ray(self, on_ray_dir: Callable[[Path], None] | None) -> None:
-        ray = _ray()
+    def _start_ray(self, on_ray_dir: Callable[[Path], None] | None, address: str) -> None:
+        ray = ray_module()
         if ray.is_initialized():
             raise TandemError("Ray already runs in this process; one cluster per process")
         self.log_dir.mkdir(parents=True, exist_ok=True)
-        # In the temporary folder, because the paths of Ray's sockets must stay under 108 bytes.
-        self._ray_dir = Path(tempfile.mkdtemp(prefix=_RAY_DIR_PREFIX))
-        if on_ray_dir is not None:
-            on_ray_dir(self._ray_dir)
+        own: dict[str, Any] = {}
+        if not address:
+            # In the temporary folder, because the paths of Ray's sockets must stay under 108 bytes.
+            self._ray_dir = Path(tempfile.mkdtemp(prefix=_RAY_DIR_PREFIX))
+            if on_ray_dir is not None:
+                on_ray_dir(self._ray_dir)
+            own = {
+                "include_dashboard": False,
+                "num_cpus": 1,
+                "num_gpus": 0,
+                "object_store_memory": OBJECT_STORE_BYTES,
+                "_node_ip_address": "127.0.0.1",
+                "_temp_dir": str(self._ray_dir),
+            }
         before = {process.pid for process in psutil.Process().children()}
         # Ray takes over signals; who calls decides what they do.
         handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
         try:
-            ray.init(
-                address="local",
-                include_dashboard=False,
-                num_cpus=0,
-                num_gpus=0,
-                object_store_memory=OBJECT_STORE_BYTES,
-                log_to_driver=False,
-                configure_logging=False,
-                _node_ip_address="127.0.0.1",
-                _temp_dir=str(self._ray_dir),
-            )
+            ray.init(address=address or "local", log_to_driver=False, configure_logging=False, **own)
         except Exception as error:
-            raise TandemError(f"Ray does not start: {error}") from error
+            doing = f"can't join Ray at {address}" if address else "Ray does not start"
+            raise TandemError(f"{doing}: {error}") from error
         finally:
             if threading.current_thread() is threading.main_thread():
                 for number, handler in handlers.items():
                     signal.signal(number, handler)
         self._ray_processes = [process for process in psutil.Process().children() if process.pid not in before]
+        self._nodes = _nodes_for_roles(ray.nodes())
 
     def _start_role(self, name: str, role: str) -> None:
-        actor = (
-            _ray()
-            .remote(RoleProcess)
-            .options(
-                name=name,
-                num_cpus=0,
-                max_restarts=-1,
-                max_concurrency=4,
-            )
+        """On the next node in turn, so that prefill and decode workers are apart where there are several; when that node is lost,
+        Ray starts it again on another one."""
+        ray = ray_module()
+        node = self._nodes[len(self._actors) % len(self._nodes)]
+        actor = ray.remote(RoleProcess).options(
+            name=name,
+            num_cpus=_ACTOR_CPUS,
+            max_restarts=-1,
+            max_concurrency=4,
+            scheduling_strategy=ray.util.scheduling_strategies.NodeAffinitySchedulingStrategy(node, soft=True),
         )
         self._roles[name] = role
         self._restarts[name] = _Restarts()
@@ -387,6 +397,13 @@ def check_replicas(config: Config) -> None:
         raise ConfigError("decode.replicas is 0, must be at least 1 to serve")
 
 
+def _nodes_for_roles(nodes: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Of those that live, by their names; the head only where it is alone: what it has dies with it."""
+    alive = sorted((node for node in nodes if node["Alive"]), key=lambda node: str(node["NodeName"]))
+    others = [node for node in alive if "node:__internal_head__" not in node["Resources"]]
+    return [str(node["NodeID"]) for node in others or alive]
+
+
 def remove_stale_ray_dir(path: str) -> None:
     """Removes the temporary folder of a cluster that was killed; only one that this module made."""
     folder = Path(path)
@@ -418,7 +435,7 @@ def _descendants(processes: list[psutil.Process]) -> list[psutil.Process]:
     return found
 
 
-def _ray() -> Any:
+def ray_module() -> Any:
     """The `ray` module. Ray reads its environment when it is first imported, so that must not happen elsewhere: no usage
     statistics leave this machine, and a secret of this process keeps others out of its ports."""
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
@@ -426,6 +443,7 @@ def _ray() -> Any:
     os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
     import ray
     import ray._private.worker
+    import ray.util.scheduling_strategies
 
     # What Ray tells its driver of killed processes would land in the middle of what a command writes to stdout.
     ray._private.worker.print_to_stdstream = _log_ray_message

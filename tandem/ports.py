@@ -55,6 +55,13 @@ def busy_ports(config: Config) -> list[str]:
     return found
 
 
+def free_port(host: str) -> int:
+    """One that is free now. Raises ConfigError if `host` is not an address of this machine."""
+    with _free(host) as found:
+        port: int = found.getsockname()[1]
+    return port
+
+
 def _hold_free(host: str, num_replicas: int, held: contextlib.ExitStack) -> int:
     """A port that is free, like those of the other replicas that follow from it. All stay bound while `held` is open."""
     for _ in range(_TRIES):

@@ -67,6 +67,9 @@ def serve(
     config_path: ConfigOption = None,
     model: Annotated[str, typer.Option(help="A pulled model's name, a GGUF file or a Hugging Face directory.")] = "",
     timeout_s: Annotated[float, typer.Option(min=1, help="Seconds until the whole cluster must be ready.")] = 180.0,
+    address: Annotated[
+        str, typer.Option(help="The head of a Ray that runs already, as `ray start` says it. Default: one of its own.")
+    ] = "",
 ) -> None:
     """Run a whole cluster in the foreground; Ctrl-C or `tandem down` stops all of it."""
     from tandem.cluster import Cluster, check_replicas, remove_stale_ray_dir
@@ -86,6 +89,7 @@ def serve(
                 timeout_s=timeout_s,
                 stop=stop,
                 on_ray_dir=lambda path: run_file.write(cluster.target, str(path)),
+                address=address,
             )
             _say(f"ready: {cluster.target} serves {config.model.path}; logs are in {cluster.log_dir}")
             with Client(cluster.target) as client, _live_table() as show:

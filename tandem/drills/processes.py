@@ -13,7 +13,7 @@ import sys
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 from protos import tandem_pb2 as pb
 from tandem.client import Client
@@ -47,6 +47,20 @@ def role_of(name: str) -> str:
     return name.partition("-")[0]
 
 
+class Process(Protocol):
+    """What `subprocess.Popen` can do with one."""
+
+    @property
+    def pid(self) -> int: ...
+    @property
+    def returncode(self) -> int | Any: ...
+    def poll(self) -> int | None: ...
+    def wait(self, timeout: float | None = None) -> int: ...
+    def send_signal(self, number: int, /) -> None: ...
+    def terminate(self) -> None: ...
+    def kill(self) -> None: ...
+
+
 class ProcessCluster:
     """Processes that share a configuration, `own` of one of them merged into it. Nothing runs before `start` or `spawn`."""
 
@@ -60,14 +74,18 @@ class ProcessCluster:
         self.config: Config = with_free_ports(load_config(overrides=self._values))
         self.config_file = folder / "config.yaml"
         self.config_file.write_text(dump_config(self.config), encoding="utf-8")
-        self.processes: dict[str, subprocess.Popen[bytes]] = {}
+        self.processes: dict[str, Process] = {}
         self.client = Client(self.config.router.grpc_target)
 
     def start(self, names: Sequence[str]) -> None:
         """Starts these at once and waits until all are listed."""
+        self.launch(names)
+        self.wait_ready(names)
+
+    def launch(self, names: Sequence[str]) -> None:
+        """Starts these at once."""
         for name in names:
             self.spawn(name)
-        self.wait_ready(names)
 
     def spawn(self, name: str) -> None:
         """Starts one process; whoever had its name must have ended."""

@@ -45,6 +45,8 @@ class ClusterSpec(_Part, frozen=True):
     own: dict[str, dict[str, Any]] = {}
     """What one process' configuration has besides."""
     lines: dict[str, LineSpec] = {}
+    in_ray: bool = False
+    """Ray runs them, on the nodes `node-…` besides its `head`."""
     layers: Positive = 4
     small_disk_bytes: Count = 0
     """The pool's DISK tier lies on a file system of its own of this size; 0: it has none."""

@@ -15,8 +15,9 @@ import psutil
 from protos import tandem_pb2 as pb
 from tandem.config import merged
 from tandem.drills.model import shallow
-from tandem.drills.processes import ProcessCluster
+from tandem.drills.processes import Process, ProcessCluster
 from tandem.drills.proxy import EventRelay, Line, Proxy
+from tandem.drills.ray_cluster import RayCluster
 from tandem.drills.spec import ClusterSpec
 from tandem.errors import StorageFault, TandemError
 
@@ -42,17 +43,17 @@ class Stage:
         self.folder = folder
         self.lines = {name: Line() for name in spec.lines}
         self.disk: Path | None = None
-        self._leaving: dict[str, subprocess.Popen[bytes]] = {}
+        self._leaving: dict[str, Process] = {}
         values = merged(BASE, {"model": {"path": str(shallow(model, spec.layers)), "name": "drill"}})
         if spec.small_disk_bytes:
             self.disk = _mounted(folder / "disk", spec.small_disk_bytes)
             values = merged(values, {"pool": {"disk": {"dirs": [str(self.disk)]}}})
-        self.cluster = ProcessCluster(folder, merged(values, spec.config), spec.own)
+        values = merged(values, spec.config)
+        self.cluster = RayCluster(folder, values) if spec.in_ray else ProcessCluster(folder, values, spec.own)
         try:
             for name in spec.lines:
                 self._lay(name)
-            for name in spec.processes:
-                self.cluster.spawn(name)
+            self.cluster.launch(spec.processes)
             self._wait_ready(spec.processes)
         except BaseException:
             self.close()
@@ -110,7 +111,8 @@ class Stage:
 
     def pids(self) -> dict[str, int]:
         """Of the processes that live."""
-        return {name: process.pid for name, process in self.cluster.processes.items() if process.poll() is None}
+        running = [(name, process) for name, process in self.cluster.processes.items() if process.poll() is None]
+        return {name: process.pid for name, process in running if process.pid}
 
     def close(self) -> dict[str, int]:
         """Stops everything; exit codes."""

@@ -18,7 +18,7 @@ import psutil
 import pytest
 
 from tandem.client import Client
-from tandem.cluster import Cluster, _ray, _Restarts, check_replicas, remove_stale_ray_dir
+from tandem.cluster import Cluster, _Restarts, check_replicas, ray_module, remove_stale_ray_dir
 from tandem.config import Config, dump_config, load_config
 from tandem.errors import Cancelled, ConfigError, DeadlineExceeded, ModelError, TandemError
 from tandem.ports import with_free_ports
@@ -182,9 +182,9 @@ def test_free_ports_are_chosen_only_where_none_is_given(config: Config) -> None:
 
 
 def test_a_second_cluster_in_one_process_is_refused(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_ray(), "is_initialized", lambda: True)
+    monkeypatch.setattr(ray_module(), "is_initialized", lambda: True)
     with pytest.raises(TandemError, match="one cluster per process"):
-        Cluster(config)._start_ray(None)
+        Cluster(config)._start_ray(None, "")
 
 
 @pytest.mark.parametrize("key", ["grpc_port", "control_port", "metrics_port"])
