@@ -48,6 +48,8 @@ def judge(played: Played, expect: Expect, scene: Scene) -> Iterator[Check]:
     yield _answers("chunks are gap-free, one end each", played, _broken)
     yield _answers("usage is right", played, _usage)
     yield _pauses(played, expect)
+    if expect.late_s:
+        yield _late(played, expect)
     listed = scene.stage.cluster.listed()
     for what, least in expect.more.items():
         grown = scene.grown(what, listed)
@@ -171,6 +173,20 @@ def _pauses(played: Played, expect: Expect) -> Check:
     evidence = f"{worst:.2f} s{f' ({whose})' if whose else ''}, the limit is {expect.pause_s:g} s; "
     evidence += f"all was over {max(0.0, ends_s):.1f} s after the last step, the limit is {expect.end_s:g} s"
     return Check("recovery is within its bound", worst <= expect.pause_s and ends_s <= expect.end_s, evidence)
+
+
+def _late(played: Played, expect: Expect) -> Check:
+    """How much later than without the fault first tokens came."""
+    worst, whose = 0.0, ""
+    for one in played.asking:
+        truth = played.truth[one.asked.key]
+        if one.got.completed is None or not truth.times_s or not one.got.times_s:
+            continue
+        late_s = (one.got.times_s[0] - one.got.began_s) - (truth.times_s[0] - truth.began_s)
+        if late_s > worst:
+            worst, whose = late_s, one.asked.key
+    evidence = f"{worst:.2f} s{f' ({whose})' if whose else ''}, the limit is {expect.late_s:g} s"
+    return Check("first tokens are not much later than without the fault", worst <= expect.late_s, evidence)
 
 
 def _ways(asking: Sequence[Asking], expect: Expect) -> Iterator[Check]:

@@ -19,7 +19,18 @@ from protos import tandem_pb2 as pb
 from tandem.clock import now_s
 from tandem.drills.load import Asking
 from tandem.drills.processes import role_of, wait_until
-from tandem.drills.spec import DiskStep, EventsStep, LineStep, LoadStep, SignalStep, StartStep, Step, WaitStep, When
+from tandem.drills.spec import (
+    DiskStep,
+    EventsStep,
+    LineStep,
+    LoadStep,
+    MemoryStep,
+    SignalStep,
+    StartStep,
+    Step,
+    WaitStep,
+    When,
+)
 from tandem.drills.stage import Stage
 from tandem.errors import DeadlineExceeded, TandemError
 
@@ -50,6 +61,8 @@ class Scene:
     send: Callable[[int], Sequence[str]] = lambda phase: ()
     """Sends the requests of a phase; their keys."""
     last: str = ""
+    memory: dict[str, tuple[int, int]] = field(default_factory=dict)
+    """Of each process that ran when memory was measured: its pid and its bytes."""
 
     def named(self, process: str) -> str:
         """The process that a step means."""
@@ -163,6 +176,9 @@ def _do(step: Step, scene: Scene) -> tuple[str, str]:
         case LoadStep():
             keys = scene.send(step.phase)
             return f"phase {step.phase}", f"{len(keys)} requests"
+        case MemoryStep():
+            scene.memory = {name: (pid, resident_bytes(pid)) for name, pid in stage.pids().items()}
+            return "memory", f"{len(scene.memory)} processes were measured"
         case WaitStep():
             # What is waited for may be the fault itself.
             return ("long step" if step.when.step_s else ""), "waited"

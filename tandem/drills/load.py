@@ -6,6 +6,7 @@ rule; it judges nothing. The truth is the same requests at a cluster that nobody
 
 from __future__ import annotations
 
+import contextlib
 import random
 import threading
 from collections.abc import Sequence
@@ -116,19 +117,31 @@ class Got:
 
 
 class Asking(threading.Thread):
-    """A client that asks and reads. It has a connection of its own if it is told where to ask."""
+    """A client that asks and reads. It has a connection of its own if it is told where to ask. It waits for one of `turns`, if
+    given."""
 
-    def __init__(self, client: Client | str, asked: Asked, delay_s: float = 0.0) -> None:
+    def __init__(
+        self,
+        client: Client | str,
+        asked: Asked,
+        delay_s: float = 0.0,
+        turns: contextlib.AbstractContextManager[object] | None = None,
+    ) -> None:
         super().__init__(name=asked.key, daemon=True)
         self.asked = asked
         self.got = Got()
         self._own = client if isinstance(client, str) else ""
         self._client = Client(client) if isinstance(client, str) else client
         self._delay_s = delay_s
+        self._turns = turns or contextlib.nullcontext()
         self._pause = threading.Event()
 
     def run(self) -> None:
         self._pause.wait(self._delay_s)
+        with self._turns:
+            self._ask()
+
+    def _ask(self) -> None:
         spec, got = self.asked.spec, self.got
         got.began_s = now_s()
         try:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import secrets
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -135,14 +136,13 @@ class Runner:
             *(what for step in spec.steps for what in step.when.more),
         ):
             scene.before[what] = counted(what, listed)
-        memory = {name: resident_bytes(pid) for name, pid in stage.pids().items()}
         asking: list[Asking] = []
         scene.send = functools.partial(_send, scene, asked, asking)
         start_s = now_s()
         scene.send(0)
         played = self._hurt(drill, scene, asking, truth, start_s)
         checks = list(judge(played, spec.expect, scene))
-        checks += self._after(drill, stage, memory, crashed=any(one.is_alive() for one in asking))
+        checks += self._after(drill, scene, crashed=any(one.is_alive() for one in asking))
         spans = [_span(one, start_s) for one in asking]
         marks = [(one.at_s - start_s, one.name) for one in played.fired if one.name]
         logs = "" if all(check.ok for check in checks) else stage.cluster.logs(40)
@@ -165,9 +165,9 @@ class Runner:
             one.join(max(0.1, end_s - now_s()))
         return Played(asking, truth, fired, error)
 
-    def _after(self, drill: Drill, stage: Stage, memory: dict[str, int], *, crashed: bool) -> Iterator[Check]:
+    def _after(self, drill: Drill, scene: Scene, *, crashed: bool) -> Iterator[Check]:
         """The cluster is whole again, and nobody holds anything."""
-        spec = drill.spec
+        spec, stage = drill.spec, scene.stage
         if crashed:
             yield Check("every client ends", False, "some still wait")
         began_s = now_s()
@@ -181,7 +181,7 @@ class Runner:
         )
         yield audited(stage, spec.expect.audit_s)
         if spec.expect.memory_bytes:
-            yield _grown(stage, memory, spec.expect.memory_bytes)
+            yield _grown(scene, spec.expect.memory_bytes)
 
 
 def audited(stage: Stage, within_s: float) -> Check:
@@ -208,21 +208,30 @@ def audited(stage: Stage, within_s: float) -> Check:
     return Check(name, True, f"{len(answer.checks)} checks after {now_s() - began_s:.1f} s")
 
 
-def _grown(stage: Stage, before: dict[str, int], limit: int) -> Check:
-    grown = {name: resident_bytes(pid) - before[name] for name, pid in stage.pids().items() if name in before}
-    worst = max(grown, key=lambda name: grown[name])
-    evidence = f"most by {worst}: {grown[worst] / 2**20:.1f} MiB, the limit is {limit / 2**20:.0f} MiB"
-    return Check("memory is flat", grown[worst] <= limit, evidence)
+def _grown(scene: Scene, limit: int) -> Check:
+    """Of the processes that are the same still."""
+    running = scene.stage.pids()
+    grown = {
+        name: resident_bytes(pid) - num_bytes
+        for name, (pid, num_bytes) in scene.memory.items()
+        if running.get(name) == pid
+    }
+    if not grown:
+        return Check("memory is flat", False, "no process lived from its measurement to the end")
+    by_name = ", ".join(f"{name} {num_bytes / 2**10:+,.0f} KiB" for name, num_bytes in sorted(grown.items()))
+    evidence = f"{by_name}; the limit is {limit / 2**10:,.0f} KiB"
+    return Check("memory is flat", max(grown.values()) <= limit, evidence)
 
 
 def _send(scene: Scene, asked: Sequence[Asked], asking: list[Asking], phase: int) -> list[str]:
     """Starts the clients of a phase."""
     sent = []
+    turns = {one.spec.name: threading.Semaphore(one.spec.at_once) for one in asked if one.spec.at_once}
     for one in asked:
         if one.spec.phase == phase:
             cluster = scene.stage.cluster
             where = cluster.client.target if cluster.config.router.replicas > 1 else cluster.client
-            client = Asking(where, one, one.number * one.spec.every_s)
+            client = Asking(where, one, one.number * one.spec.every_s, turns.get(one.spec.name))
             asking.append(client)
             scene.asking.setdefault(one.spec.name, []).append(client)
             client.start()

@@ -75,6 +75,8 @@ class RequestSpec(_Part, frozen=True):
     """0: sent when the drill begins; others when a step says so."""
     every_s: Seconds = 0.0
     """Between one and the next."""
+    at_once: Count = 0
+    """No more than so many at a time; 0: as they come."""
     again: str = ""
     """The prompts of the requests of this name."""
     leaves_at: Count | None = None
@@ -162,13 +164,19 @@ class LoadStep(_Part, frozen=True, tag="load", tag_field="do"):
     when: When = When()
 
 
+class MemoryStep(_Part, frozen=True, tag="memory", tag_field="do"):
+    """From here on memory must not grow: `expect.memory_bytes`."""
+
+    when: When = When()
+
+
 class WaitStep(_Part, frozen=True, tag="wait", tag_field="do"):
     """Waits, and does nothing."""
 
     when: When
 
 
-Step = SignalStep | StartStep | LineStep | EventsStep | DiskStep | LoadStep | WaitStep
+Step = SignalStep | StartStep | LineStep | EventsStep | DiskStep | LoadStep | MemoryStep | WaitStep
 
 
 # --- what must hold ----------------------------------------------------------------------------------------------------------
@@ -183,6 +191,8 @@ class Expect(_Part, frozen=True):
     """Requests of that name may complete or end with one of these."""
     pause_s: Seconds = 5.0
     """No stream that goes on stands still for longer."""
+    late_s: Seconds = 0.0
+    """No first token comes so much later than in the fault-free run; 0: not looked at."""
     end_s: Seconds = 30.0
     """From the last step to the last end."""
     again: dict[str, Count] = {}
@@ -199,7 +209,7 @@ class Expect(_Part, frozen=True):
     fetched_from: dict[str, list[str]] = {}
     """Some request of that name got KV from one of these processes."""
     memory_bytes: Count = 0
-    """No process grew by more; 0: not looked at."""
+    """No process that lived since the `memory` step has grown by more at the end; 0: not looked at."""
     exact: bool = True
     audit_s: Seconds = 20.0
     """So soon afterwards all parties agree and nothing is held."""
@@ -265,6 +275,8 @@ def _check(path: Path, spec: DrillSpec, cluster: ClusterSpec) -> None:
         raise ConfigError(f"{path}: {key}: {why}")
 
     known = {request.name for request in spec.requests}
+    if spec.expect.memory_bytes and not any(isinstance(step, MemoryStep) for step in spec.steps):
+        refuse("expect.memory_bytes", "no step says since when")
     if len(known) != len(spec.requests):
         refuse("requests", "two have one name")
     phases = {step.phase for step in spec.steps if isinstance(step, LoadStep)}
@@ -284,6 +296,8 @@ def _check(path: Path, spec: DrillSpec, cluster: ClusterSpec) -> None:
             refuse(f"{key}.line", f"cluster {spec.cluster!r} has no line {step.line!r}")
         if isinstance(step, EventsStep) and cluster.lines[step.line].kind != "data":
             refuse(f"{key}.line", f"{step.line!r} carries no KV events: its kind must be data")
+        if isinstance(step, MemoryStep) and not spec.expect.memory_bytes:
+            refuse("expect.memory_bytes", "is not given, and a step measures memory")
         if isinstance(step, DiskStep) and not cluster.small_disk_bytes:
             refuse(f"{key}.do", f"cluster {spec.cluster!r} has no disk: small_disk_bytes is 0")
     for name in [key.partition(".")[0] for key in spec.expect.errors] + [
