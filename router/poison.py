@@ -57,7 +57,8 @@ class Poison:
         accused = [record for record in suspects.values() if record.num_deaths > 0]
         for record in {record.request_id: record for record, _ in started}.values():
             record.num_deaths += 1
-            if record.request_id not in suspects:
+            # A suspect itself (of another role's death, or of an earlier one) must be let go before it can send anything.
+            if record.request_id not in suspects and record.request_id not in self._suspects:
                 self._returning.add(record.request_id)
             else:
                 self._returning.discard(record.request_id)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 
@@ -25,8 +26,8 @@ from protos.control import (
 )
 from protos.control import Counters as ControlCounters
 from router.actions import Action, Emit, FailedEvent, Send
-from router.journal import Request
-from router.poison import QUARANTINE_S
+from router.journal import DispatchRecord, Record, Request
+from router.poison import QUARANTINE_S, Poison
 from router.router import RouterCore, Settings
 from tandem.errors import Quarantined
 
@@ -187,3 +188,15 @@ def test_a_worker_that_leaves_or_gives_back_accuses_nobody(story: Story) -> None
     assert story.core.poison.num_suspects == 0
     assert not story.ends
     story.generate("slow")
+
+
+def test_a_suspect_whose_other_role_dies_with_a_worker_too_holds_nobody_up() -> None:
+    poison = Poison()
+    first, second = (cast(Record, SimpleNamespace(request_id=name, num_deaths=0)) for name in ("first", "second"))
+    begun = cast(DispatchRecord, SimpleNamespace(started=True, generates=False))
+    proven = cast(DispatchRecord, SimpleNamespace(started=True, generates=True))
+    poison.on_death([(first, begun), (second, begun)], 0.0)
+    poison.on_death([(first, proven)], 1.0)
+    assert poison.may_go("first")
+    poison.cleared("first")
+    assert poison.may_go("second")

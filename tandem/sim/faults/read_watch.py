@@ -17,6 +17,9 @@ from tandem.sim.faults.transport import Memory, Read
 from tandem.sim.faults.world import Violation
 from tandem.zmq_io import identity
 
+JUDGED_AGAIN_S = 0.003
+"""Longer than a worker that is free takes to hear what came meanwhile."""
+
 GrantName = tuple[bytes, bytes, int]
 """Sink, fetch id, batch."""
 
@@ -118,10 +121,16 @@ class ReadWatch:
         self._running.pop(read, None)
 
     def wrote_late(self, read: Read) -> None:
-        """What a cancelled receive still writes lands where nobody looks."""
-        pool = read.channel.transport.ours.pool
+        """What a cancelled receive still writes lands where nobody looks. Whoever has not heard yet that it was cancelled,
+        because its step goes on, has not used the memory for anything else either: it is judged when it has heard."""
+        ours = read.channel.transport.ours
+        if not ours.process.alive:
+            return
+        if ours.process.is_busy:
+            ours.process.world.after(JUDGED_AGAIN_S, lambda: self.wrote_late(read))
+            return
         for block_id in read.block_ids:
-            if block_id not in pool._retired:
+            if block_id not in ours.pool._retired:
                 raise Violation(f"{_reader(read)} reused block {block_id}, which a cancelled receive may still write")
 
     # --- inside ---------------------------------------------------------------------------------------------------------

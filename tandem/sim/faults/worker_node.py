@@ -162,6 +162,10 @@ class WorkerNode(Process):
         """An incarnation listens."""
         self._serves(self.transfer.service.endpoints.fetch, self._memory)
 
+    @property
+    def is_busy(self) -> bool:
+        return self.frozen or self._is_stepping
+
     # --- the transfer thread ---------------------------------------------------------------------------------------------
 
     def turn(self) -> float:

@@ -91,6 +91,11 @@ class Process:
 
     # --- what a process does --------------------------------------------------------------------------------------------
 
+    @property
+    def is_busy(self) -> bool:
+        """Some part of it takes nothing in at the moment."""
+        return self.frozen
+
     def turn(self) -> float:
         """What it does when something is ready or due; when to be called again, by its own clock."""
         raise NotImplementedError
