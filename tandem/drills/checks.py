@@ -67,6 +67,17 @@ def judge(played: Played, expect: Expect, scene: Scene) -> Iterator[Check]:
             )
 
 
+def _recomputed(asking: Sequence[Asking], most: int) -> Check:
+    """By decode workers that took over: of what prompt and answer they had not computed, they fetched the rest."""
+    worst, whose = 0, ""
+    for one in asking:
+        for run in one.got.completed.runs if one.got.completed is not None else ():
+            if run.role == "decode" and run.attempt > 0 and run.computed_tokens > worst:
+                worst, whose = run.computed_tokens, one.asked.key
+    evidence = f"{worst}{f' ({whose})' if whose else ''}, the limit is {most}"
+    return Check("what is computed again is little", worst <= most, evidence)
+
+
 def _named(wrong: list[str], right: str) -> str:
     if not wrong:
         return right
@@ -195,6 +206,8 @@ def _ways(asking: Sequence[Asking], expect: Expect) -> Iterator[Check]:
     for role, least in expect.again.items():
         again = sum(any(run.role == role and run.attempt > 0 for run in done.runs) for done in completed)
         yield Check(f"{least} requests at least were dispatched again to {role}", again >= least, f"{again} were")
+    if expect.recomputed_tokens is not None:
+        yield _recomputed(asking, expect.recomputed_tokens)
     if expect.never_again:
         again = sum(any(run.attempt > 0 for run in done.runs) for done in completed)
         yield Check("no request was dispatched again", not again, f"{again} were")

@@ -197,6 +197,8 @@ class Expect(_Part, frozen=True):
     """From the last step to the last end."""
     again: dict[str, Count] = {}
     """By ROLE: at least so many requests were dispatched again for it."""
+    recomputed_tokens: Count | None = None
+    """Whoever took a stream over computed no more tokens of it that had been computed before; None: not looked at."""
     never_again: bool = False
     """None was."""
     ends: dict[str, Count] = {}
