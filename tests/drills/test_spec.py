@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from tandem.drills import spec
+from tandem.drills.processes import REPOSITORY
 from tandem.errors import ConfigError
 
 GOOD = """
@@ -78,3 +79,8 @@ def test_an_unknown_drill_is_named_with_those_that_there_are(folder: Path) -> No
     (folder / "one.yaml").write_text(GOOD)
     with pytest.raises(ConfigError, match="there is no drill 'two'; there are one"):
         spec.load("two", folder)
+
+
+def test_each_drill_is_in_the_table_of_promises() -> None:
+    told = (REPOSITORY / "docs" / "reliability.md").read_text(encoding="utf-8")
+    assert [name for name in spec.names() if f"`{name}`" not in told] == []
