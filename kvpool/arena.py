@@ -35,9 +35,10 @@ ARENA_SEALS = F_SEAL_SHRINK | F_SEAL_GROW | F_SEAL_FUTURE_WRITE | F_SEAL_SEAL
 MADV_POPULATE_WRITE = 23
 """From <linux/mman.h>, Linux 5.14."""
 _MEMINFO = Path("/proc/meminfo")
-_POPULATE_BYTES = 32 * 1024 * 1024
-_POPULATE_PAUSE_S = 0.2
-"""So much at a time, some seconds for a GiB: the first requests need the memory's speed too."""
+_POPULATE_BYTES = 1024 * 1024
+_POPULATE_PAUSE_S = 0.006
+"""So much at a time, some seconds for a GiB: the first requests need the memory's speed too. Meanwhile the process's other
+threads can't map memory, nor then touch new pages, and on a busy machine this thread waits in the middle for its turn."""
 
 MEMFD_NAME = "tandem-arena"
 
@@ -145,8 +146,9 @@ class Arena:
         libc = ctypes.CDLL(None, use_errno=True)
         libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
         begin = self.array.ctypes.data
-        for at in range(0, self.num_bytes, _POPULATE_BYTES):
-            size = min(_POPULATE_BYTES, self.num_bytes - at)
+        portion = max(_POPULATE_BYTES, self.page_bytes)
+        for at in range(0, self.num_bytes, portion):
+            size = min(portion, self.num_bytes - at)
             if libc.madvise(begin + at, size, MADV_POPULATE_WRITE):
                 return  # a system that doesn't know this provides pages as they are written
             if self._closing.wait(_POPULATE_PAUSE_S):
