@@ -71,15 +71,26 @@ class Scene:
         if not process.startswith("busy:"):
             return process
         role = process.removeprefix("busy:")
-        listed = [status for name, status in (self.stage.cluster.listed() or {}).items() if role_of(name) == role]
-        busy = [status for status in listed if status.num_running + status.num_waiting]
+        listed = self.running(self.stage.cluster.listed() or {})
+        ours = [status for name, status in listed.items() if _is(name, role)]
+        busy = [status for status in ours if status.num_running + status.num_waiting or status.step_age_s > 0]
         if not busy:
             raise NotFired(f"no {role} process has work")
         return max(busy, key=lambda one: (one.step_age_s > 0, one.num_running + one.num_waiting)).name
 
+    def running(self, listed: dict[str, pb.ProcessStatus]) -> dict[str, pb.ProcessStatus]:
+        """Without those that have ended, and of which the router has not noticed it yet."""
+        processes = self.stage.cluster.processes
+        return {name: one for name, one in listed.items() if name not in processes or processes[name].poll() is None}
+
     def grown(self, what: str, listed: dict[str, pb.ProcessStatus] | None) -> int:
         """By how much a counter of a process, or of all of a role, has grown since the drill began."""
         return counted(what, listed) - self.before.get(what, 0)
+
+
+def _is(name: str, who: str) -> bool:
+    """Whether that process is meant: by its name, its role, or as one of both kinds of workers."""
+    return who in (name, role_of(name)) or (who == "worker" and role_of(name) in ("prefill", "decode"))
 
 
 def counted(what: str, listed: dict[str, pb.ProcessStatus] | None) -> int:
@@ -140,7 +151,7 @@ def _seen_by_router(when: When, scene: Scene, seen: dict[str, str]) -> bool:
             return False
         seen[what] = f"with {what} +{grown}, "
     for who, least_s in when.step_s.items():
-        ages_s = [status.step_age_s for name, status in listed.items() if who in (name, role_of(name))]
+        ages_s = [status.step_age_s for name, status in scene.running(listed).items() if _is(name, who)]
         if max(ages_s, default=0.0) < least_s:
             return False
         seen[who] = f"in a step of {max(ages_s):.2f} s of {who}, "

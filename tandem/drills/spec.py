@@ -103,7 +103,7 @@ class When(_Part, frozen=True):
     more: dict[str, Count] = {}
     """`PROCESS.COUNTER`, or `ROLE.COUNTER` for the sum, has grown by so much since the drill began."""
     step_s: dict[str, Seconds] = {}
-    """One step of that process, or of one of that role, runs for so long already."""
+    """One step of that process, or of one of that role (`worker`: prefill or decode), runs for so long already."""
     gone: str = ""
     """The router lists that process no more."""
     listed: str = ""
@@ -114,8 +114,8 @@ class When(_Part, frozen=True):
 
 
 class SignalStep(_Part, frozen=True, tag="signal", tag_field="do"):
-    """Sends a signal. `process`: a name; `busy:ROLE`: the one of that role that has most work, of those that are in a
-    step if any is; `last`: that of the last step."""
+    """Sends a signal. `process`: a name; `busy:ROLE`: the one of that role (or `busy:worker`) that has most work, of
+    those that are in a step if any is; `last`: that of the last step."""
 
     process: str
     signal: Literal["KILL", "STOP", "CONT", "TERM"] = "KILL"
