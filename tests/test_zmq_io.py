@@ -170,3 +170,15 @@ def test_a_refusal_is_told_and_rubbish_is_counted_and_dropped(side: Side) -> Non
     wait(lambda: side.heard, side)
     assert side.heard == [Abort(FENCE, "x")]
     assert side.link.num_undecodable == 1
+
+
+def test_a_process_that_did_not_run_for_longer_than_its_liveness_finds_out_before_it_takes_anything_in(
+    side: Side,
+) -> None:
+    side.step()
+    assert side.link.silent_s(side.now_s + 100.0) == 0.0, "nobody knows it yet"
+    side.welcome()
+    side.step()
+    side.step(2.0)
+    assert side.link.silent_s(side.now_s + 3.0) == 0.0
+    assert side.link.silent_s(side.now_s + 3.5) == 3.5

@@ -452,3 +452,14 @@ def test_more_pool_nodes_than_can_be_told_apart_are_not_believed() -> None:
     for number in range(MAX_KEEPERS + 1):
         world.server.on_message(b"pool-%d@1" % number, Kept([key_of("a" if number < MAX_KEEPERS else "b")]), 0.0)
     assert kept_names(world, "ab") == "a"
+
+
+def test_a_source_that_is_closed_is_kept_for_by_nobody_and_its_leases_stand() -> None:
+    world = World()
+    world.put("a")
+    world.server.on_message(SINK, fetch(1, "a", wait=False), 0.0)
+    world.server.on_message(b"pool-0@1", Kept([key_of("a")]), 0.0)
+    assert world.pool.has_keepers
+    world.server.close()
+    assert not world.pool.has_keepers
+    assert world.pool.stats().num_leases == 1

@@ -117,6 +117,17 @@ def test_a_worker_that_says_hello_again_had_lost_us_but_a_repeated_first_hello_i
     assert kinds(members.hello(hello("d0"), 2.0)) == [Lost, Joined]
 
 
+def test_a_new_incarnation_that_names_its_former_one_takes_its_place_at_once() -> None:
+    members = membership()
+    members.hello(hello("d0"), 0.0)
+    members.heartbeat(heartbeat("d0"), 1.0)
+    lost, joined = members.hello(hello("d0", epoch=b"2" * 8, former_epochs=[b"0" * 8, b"1" * 8]), 1.0)
+    assert isinstance(lost, Lost)
+    assert isinstance(joined, Joined)
+    assert (lost.cause, lost.epoch) == ("rejoined", b"1" * 8)
+    assert members.is_member("d0", b"2" * 8)
+
+
 def test_a_hello_that_comes_late_or_twice_loses_nobody() -> None:
     members = membership()
     assert kinds(members.hello(hello("d0", number=2), 0.0)) == [Joined]
