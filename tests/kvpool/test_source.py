@@ -463,3 +463,12 @@ def test_a_source_that_is_closed_is_kept_for_by_nobody_and_its_leases_stand() ->
     world.server.close()
     assert not world.pool.has_keepers
     assert world.pool.stats().num_leases == 1
+
+
+def test_a_fetch_that_waits_for_everything_is_told_that_it_is_known_too() -> None:
+    world = World()
+    world.server.promise("job", [key_of("a")])
+    world.server.on_message(SINK, fetch(1, "a", wait=True, deadline_s=100.0), 0.0)
+    assert world.server.on_message(SINK, fetch(1, "a", wait=True, deadline_s=97.0), 3.0) == [
+        (SINK, Parked(fetch_id(1)))
+    ]
