@@ -18,7 +18,7 @@ import psutil
 import pytest
 
 from tandem.client import Client
-from tandem.cluster import Cluster, _Restarts, check_replicas, ray_module, remove_stale_ray_dir
+from tandem.cluster import Cluster, _nodes_for_roles, _Restarts, check_replicas, ray_module, remove_stale_ray_dir
 from tandem.config import Config, dump_config, load_config
 from tandem.errors import Cancelled, ConfigError, DeadlineExceeded, ModelError, TandemError
 from tandem.ports import with_free_ports
@@ -248,3 +248,12 @@ def test_a_role_that_dies_at_once_is_never_called_back_and_is_started_ever_more_
         wait_for(third_end_is_said, "the role ends three times", timeout_s=40)
     again = "decode-0: it was told to fail; starting it again"
     assert said == [again, f"{again} in 1 s", f"{again} in 2 s"]
+
+
+def test_roles_go_to_living_nodes_and_to_the_head_only_where_it_is_alone() -> None:
+    def node(name: str, alive: bool = True, **resources: float) -> dict[str, object]:
+        return {"NodeName": name, "NodeID": f"id-{name}", "Alive": alive, "Resources": resources}
+
+    head = node("a-head", **{"node:__internal_head__": 1.0})
+    assert _nodes_for_roles([node("n2"), head, node("n1"), node("n0", alive=False)]) == ["id-n1", "id-n2"]
+    assert _nodes_for_roles([head, node("n0", alive=False)]) == ["id-a-head"]
