@@ -18,8 +18,12 @@ from tests.system.harness import RunningCluster, leftovers, wait_until
 NUM_REQUESTS = 200
 NUM_CLIENTS = 24
 NUM_WARM_UP = 40
-# The last requests come one at a time and leave during their prefill, which is over too soon to be met by chance.
+# The last of them come one at a time and leave during their prefill, which is over too soon to be met by chance.
 NUM_IN_PREFILL = 20
+# How many must have been met in each phase. Which phase a leaving client meets depends on the machine: while one has been
+# met too seldom, another round of requests runs.
+NUM_IN_EACH_PHASE = 10
+MAX_MORE_ROUNDS = 8
 
 
 def shmem_bytes() -> int:
@@ -51,7 +55,7 @@ def test_200_requests_a_third_of_them_cancelled_leave_nothing_behind(tmp_path: P
 
         def one(number: int) -> None:
             rng = random.Random(number)
-            in_prefill = number >= NUM_REQUESTS - NUM_IN_PREFILL
+            in_prefill = NUM_REQUESTS - NUM_IN_PREFILL <= number < NUM_REQUESTS
             leaves = number % 3 == 0 or in_prefill
             sampling = pb.SamplingParams(max_tokens=rng.randrange(1, 40), temperature=0.7, seed=number)
             # Some leave soon after the request, some after so many chunks.
@@ -85,28 +89,39 @@ def test_200_requests_a_third_of_them_cancelled_leave_nothing_behind(tmp_path: P
             with lock:
                 ends.append(end)
 
+        def met() -> dict[str, int]:
+            """How many requests were cancelled in each phase."""
+            seen = running.client.cluster()
+            phases = {"waiting": seen.num_requests_left_waiting, "fetching": 0, "prefill": 0, "decode": 0}
+            for process in seen.processes:
+                for phase in phases:
+                    phases[phase] += process.counters[f"aborted_{phase}"]
+            return phases
+
         # After the first of them every process has made its connections and mappings; from then on nothing may be added.
+        num_sent = NUM_REQUESTS
         with ThreadPoolExecutor(NUM_CLIENTS) as clients:
             list(clients.map(one, range(NUM_WARM_UP)))
             one(NUM_REQUESTS - 1)  # a long prompt starts the router's thread for them
             wait_until(lambda: running.client.audit().ok, 20, f"audit: {running.client.audit()}")
             before = {name: leftovers(pid) for name, pid in pids.items()}
             list(clients.map(one, range(NUM_WARM_UP, NUM_REQUESTS - NUM_IN_PREFILL)))
-        for number in range(NUM_REQUESTS - NUM_IN_PREFILL, NUM_REQUESTS - 1):
-            one(number)
+            for number in range(NUM_REQUESTS - NUM_IN_PREFILL, NUM_REQUESTS - 1):
+                one(number)
+            for _ in range(MAX_MORE_ROUNDS):
+                wait_until(lambda: running.client.audit().ok, 20, f"audit: {running.client.audit()}")
+                if min(met().values()) >= NUM_IN_EACH_PHASE:
+                    break
+                list(clients.map(one, range(num_sent, num_sent + 2 * NUM_CLIENTS)))
+                num_sent += 2 * NUM_CLIENTS
 
-        assert len(ends) == NUM_REQUESTS
-        assert ends.count("completed") + ends.count("cancelled") == NUM_REQUESTS
+        assert len(ends) == num_sent
+        assert ends.count("completed") + ends.count("cancelled") == num_sent
         wait_until(lambda: running.client.audit().ok, 20, f"audit: {running.client.audit()}")
         seen = running.client.cluster()
-        assert seen.num_requests_finished + seen.num_requests_cancelled == NUM_REQUESTS
+        assert seen.num_requests_finished + seen.num_requests_cancelled == num_sent
         assert seen.num_requests_failed == 0
-        phases = dict.fromkeys(("waiting", "fetching", "prefill", "decode"), 0)
-        phases["waiting"] = seen.num_requests_left_waiting
-        for process in seen.processes:
-            for phase in phases:
-                phases[phase] += process.counters[f"aborted_{phase}"]
-        assert min(phases.values()) >= 10, phases
+        assert min(met().values()) >= NUM_IN_EACH_PHASE, met()
         for name in ("prefill-0", "decode-0", "pool-0"):
             status = running.status(name)
             assert (status.free_blocks, status.leased_blocks, status.num_running, status.num_waiting) == (
