@@ -1,5 +1,8 @@
 """What calls of `tandem.v1` may carry beside their message, by its name in gRPC's metadata."""
 
+AUTHORIZATION = "authorization"
+"""`Bearer` and a key, as in HTTP's header."""
+
 TENANT = "tandem-tenant"
 """By which the line for room is shared fairly. Who may call may claim any: it decides nothing else."""
 MAX_TENANT_CHARS = 128

@@ -1,22 +1,19 @@
 """The router's Prometheus page.
 
-Owns its registry and its HTTP thread; reads nothing by itself, the server tells it.
+Owns its registry; reads nothing by itself, the server tells it. `router/http` shows it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from threading import Thread
-from wsgiref.simple_server import WSGIServer
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, start_http_server
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
 from router.explain import hindsight
 from router.journal import Summary
 from router.membership import Member
 from router.prefix_index import PrefixIndex
 from router.reports import num_cached_tokens
-from tandem.errors import ConfigError
 
 _TTFT_BUCKETS = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0, 60.0)
 _TPOT_BUCKETS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
@@ -38,7 +35,7 @@ _INDEX_GAUGES = {
 
 
 class Metrics:
-    """What the router counts. `serve` shows it."""
+    """What the router counts, in `registry`."""
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
@@ -75,23 +72,6 @@ class Metrics:
             for name, text in _GAUGES.items()
         }
         self._shown: set[tuple[str, str]] = set()
-        self._server: tuple[WSGIServer, Thread] | None = None
-
-    def serve(self, host: str, port: int) -> None:
-        """Starts the page's thread. Raises ConfigError if the port is taken."""
-        try:
-            self._server = start_http_server(port, addr=host, registry=self.registry)
-        except OSError as error:
-            raise ConfigError(f"router.metrics_port: can't listen on {host}:{port}: {error.strerror}") from error
-
-    def close(self) -> None:
-        """Ends the page's thread."""
-        if self._server is not None:
-            server, thread = self._server
-            server.shutdown()
-            server.server_close()
-            thread.join()
-            self._server = None
 
     def ended(self, summary: Summary, num_generated_tokens: int) -> None:
         """Counts a request that has ended, of which the client was shown `num_generated_tokens`."""

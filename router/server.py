@@ -1,4 +1,4 @@
-"""The router process: asyncio, gRPC, ZeroMQ and timers around RouterCore.
+"""The router process: asyncio, gRPC, HTTP, ZeroMQ and timers around RouterCore.
 
 Owns the event loop, the front door's life (listen, serve, drain, stop) and the way of each request between a client and the
 core. Decides nothing about requests: the core's actions are carried out in order. One thread, but for tokenisation of long
@@ -28,13 +28,16 @@ from kvpool.keys import tokens_as_bytes
 from protos import tandem_pb2, tandem_pb2_grpc
 from protos.control import Owned, ToRouter
 from protos.kv_events import EventBatch
-from protos.metadata import ERROR_CODE, MAX_TENANT_CHARS, RETRY_AFTER, TENANT
+from protos.metadata import AUTHORIZATION, ERROR_CODE, RETRY_AFTER, TENANT
+from router.access import Access, Caller
 from router.actions import Action, Emit, Replay, Send, Subscribe, TokensEvent, Unsubscribe
 from router.admission import Slo
 from router.answer import Answer
 from router.auditor import Auditor
 from router.control_plane import ControlPlane, Handlers
 from router.explain import explain
+from router.http.apps import admin_app, client_app
+from router.http.listener import HttpListener
 from router.journal import Request, Resumed, Summary
 from router.metrics import Metrics
 from router.open_answers import MAX_KEY_CHARS, Open, OpenAnswers
@@ -121,12 +124,14 @@ class RouterServer:
             random.Random(secrets.randbits(64)),
         )
         self.metrics = Metrics()
+        self.access = Access()
         secret_file = settings.secret_file or config.run_path / "router.secret"
         self._tickets = Tickets(shared_secret(Path(secret_file).expanduser()))
         self.answers = OpenAnswers()
         self.started = threading.Event()
         self.grpc_port = settings.grpc_port
         self.control_port = settings.control_port
+        self.http_port = settings.http_port
         self._num_opening = 0
         self._auditors: dict[int, Auditor] = {}
         self._num_audits = 0
@@ -150,14 +155,19 @@ class RouterServer:
         host = self._config.router.host
         control = self._control = ControlPlane(host, self._config.router.control_port, handlers)
         server = self._grpc_server()
+        listeners: list[HttpListener] = []
         try:
             self.control_port = control.bind()
             self.grpc_port = self._listen(server)
-            if self._config.router.metrics_port:
-                self.metrics.serve(host, self._config.router.metrics_port)
+            for key, app in (("http_port", client_app), ("admin_port", admin_app)):
+                if port := getattr(self._config.router, key):
+                    listeners.append(HttpListener(app(self)))
+                    listeners[-1].listen(f"router.{key}", host, port)
             await self._show_health(force=True)
             await server.start()
             control.listen()
+            for listener in listeners:
+                listener.start()
             log.info(
                 "model %s: gRPC on %s:%d, control on %s:%d", self.model, host, self.grpc_port, host, self.control_port
             )
@@ -166,8 +176,9 @@ class RouterServer:
             await self._drain()
         finally:
             await server.stop(grace=1.0)
+            for listener in listeners:
+                await listener.stop()
             await control.close()
-            self.metrics.close()
             self._executor.shutdown(cancel_futures=True)
 
     def _grpc_server(self) -> grpc.aio.Server:
@@ -231,7 +242,7 @@ class RouterServer:
             await asyncio.sleep(TICK_S)
 
     async def _show_health(self, force: bool = False) -> None:
-        serving = self.core.ready and not self._stopping
+        serving = self.ready
         if serving == self._serving and not force:
             return
         self._serving = serving
@@ -283,10 +294,10 @@ class RouterServer:
     # --- requests ------------------------------------------------------------------------------------------------------
 
     async def generate(
-        self, request: tandem_pb2.GenerateRequest, budget_s: float | None, tenant: str = ""
+        self, request: tandem_pb2.GenerateRequest, budget_s: float | None, caller: Caller
     ) -> AsyncIterator[tandem_pb2.GenerateResponse]:
-        """Serves one request. `tenant` is who shares fairly with others. Raises the TandemError with which it ends, if it does
-        not complete. Closing the iterator early cancels the request."""
+        """Serves one request of `caller`, within `budget_s` seconds if it gave any. Raises the TandemError with which it ends, if
+        it does not complete. Closing the iterator early cancels the request."""
         arrived_s = now_s()
         limits = self._config.limits
         if self._stopping:
@@ -302,7 +313,7 @@ class RouterServer:
         finally:
             self._num_opening -= 1
         budget_s = min(limits.default_deadline_s, budget_s) if budget_s is not None else limits.default_deadline_s
-        opened, submitted, answer = self._open(request, asked, prompt, arrived_s + budget_s, tenant)
+        opened, submitted, answer = self._open(request, asked, prompt, arrived_s + budget_s, caller.tenant)
         ended = False
         try:
             if submitted is not None:
@@ -409,6 +420,17 @@ class RouterServer:
             self.metrics.ended(summary, answer.num_generated_tokens)
 
     @property
+    def ready(self) -> bool:
+        """Whether a request can be served now."""
+        return self.core.ready and not self._stopping
+
+    @property
+    def max_body_bytes(self) -> int:
+        """A request's body may be so large: token ids take up to eight bytes each as text where the limit counts four, and any
+        character up to six as a JSON escape. Past it nothing is read; what fits may still be refused."""
+        return 6 * self._config.limits.max_prompt_bytes + 2**20
+
+    @property
     def client_patience_s(self) -> float:
         """How long a client may leave what it is sent unread."""
         return self._config.limits.client_patience_s
@@ -454,8 +476,8 @@ class _Servicer(tandem_pb2_grpc.TandemServicer):
         context: grpc.aio.ServicerContext[tandem_pb2.GenerateRequest, tandem_pb2.GenerateResponse],
     ) -> None:
         metadata = dict(context.invocation_metadata() or ())
-        tenant = str(metadata.get(TENANT, ""))[:MAX_TENANT_CHARS]
-        responses = self._server.generate(request, context.time_remaining(), tenant)
+        caller = self._server.access.caller(str(metadata.get(AUTHORIZATION, "")), str(metadata.get(TENANT, "")))
+        responses = self._server.generate(request, context.time_remaining(), caller)
         patience_s = self._server.client_patience_s
         try:
             async for response in responses:

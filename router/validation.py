@@ -65,6 +65,8 @@ class Validator:
             raise InvalidRequest(f"num_logprobs is {given.num_logprobs}, the limit is {limits.max_logprobs}")
         if given.HasField("seed") and given.seed >= 2**63:
             raise InvalidRequest(f"seed is {given.seed}, must be below 2**63")
+        if given.HasField("grammar"):
+            raise InvalidRequest("grammar is given, and answers can't be held to one yet")
         self._check_stop(given)
         stop_token_ids = set(self._ids("stop_token_ids", list(given.stop_token_ids)))
         if not given.ignore_eos:

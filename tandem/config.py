@@ -153,7 +153,10 @@ class RouterConfig(_Section):
     )
     grpc_port: Annotated[int, Field(ge=0, le=65_535)] = 8050
     control_port: Annotated[int, Field(ge=0, le=65_535)] = 8051
-    metrics_port: Annotated[int, Field(ge=0, le=65_535, description="Prometheus; 0: off")] = 8052
+    admin_port: Annotated[
+        int, Field(ge=0, le=65_535, description="HTTP for those who run the cluster: metrics, admin calls; 0: off")
+    ] = 8052
+    http_port: Annotated[int, Field(ge=0, le=65_535, description="HTTP for clients: OpenAI's API; 0: off")] = 8053
     secret_file: str = Field(
         "",
         description="what resume tickets are signed with, the same for all routers of a cluster; empty: a file in the run "
@@ -190,8 +193,8 @@ class RouterConfig(_Section):
         return ",".join(f"{_bracketed(host)}:{self.replica(number).grpc_port}" for number in range(self.replicas))
 
 
-ROUTER_PORTS = ("grpc_port", "control_port", "metrics_port")
-"""The keys of `router` that are ports; 0 means any free one for the first two, and off for the last."""
+ROUTER_PORTS = ("grpc_port", "control_port", "admin_port", "http_port")
+"""The keys of `router` that are ports; 0 means any free one for the first two, and off for the others."""
 
 
 def router_name(number: int) -> str:

@@ -488,7 +488,7 @@ def _own_cluster(config: Config, stop: threading.Event | None = None) -> Iterato
     from tandem.cluster import Cluster
 
     with tempfile.TemporaryDirectory(prefix="tandem-bench-") as folder:
-        ports = config.router.model_copy(update={"grpc_port": 0, "control_port": 0, "metrics_port": 0})
+        ports = config.router.model_copy(update={"grpc_port": 0, "control_port": 0, "http_port": 0, "admin_port": 0})
         with Cluster(config.model_copy(update={"run_dir": folder, "router": ports})) as cluster:
             cluster.start(progress=_say, stop=stop)
             yield cluster.target

@@ -38,7 +38,7 @@ def demo(
 
     check_prompt(prompt)
     with tempfile.TemporaryDirectory(prefix="tandem-demo-") as folder:
-        ports = {"grpc_port": 0, "control_port": 0, "metrics_port": 0}
+        ports = {"grpc_port": 0, "control_port": 0, "http_port": 0, "admin_port": 0}
         config = load_config(config_path, {"run_dir": folder, "router": ports})
         cluster = Cluster(config)
         if config.model.path in KNOWN_MODELS:

@@ -19,7 +19,7 @@ from kernels.cpu import SWITCH, native
 from tandem.cli.common import ConfigOption, JsonOption, print_json
 from tandem.cli.run_file import RunFile
 from tandem.clock import now_s
-from tandem.config import Config, cache_dir, load_config
+from tandem.config import ROUTER_PORTS, Config, cache_dir, load_config
 from tandem.errors import TandemError
 from tandem.ports import busy_ports
 
@@ -123,7 +123,8 @@ def check_ports(config: Config) -> Finding:
     router = config.router
     if busy := busy_ports(config):
         return False, f"{'; '.join(busy)}: stop what has it or configure another"
-    return True, f"{router.grpc_port}, {router.control_port} and {router.metrics_port} are free on {router.host}"
+    ports = [str(port) for key in ROUTER_PORTS if (port := getattr(router, key))]
+    return True, f"{', '.join(ports)} are free on {router.host}"
 
 
 def check_model(config: Config) -> Finding:

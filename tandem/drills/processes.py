@@ -68,7 +68,8 @@ class ProcessCluster:
         self, folder: Path, overrides: Mapping[str, Any], own: Mapping[str, Mapping[str, Any]] | None = None
     ) -> None:
         self.folder = folder
-        values = {"run_dir": str(folder / "run"), "router": {"grpc_port": 0, "control_port": 0, "metrics_port": 0}}
+        ports = {"grpc_port": 0, "control_port": 0, "http_port": 0, "admin_port": 0}
+        values = {"run_dir": str(folder / "run"), "router": ports}
         self._values = merged(values, overrides)
         self._own = dict(own or {})
         self.config: Config = with_free_ports(load_config(overrides=self._values))

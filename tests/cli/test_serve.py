@@ -30,7 +30,7 @@ def configuration(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[P
     arena = "arena_bytes: 100000000"
     file.write_text(
         f"cluster: cli-test\nrun_dir: {tmp_path}/run\nmodel: {{path: smollm2-135m}}\n"
-        f"router: {{grpc_port: {ports[0]}, control_port: {ports[1]}, metrics_port: 0}}\n"
+        f"router: {{grpc_port: {ports[0]}, control_port: {ports[1]}, http_port: 0, admin_port: 0}}\n"
         f"prefill: {{{arena}}}\ndecode: {{{arena}}}\npool: {{host_bytes: 100000000}}\n"
     )
     return file
@@ -94,7 +94,7 @@ def test_a_port_in_use_is_one_sentence_and_nothing_keeps_running(configuration: 
         text = configuration.read_text()
         configuration.write_text(
             "\n".join(
-                f"router: {{grpc_port: {port}, control_port: 0, metrics_port: 0}}"
+                f"router: {{grpc_port: {port}, control_port: 0, http_port: 0, admin_port: 0}}"
                 if line.startswith("router:")
                 else line
                 for line in text.splitlines()

@@ -52,7 +52,7 @@ def living(pid: int) -> bool:
 
 @pytest.fixture
 def config(tmp_path: Path) -> Config:
-    router = {"replicas": 2, "grpc_port": 0, "control_port": 0, "metrics_port": 0}
+    router = {"replicas": 2, "grpc_port": 0, "control_port": 0, "http_port": 0, "admin_port": 0}
     return load_config(None, {"run_dir": str(tmp_path), "router": router})
 
 
@@ -187,11 +187,11 @@ def test_a_second_cluster_in_one_process_is_refused(config: Config, monkeypatch:
         Cluster(config)._start_ray(None, "")
 
 
-@pytest.mark.parametrize("key", ["grpc_port", "control_port", "metrics_port"])
+@pytest.mark.parametrize("key", ["grpc_port", "control_port", "http_port", "admin_port"])
 def test_a_taken_port_is_named_before_anything_starts(tmp_path: Path, key: str) -> None:
     with socket.create_server(("127.0.0.1", 0)) as busy:
         port = busy.getsockname()[1]
-        ports = {"grpc_port": 0, "control_port": 0, "metrics_port": 0} | {key: port}
+        ports = {"grpc_port": 0, "control_port": 0, "http_port": 0, "admin_port": 0} | {key: port}
         config = load_config(None, {"run_dir": str(tmp_path / "run"), "router": ports})
         with pytest.raises(
             ConfigError, match=rf"router\.{key}: can't listen on 127\.0\.0\.1:{port}: Address already in use"

@@ -17,7 +17,7 @@ from protos.control import Abort, Dispatch
 from protos.metadata import TENANT
 from tandem.client import AsyncClient, Client
 from tandem.errors import Cancelled, Draining, InvalidRequest, RouterLost
-from tests.router.test_server import LONG, FakeWorker, Router, reference, wait_for
+from tests.router.fake_cluster import LONG, FakeWorker, Router, reference, wait_for
 
 NUM_TOKENS = 120
 

@@ -71,7 +71,7 @@ class RunningCluster(ProcessCluster):
     ) -> None:
         self._faults = faults
         values: dict[str, Any] = {
-            "router": {"metrics_port": free_port()},
+            "router": {"http_port": 0, "admin_port": free_port()},
             "prefill": {"arena_bytes": 512 * 2**20},
             "decode": {"arena_bytes": 512 * 2**20},
             "pool": {"host_bytes": 512 * 2**20},

@@ -70,7 +70,7 @@ def test_a_second_request_fetches_the_shared_prefix_and_starts_sooner(cluster: R
     assert second.completed.num_cached_tokens == 2000
     assert second.completed.ttft_s < 0.25 * first.completed.ttft_s
     assert sum(run.computed_tokens for run in second.completed.runs) < 64
-    url = f"http://127.0.0.1:{cluster.config.router.metrics_port}/metrics"
+    url = f"http://127.0.0.1:{cluster.config.router.admin_port}/metrics"
     with urllib.request.urlopen(url, timeout=5) as answer:
         lines = dict(line.rsplit(" ", 1) for line in answer.read().decode().splitlines() if line[0] != "#")
     assert float(lines["tandem_prefix_hit_tokens_total"]) >= 2000

@@ -32,7 +32,8 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningCluster
         "liveness_s": LIVENESS_S,
         "grpc_port": ports[0],
         "control_port": ports[1],
-        "metrics_port": 0,
+        "http_port": 0,
+        "admin_port": 0,
     }
     running = RunningCluster(tmp_path_factory.mktemp("routers"), {"router": router})
     try:

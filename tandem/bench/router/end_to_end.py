@@ -77,7 +77,7 @@ class EndToEnd:
         others = cores[1:] or cores
         limits = config.limits.model_copy(update={"max_active_requests": max(1024, config.limits.max_active_requests)})
         ports = config.router.model_copy(
-            update={"host": "127.0.0.1", "grpc_port": 0, "control_port": 0, "metrics_port": 0}
+            update={"host": "127.0.0.1", "grpc_port": 0, "control_port": 0, "http_port": 0, "admin_port": 0}
         )
         served = config.model_copy(update={"router": ports, "limits": limits})
         with ExitStack() as running:

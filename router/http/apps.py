@@ -1,0 +1,52 @@
+"""The two HTTP apps of a router: one for clients, one for those who run the cluster.
+
+Owns which path is whose. Each path's handler is a module of its own.
+
+    client_app   router.http_port    /health /v1/models
+    admin_app    router.admin_port   /health /metrics
+"""
+
+from __future__ import annotations
+
+import time
+
+from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+from starlette.routing import Route
+
+from router.http.errors import on_bug, on_http_error, on_tandem_error
+from router.http.front import Front
+from tandem.errors import TandemError
+
+HANDLERS = {TandemError: on_tandem_error, HTTPException: on_http_error, Exception: on_bug}
+
+
+def client_app(front: Front) -> Starlette:
+    """What clients reach."""
+    started_s = int(time.time())
+
+    async def models(request: Request) -> Response:
+        model = {"id": front.model, "object": "model", "created": started_s, "owned_by": "tandem"}
+        return JSONResponse({"object": "list", "data": [model]})
+
+    routes = [_health(front), Route("/v1/models", models)]
+    return Starlette(routes=routes, exception_handlers=HANDLERS)
+
+
+def admin_app(front: Front) -> Starlette:
+    """What those reach who run the cluster."""
+
+    async def metrics(request: Request) -> Response:
+        return Response(generate_latest(front.metrics.registry), media_type=CONTENT_TYPE_LATEST)
+
+    return Starlette(routes=[_health(front), Route("/metrics", metrics)], exception_handlers=HANDLERS)
+
+
+def _health(front: Front) -> Route:
+    async def health(request: Request) -> Response:
+        return JSONResponse({"ready": front.ready}, 200 if front.ready else 503)
+
+    return Route("/health", health)

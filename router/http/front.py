@@ -1,0 +1,41 @@
+"""What an HTTP app asks of the router it stands before."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from typing import Protocol
+
+from protos import tandem_pb2
+from router.access import Access, Caller
+from router.metrics import Metrics
+
+
+class Front(Protocol):
+    """A router, as its edges see it. `generate` raises the TandemError with which a request ends, if it does not complete;
+    closing the iterator early cancels the request."""
+
+    model: str
+    access: Access
+    metrics: Metrics
+
+    @property
+    def ready(self) -> bool:
+        """Whether a request can be served now."""
+
+    @property
+    def max_body_bytes(self) -> int:
+        """A request's body may be so large."""
+
+    @property
+    def client_patience_s(self) -> float:
+        """How long a client may leave what it is sent unread."""
+
+    def generate(
+        self, request: tandem_pb2.GenerateRequest, budget_s: float | None, caller: Caller
+    ) -> AsyncIterator[tandem_pb2.GenerateResponse]: ...
+
+    def cluster(self) -> tandem_pb2.GetClusterResponse: ...
+
+    def explain(self, request_id: str) -> tandem_pb2.ExplainResponse: ...
+
+    async def audit(self) -> tandem_pb2.AuditResponse: ...
