@@ -16,7 +16,7 @@ import threading
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, NoReturn, ParamSpec
+from typing import ParamSpec
 
 import grpc
 import grpc.aio
@@ -28,14 +28,16 @@ from kvpool.keys import tokens_as_bytes
 from protos import tandem_pb2, tandem_pb2_grpc
 from protos.control import Owned, ToRouter
 from protos.kv_events import EventBatch
-from protos.metadata import AUTHORIZATION, ERROR_CODE, RETRY_AFTER, TENANT
 from router.access import Access, Caller
 from router.actions import Action, Emit, Replay, Send, Subscribe, TokensEvent, Unsubscribe
 from router.admission import Slo
 from router.answer import Answer
 from router.auditor import Auditor
+from router.calls import abort, caller_of, write_all
 from router.control_plane import ControlPlane, Handlers
 from router.explain import explain
+from router.gateway.service import SERVICE as GATEWAY_SERVICE
+from router.gateway.service import VllmEngine, add_to_server
 from router.http.apps import admin_app, client_app
 from router.http.listener import HttpListener
 from router.journal import Request, Resumed, Summary
@@ -48,7 +50,7 @@ from router.tickets import Ticket, Tickets, digest_of
 from router.validation import Asked, Validator, prompt_bytes
 from tandem.clock import now_s
 from tandem.config import Config, SloConfig, router_number
-from tandem.errors import Cancelled, ConfigError, DeadlineExceeded, Draining, InvalidRequest, Overloaded, TandemError
+from tandem.errors import Cancelled, ConfigError, Draining, InvalidRequest, Overloaded, TandemError
 from tandem.model_files import default_model_name, resolve_model
 from tandem.tokenizer.tokenizer import Tokenizer, load_tokenizer
 
@@ -195,8 +197,10 @@ class RouterServer:
         ]
         server = grpc.aio.server(options=options)
         tandem_pb2_grpc.add_TandemServicer_to_server(_Servicer(self), server)
+        add_to_server(VllmEngine(self, self._tokenizer, self._config.model.path, self._tickets), server)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
-        reflection.enable_server_reflection((SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME), server)
+        services = (SERVICE, GATEWAY_SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME)
+        reflection.enable_server_reflection(services, server)
         return server
 
     def _listen(self, server: grpc.aio.Server) -> int:
@@ -247,7 +251,7 @@ class RouterServer:
             return
         self._serving = serving
         status = health_pb2.HealthCheckResponse.SERVING if serving else health_pb2.HealthCheckResponse.NOT_SERVING
-        for service in (health.OVERALL_HEALTH, SERVICE):
+        for service in (health.OVERALL_HEALTH, SERVICE, GATEWAY_SERVICE):
             await self._health.set(service, status)
 
     # --- between the sockets and the core ------------------------------------------------------------------------------
@@ -435,6 +439,10 @@ class RouterServer:
         """How long a client may leave what it is sent unread."""
         return self._config.limits.client_patience_s
 
+    def cancel(self, request_id: str) -> None:
+        """Ends a request, if it is active: whoever reads its answer gets Cancelled."""
+        self._do(self.core.cancel(request_id, now_s(), Cancelled("it was cancelled by another call")))
+
     def cluster(self) -> tandem_pb2.GetClusterResponse:
         """What runs where."""
         return cluster(self.core, self.model, now_s())
@@ -475,21 +483,9 @@ class _Servicer(tandem_pb2_grpc.TandemServicer):
         request: tandem_pb2.GenerateRequest,
         context: grpc.aio.ServicerContext[tandem_pb2.GenerateRequest, tandem_pb2.GenerateResponse],
     ) -> None:
-        metadata = dict(context.invocation_metadata() or ())
-        caller = self._server.access.caller(str(metadata.get(AUTHORIZATION, "")), str(metadata.get(TENANT, "")))
+        caller = caller_of(context, self._server.access)
         responses = self._server.generate(request, context.time_remaining(), caller)
-        patience_s = self._server.client_patience_s
-        try:
-            async for response in responses:
-                async with asyncio.timeout(patience_s):  # unlike wait_for, it makes no task of each message
-                    await context.write(response)
-        except TandemError as error:
-            await _abort(context, error)
-        except TimeoutError:
-            # What it holds here would be held for ever: gRPC waits for the client's window without a deadline of its own.
-            await _abort(context, DeadlineExceeded(f"the client read nothing for {patience_s:g} s"))
-        finally:
-            await responses.aclose()  # type: ignore[attr-defined]
+        await write_all(context, responses, self._server.client_patience_s)
 
     async def GetCluster(self, request: tandem_pb2.GetClusterRequest, context: object) -> tandem_pb2.GetClusterResponse:
         return self._server.cluster()
@@ -505,13 +501,4 @@ class _Servicer(tandem_pb2_grpc.TandemServicer):
         try:
             return self._server.explain(request.request_id)
         except TandemError as error:
-            await _abort(context, error)
-
-
-async def _abort(context: grpc.aio.ServicerContext[Any, Any], error: TandemError) -> NoReturn:
-    """Ends a call with an error's status, and with its code beside it: without one, a client knows that the connection broke."""
-    said = [(ERROR_CODE, error.code)]
-    if isinstance(error, Overloaded):
-        said.append((RETRY_AFTER, f"{error.retry_after_s:g}"))
-    context.set_trailing_metadata(tuple(said))
-    await context.abort(grpc.StatusCode[error.grpc_status], str(error))
+            await abort(context, error)

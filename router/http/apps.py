@@ -17,8 +17,8 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
+from router.front import Front
 from router.http.errors import on_bug, on_http_error, on_tandem_error
-from router.http.front import Front
 from tandem.errors import TandemError
 
 HANDLERS = {TandemError: on_tandem_error, HTTPException: on_http_error, Exception: on_bug}

@@ -164,18 +164,34 @@ def _tokens(metadata: Metadata) -> _Tokens:
     )
 
 
-def _byte_level(metadata: Metadata, tokens: _Tokens) -> _Kind:
+def byte_level_backend(metadata: Metadata) -> Tokenizer:
+    """What encodes byte-level BPE by the file's vocabulary and merges. Raises ModelError for any other tokenizer."""
+    if (model := _string(metadata, "tokenizer.ggml.model")) != "gpt2":
+        raise ModelError(f"tokenizer.ggml.model is {model!r}, must be 'gpt2' (byte-level BPE)")
+    return _byte_level_backend(metadata, _tokens(metadata), _family(metadata))
+
+
+def _family(metadata: Metadata) -> _Family:
     pre = _string(metadata, "tokenizer.ggml.pre")
     family = FAMILIES.get(pre)
     if family is None:
         raise ModelError(f"tokenizer.ggml.pre is {pre!r}; supported: {', '.join(sorted(FAMILIES))}")
+    return family
+
+
+def _byte_level_backend(metadata: Metadata, tokens: _Tokens, family: _Family) -> Tokenizer:
     backend = _backend(tokens.ids, _merges(metadata, tokens.ids), family)
     marks = [AddedToken(tokens.texts[i], special=True, normalized=False) for i in sorted(tokens.special_ids)]
     backend.add_special_tokens(marks)
     backend.add_tokens([AddedToken(tokens.texts[i], special=False, normalized=False) for i in sorted(tokens.user_ids)])
+    return backend
+
+
+def _byte_level(metadata: Metadata, tokens: _Tokens) -> _Kind:
+    family = _family(metadata)
     verbatim = tokens.verbatim_ids
     return _Kind(
-        encode=backend_encode(backend),
+        encode=backend_encode(_byte_level_backend(metadata, tokens, family)),
         bytes_of=byte_level_bytes,
         missing_bytes=missing_bytes({text for text, index in tokens.ids.items() if index not in verbatim}),
         default_add_bos=family.add_bos,

@@ -55,6 +55,7 @@ class ByteTokenizer:
     vocab_size = VOCAB
     max_token_bytes = 1
     space_prefix = False
+    bos_token_id = None
     eos_token_ids = frozenset({EOS})
 
     def encode(self, text: str) -> list[int]:

@@ -1,4 +1,4 @@
-"""What an HTTP app asks of the router it stands before."""
+"""What an edge (HTTP, gRPC) asks of the router it stands before."""
 
 from __future__ import annotations
 
@@ -33,6 +33,9 @@ class Front(Protocol):
     def generate(
         self, request: tandem_pb2.GenerateRequest, budget_s: float | None, caller: Caller
     ) -> AsyncIterator[tandem_pb2.GenerateResponse]: ...
+
+    def cancel(self, request_id: str) -> None:
+        """Ends a request, if it is active: whoever reads its answer gets Cancelled."""
 
     def cluster(self) -> tandem_pb2.GetClusterResponse: ...
 

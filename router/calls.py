@@ -1,0 +1,50 @@
+"""What every gRPC service of the router does with a call: who calls, answers one after the other, errors as statuses.
+
+Owns no service and decides nothing about requests.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from typing import Any, NoReturn
+
+import grpc
+import grpc.aio
+
+from protos.metadata import AUTHORIZATION, ERROR_CODE, RETRY_AFTER, TENANT
+from router.access import Access, Caller
+from tandem.errors import DeadlineExceeded, Overloaded, TandemError
+
+Context = grpc.aio.ServicerContext[Any, Any]
+
+
+def caller_of(context: Context, access: Access) -> Caller:
+    """Who calls."""
+    metadata = dict(context.invocation_metadata() or ())
+    return access.caller(str(metadata.get(AUTHORIZATION, "")), str(metadata.get(TENANT, "")))
+
+
+async def write_all(context: Context, responses: AsyncIterator[Any], patience_s: float) -> None:
+    """Writes them as they come, and closes the iterator whatever happens. A TandemError that it raises, and a client that reads
+    nothing for `patience_s`, end the call with a status."""
+    try:
+        async for response in responses:
+            async with asyncio.timeout(patience_s):  # unlike wait_for, it makes no task of each message
+                await context.write(response)
+    except TandemError as error:
+        await abort(context, error)
+    except TimeoutError:
+        # What it holds here would be held for ever: gRPC waits for the client's window without a deadline of its own.
+        await abort(context, DeadlineExceeded(f"the client read nothing for {patience_s:g} s"))
+    finally:
+        await responses.aclose()  # type: ignore[attr-defined]
+
+
+async def abort(context: Context, error: TandemError) -> NoReturn:
+    """Ends a call with an error's status, and with its code beside it: without one, a client knows that the connection broke."""
+    said = [(ERROR_CODE, error.code)]
+    if isinstance(error, Overloaded):
+        said.append((RETRY_AFTER, f"{error.retry_after_s:g}"))
+    context.set_trailing_metadata(tuple(said))
+    await context.abort(grpc.StatusCode[error.grpc_status], str(error))
