@@ -6,8 +6,3 @@ AUTHORIZATION = "authorization"
 TENANT = "tandem-tenant"
 """By which the line for room is shared fairly. Who may call may claim any: it decides nothing else."""
 MAX_TENANT_CHARS = 128
-
-ERROR_CODE = "tandem-error"
-"""In what ends a call that a router refused or failed: the `code` of its TandemError. Without it the connection broke."""
-RETRY_AFTER = "retry-after-s"
-"""Beside an `overloaded`: after so many seconds it is worth trying again."""

@@ -12,9 +12,10 @@ from typing import Any, NoReturn
 import grpc
 import grpc.aio
 
-from protos.metadata import AUTHORIZATION, ERROR_CODE, RETRY_AFTER, TENANT
+from protos.metadata import AUTHORIZATION, TENANT
+from protos.rich_errors import MAX_MESSAGE_CHARS, STATUS_DETAILS, status_details
 from router.access import Access, Caller
-from tandem.errors import DeadlineExceeded, Overloaded, TandemError
+from tandem.errors import DeadlineExceeded, TandemError
 
 Context = grpc.aio.ServicerContext[Any, Any]
 
@@ -42,9 +43,6 @@ async def write_all(context: Context, responses: AsyncIterator[Any], patience_s:
 
 
 async def abort(context: Context, error: TandemError) -> NoReturn:
-    """Ends a call with an error's status, and with its code beside it: without one, a client knows that the connection broke."""
-    said = [(ERROR_CODE, error.code)]
-    if isinstance(error, Overloaded):
-        said.append((RETRY_AFTER, f"{error.retry_after_s:g}"))
-    context.set_trailing_metadata(tuple(said))
-    await context.abort(grpc.StatusCode[error.grpc_status], str(error))
+    """Ends a call with an error's status and its details: without these, a client knows that the connection broke."""
+    context.set_trailing_metadata(((STATUS_DETAILS, status_details(error)),))
+    await context.abort(grpc.StatusCode[error.grpc_status], str(error)[:MAX_MESSAGE_CHARS])

@@ -8,7 +8,6 @@ whoever iterates sees a pause. It processes no text.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import random
 import threading
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
@@ -20,7 +19,8 @@ import grpc.aio
 
 from protos import tandem_pb2 as pb
 from protos import tandem_pb2_grpc
-from protos.metadata import ERROR_CODE, RETRY_AFTER, TENANT
+from protos.metadata import TENANT
+from protos.rich_errors import STATUS_DETAILS, error_of
 from tandem.clock import now_s
 from tandem.continuation import Continuation
 from tandem.errors import (
@@ -30,7 +30,6 @@ from tandem.errors import (
     Overloaded,
     RouterLost,
     TandemError,
-    error_from_code,
 )
 
 Prompt = str | Sequence[int] | Sequence[tuple[str, str]]
@@ -326,17 +325,13 @@ def _metadata(tenant: str) -> tuple[tuple[str, str], ...]:
 
 
 def _translated(error: grpc.RpcError, target: str, *, lost: bool = False) -> TandemError:
-    """What a router said has its code with it; without one it is the connection's end. `lost`: a call that nobody here cancelled
-    and that was cancelled all the same ended with its router."""
+    """What a router said has its details with it; without them it is the connection's end. `lost`: a call that nobody here
+    cancelled and that was cancelled all the same ended with its router."""
     call = cast("grpc.Call", error)  # an error that a call raised is that call
     status, details = call.code(), call.details() or str(call.code())
-    said = {str(key): str(value) for key, value in call.trailing_metadata() or ()}
-    if ERROR_CODE in said:
-        found = error_from_code(said[ERROR_CODE], details)
-        if isinstance(found, Overloaded):
-            with contextlib.suppress(KeyError, ValueError):
-                found.retry_after_s = max(0.0, float(said[RETRY_AFTER]))
-        return found
+    for key, value in call.trailing_metadata() or ():
+        if key == STATUS_DETAILS and isinstance(value, bytes) and (found := error_of(value)) is not None:
+            return found
     if status is grpc.StatusCode.CANCELLED and lost:
         return RouterLost(f"the router at {target} ended the call: {details}")
     if status is grpc.StatusCode.UNAVAILABLE and "failed to connect" in details:

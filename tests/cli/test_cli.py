@@ -24,10 +24,10 @@ from rich.console import Console
 
 from protos import tandem_pb2 as pb
 from protos import tandem_pb2_grpc
-from protos.metadata import ERROR_CODE
+from protos.rich_errors import STATUS_DETAILS, status_details
 from tandem.cli.common import cluster_table
 from tandem.cli.run_file import RunFile, Running
-from tandem.errors import ConfigError
+from tandem.errors import ConfigError, WorkerLost
 
 COMMAND = [sys.executable, "-m", "tandem.cli"]
 ROOT = Path(__file__).resolve().parents[2]
@@ -66,7 +66,7 @@ class ScriptedRouter(tandem_pb2_grpc.TandemServicer):
                 chunk=pb.Chunk(index=index, position=1, token_ids=[2], text=" day", finish_reason=ends)
             )
         if request.sampling.max_tokens == 500:
-            context.set_trailing_metadata(((ERROR_CODE, "worker_lost"),))
+            context.set_trailing_metadata(((STATUS_DETAILS, status_details(WorkerLost("decode-0 was lost"))),))
             context.abort(grpc.StatusCode.UNAVAILABLE, "decode-0 was lost")
         while request.sampling.max_tokens == 600 and context.is_active():
             self.pause.wait(0.05)

@@ -14,6 +14,7 @@ import grpc
 import msgpack
 import pytest
 import zmq
+from google.rpc import error_details_pb2, status_pb2
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from kvpool.keys import prompt_keys, tokens_from_bytes
@@ -302,7 +303,11 @@ def test_too_many_requests_are_told_when_to_come_back(make_router: Callable[...,
         list(refused)
     assert caught.value.code() == grpc.StatusCode.RESOURCE_EXHAUSTED
     assert "the limit is 1" in caught.value.details()
-    assert ("retry-after-s", "1") in [(key, value) for key, value in refused.trailing_metadata()]
+    status = status_pb2.Status.FromString(dict(refused.trailing_metadata())["grpc-status-details-bin"])
+    assert (status.code, status.message) == (8, caught.value.details())
+    info, retry = error_details_pb2.ErrorInfo(), error_details_pb2.RetryInfo()
+    assert [item.Unpack(into) for item, into in zip(status.details, (info, retry), strict=True)] == [True, True]
+    assert (info.reason, info.domain, retry.retry_delay.seconds) == ("OVERLOADED", "tandem.v1", 1)
     call.cancel()
 
 
