@@ -15,6 +15,7 @@ from protos.control import FinishReason, Sampling
 from router.journal import SoFar
 from tandem.config import LimitsConfig
 from tandem.errors import InvalidRequest
+from tandem.tokenizer.chat_template import Message, ToolCall
 from tandem.tokenizer.tokenizer import Tokenizer
 
 MAX_LISTED_IDS = 1024
@@ -35,7 +36,7 @@ def _bounded(name: str, value: float, low: float, high: float, *, open_low: bool
     inside = low < value <= high if open_low else low <= value <= high
     if not math.isfinite(value) or not inside:
         bracket = "(" if open_low else "["
-        raise InvalidRequest(f"{name} is {value:g}, must be in {bracket}{low:g}, {high:g}]")
+        raise InvalidRequest(f"{name} is {value:g}, must be in {bracket}{low:g}, {high:g}]", name.split()[0])
     return value
 
 
@@ -50,21 +51,25 @@ class Validator:
     def check(self, request: tandem_pb2.GenerateRequest) -> Asked:
         """Everything that can be said before the prompt is tokenised. Raises InvalidRequest."""
         if request.model and request.model != self._model:
-            raise InvalidRequest(f"model {request.model!r} is not served here, {self._model!r} is")
+            raise InvalidRequest(f"model {request.model!r} is not served here, {self._model!r} is", "model")
         given = request.sampling
         limits = self._limits
         max_tokens = given.max_tokens if given.HasField("max_tokens") else limits.default_max_tokens
         if not 1 <= max_tokens <= limits.max_tokens:
-            raise InvalidRequest(f"max_tokens is {max_tokens}, must be in [1, {limits.max_tokens}]")
+            raise InvalidRequest(f"max_tokens is {max_tokens}, must be in [1, {limits.max_tokens}]", "max_tokens")
         n = given.n if given.HasField("n") else 1
         if not 1 <= n <= limits.max_samples:
-            raise InvalidRequest(f"n is {n}, must be in [1, {limits.max_samples}]")
+            raise InvalidRequest(f"n is {n}, must be in [1, {limits.max_samples}]", "n")
         if given.min_tokens > max_tokens:
-            raise InvalidRequest(f"min_tokens is {given.min_tokens}, must be at most max_tokens, {max_tokens}")
+            raise InvalidRequest(
+                f"min_tokens is {given.min_tokens}, must be at most max_tokens, {max_tokens}", "min_tokens"
+            )
         if given.HasField("num_logprobs") and given.num_logprobs > limits.max_logprobs:
-            raise InvalidRequest(f"num_logprobs is {given.num_logprobs}, the limit is {limits.max_logprobs}")
+            raise InvalidRequest(
+                f"num_logprobs is {given.num_logprobs}, the limit is {limits.max_logprobs}", "num_logprobs"
+            )
         if given.HasField("seed") and given.seed >= 2**63:
-            raise InvalidRequest(f"seed is {given.seed}, must be below 2**63")
+            raise InvalidRequest(f"seed is {given.seed}, must be below 2**63", "seed")
         if given.HasField("grammar"):
             raise InvalidRequest("grammar is given, and answers can't be held to one yet")
         self._check_stop(given)
@@ -117,15 +122,19 @@ class Validator:
     def _check_stop(self, given: tandem_pb2.SamplingParams) -> None:
         limits = self._limits
         if len(given.stop) > limits.max_stop_strings:
-            raise InvalidRequest(f"there are {len(given.stop)} stop strings, the limit is {limits.max_stop_strings}")
+            raise InvalidRequest(
+                f"there are {len(given.stop)} stop strings, the limit is {limits.max_stop_strings}", "stop"
+            )
         for number, stop in enumerate(given.stop):
             size = len(stop.encode())
             if not 1 <= size <= limits.max_stop_bytes:
-                raise InvalidRequest(f"stop string {number} has {size} bytes, must be in [1, {limits.max_stop_bytes}]")
+                raise InvalidRequest(
+                    f"stop string {number} has {size} bytes, must be in [1, {limits.max_stop_bytes}]", "stop"
+                )
 
     def _ids(self, name: str, token_ids: list[int]) -> list[int]:
         if len(token_ids) > MAX_LISTED_IDS:
-            raise InvalidRequest(f"{name} has {len(token_ids)} entries, the limit is {MAX_LISTED_IDS}")
+            raise InvalidRequest(f"{name} has {len(token_ids)} entries, the limit is {MAX_LISTED_IDS}", name)
         self._check_vocabulary(name, token_ids)
         return token_ids
 
@@ -155,8 +164,8 @@ class Validator:
                     f"the prompt has {size} bytes, at least {at_least} tokens; the model's context is {max_model_len}"
                 )
             case "chat":
-                messages = [(message.role, message.content) for message in request.chat.messages]
-                token_ids = self._tokenizer.encode(self._tokenizer.render_chat(messages))
+                text = self._tokenizer.render_chat(messages_of(request.chat), request.chat.tools_json)
+                token_ids = self._tokenizer.encode(text)
             case _:
                 token_ids = self._tokenizer.encode_prompt(request.prompt)
         if not token_ids:
@@ -164,14 +173,35 @@ class Validator:
         return tuple(token_ids)
 
 
+def messages_of(chat: tandem_pb2.Chat) -> list[Message]:
+    """A conversation as the chat template takes it."""
+    return [
+        Message(
+            role=message.role,
+            content=message.content,
+            name=message.name,
+            tool_calls=tuple(ToolCall(call.name, call.arguments, call.id) for call in message.tool_calls),
+            tool_call_id=message.tool_call_id,
+        )
+        for message in chat.messages
+    ]
+
+
 def prompt_bytes(request: tandem_pb2.GenerateRequest) -> int:
-    """The size of a prompt: UTF-8 bytes of text, four bytes a token id; a chat's message counts at least one byte."""
+    """The size of a prompt: UTF-8 bytes of text, four bytes a token id; a chat's message counts at least one byte, and so does
+    each call in it."""
     match request.WhichOneof("input"):
         case "prompt":
             return len(request.prompt.encode())
         case "chat":
-            return sum(max(1, len(m.role.encode()) + len(m.content.encode())) for m in request.chat.messages)
+            return len(request.chat.tools_json.encode()) + sum(map(_message_bytes, request.chat.messages))
         case "token_ids":
             return 4 * len(request.token_ids.ids)
         case _:
             return 0
+
+
+def _message_bytes(message: tandem_pb2.ChatMessage) -> int:
+    said = (message.role, message.content, message.name, message.tool_call_id)
+    calls = (max(1, sum(len(text.encode()) for text in (c.id, c.name, c.arguments))) for c in message.tool_calls)
+    return max(1, sum(len(text.encode()) for text in said)) + sum(calls)

@@ -18,11 +18,16 @@ class TandemError(Exception):
 
 
 class InvalidRequest(TandemError):
-    """The client asked for something that can never work; the message names the value and the limit."""
+    """The client asked for something that can never work; the message names the value and the limit, and `param` the field of
+    the request where there is one."""
 
     code = "invalid_request"
     grpc_status = "INVALID_ARGUMENT"
     http_code = 400
+
+    def __init__(self, message: str, param: str | None = None) -> None:
+        super().__init__(message)
+        self.param = param
 
 
 class Overloaded(TandemError):

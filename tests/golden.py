@@ -13,6 +13,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from tandem.tokenizer.chat_template import Message
+
 FILE = Path(__file__).with_name("data") / "greedy_fp32.json"
 NUM_TOKENS = 64
 TIE = 1e-3
@@ -66,7 +68,7 @@ def prompts(tokenizer: Any) -> list[tuple[str, list[int]]]:
         assert len(ids) == length
         cases.append((f"raw-{length}", ids))
     for i, question in enumerate(QUESTIONS):
-        cases.append((f"chat-{i}", tokenizer.encode(tokenizer.render_chat([("user", question)]))))
+        cases.append((f"chat-{i}", tokenizer.encode(tokenizer.render_chat([Message("user", question)]))))
     return cases
 
 

@@ -1,23 +1,47 @@
 """Chat templates: a conversation as the one text that the model was trained to continue.
 
 Owns the Jinja2 environment, which is sandboxed and immutable, because a template comes with the model's files; its output is
-bounded. Offers what Hugging Face's templates use (`raise_exception`, `strftime_now`, `tojson`, loop controls). Never tokenizes.
+bounded. Offers what Hugging Face's templates use (`raise_exception`, `strftime_now`, `tojson`, loop controls) and shows messages
+and tools in the form that those expect. Never tokenizes.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import dataclass
 from datetime import datetime
 from typing import Any, NoReturn
 
 import jinja2
+import jinja2.meta
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from tandem.errors import InvalidRequest
 
 MAX_RENDERED_CHARS = 32 * 2**20
 _MAX_REPEAT = 1_000_000
+
+
+@dataclass(frozen=True, slots=True)
+class ToolCall:
+    """A call that the model made before: `arguments` is a JSON object, as text."""
+
+    name: str
+    arguments: str
+    id: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Message:
+    """One turn of a conversation. `tool_calls` are of an assistant's turn, `tool_call_id` is of a tool's; `name` says who speaks,
+    for templates that show it."""
+
+    role: str
+    content: str
+    name: str = ""
+    tool_calls: tuple[ToolCall, ...] = ()
+    tool_call_id: str = ""
 
 
 class _Environment(ImmutableSandboxedEnvironment):
@@ -57,6 +81,48 @@ def _environment() -> _Environment:
     return environment
 
 
+def _shown(number: int, message: Message) -> dict[str, Any]:
+    """A message as templates see it: arguments are objects there, not text."""
+    shown: dict[str, Any] = {"role": message.role, "content": message.content}
+    if message.name:
+        shown["name"] = message.name
+    if message.tool_call_id:
+        shown["tool_call_id"] = message.tool_call_id
+    if message.tool_calls:
+        shown["tool_calls"] = [
+            {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": _arguments(number, call)}}
+            for call in message.tool_calls
+        ]
+    return shown
+
+
+def _arguments(number: int, call: ToolCall) -> dict[str, Any]:
+    value = _parsed(call.arguments or "{}", f"arguments of the call of {call.name!r} in message {number}")
+    if not isinstance(value, dict):
+        kind = type(value).__name__
+        raise InvalidRequest(
+            f"arguments of the call of {call.name!r} in message {number} are a {kind}, must be an object"
+        )
+    return value
+
+
+def _tools(tools_json: str) -> list[Any] | None:
+    """What `tools` is in a template: None without any, as templates written for Hugging Face expect."""
+    if not tools_json:
+        return None
+    value = _parsed(tools_json, "tools")
+    if not isinstance(value, list) or not all(isinstance(tool, dict) for tool in value):
+        raise InvalidRequest("tools must be a JSON array of objects")
+    return value or None
+
+
+def _parsed(text: str, what: str) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise InvalidRequest(f"{what} can't be read as JSON: {str(error)[:200]}") from error
+
+
 class ChatTemplate:
     """One model's template. A template that can't be compiled refuses every conversation, not the model."""
 
@@ -64,25 +130,37 @@ class ChatTemplate:
         self._tokens = {"bos_token": bos_token, "eos_token": eos_token}
         self._template: jinja2.Template | None = None
         self._problem = ""
+        self._shows_tools = False
         try:
-            self._template = _environment().from_string(source)
+            environment = _environment()
+            self._template = environment.from_string(source)
+            self._shows_tools = "tools" in jinja2.meta.find_undeclared_variables(environment.parse(source))
         except (jinja2.TemplateError, RecursionError) as error:
             self._problem = str(error)
 
-    def render(self, messages: Sequence[tuple[str, str]]) -> str:
-        """The text for `messages`, `(role, content)` each, up to where the assistant's answer begins.
+    def render(self, messages: Sequence[Message], tools_json: str = "") -> str:
+        """The text for `messages`, up to where the assistant's answer begins. `tools_json` is a JSON array of tools as OpenAI's
+        API describes them; empty: none.
 
-        Raises InvalidRequest if there is no message, the template refuses them or fails, or the text is too long.
+        Raises InvalidRequest if there is no message, a call's arguments or the tools are not what they must be, the template has
+        no place for tools, refuses or fails, or the text is too long.
         """
         if not messages:
             raise InvalidRequest("the conversation has 0 messages, needs at least 1")
         if self._template is None:
             raise InvalidRequest(f"the model's chat template can't be compiled: {self._problem[:1000]}")
-        conversation = [{"role": role, "content": content} for role, content in messages]
+        conversation = [_shown(number, message) for number, message in enumerate(messages)]
+        tools = _tools(tools_json)
+        if tools and not self._shows_tools:
+            raise InvalidRequest(
+                f"{len(tools)} tools are given, and the model's chat template shows none", param="tools"
+            )
         parts: list[str] = []
         size = 0
         try:
-            for part in self._template.generate(messages=conversation, add_generation_prompt=True, **self._tokens):
+            for part in self._template.generate(
+                messages=conversation, tools=tools, documents=None, add_generation_prompt=True, **self._tokens
+            ):
                 parts.append(part)
                 size += len(part)
                 if size > MAX_RENDERED_CHARS:

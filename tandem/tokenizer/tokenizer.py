@@ -11,7 +11,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from tandem.errors import InvalidRequest
-from tandem.tokenizer.chat_template import ChatTemplate
+from tandem.tokenizer.chat_template import ChatTemplate, Message
 from tandem.tokenizer.gguf_tokenizer import load_gguf
 from tandem.tokenizer.hf_tokenizer import load_hf
 from tandem.tokenizer.vocabulary import Vocabulary, inexpressible
@@ -72,6 +72,11 @@ class Tokenizer:
     def has_chat_template(self) -> bool:
         return self._chat is not None
 
+    @property
+    def chat_template(self) -> str:
+        """The template's source, by which one sees how the model calls tools; empty without one."""
+        return self._vocabulary.chat_template or ""
+
     def is_special(self, token_id: int) -> bool:
         """Whether a token is a mark (end of turn and the like) rather than text."""
         return token_id in self._special
@@ -130,12 +135,13 @@ class Tokenizer:
             data = data.removeprefix(b" ")
         return data.decode("utf-8", "replace")
 
-    def render_chat(self, messages: Sequence[tuple[str, str]]) -> str:
-        """The text of a conversation of `(role, content)`, up to where the assistant's answer begins.
+    def render_chat(self, messages: Sequence[Message], tools_json: str = "") -> str:
+        """The text of a conversation, up to where the assistant's answer begins. `tools_json`: a JSON array of the tools that the
+        model may call, in OpenAI's form.
 
         Special tokens written inside a message are tokens, as everywhere. Raises InvalidRequest if the model has no chat
-        template, or its template refuses the conversation.
+        template, its template refuses the conversation, or it shows no tools and there are some.
         """
         if self._chat is None:
             raise InvalidRequest("the model has no chat template: send a plain prompt")
-        return self._chat.render(messages)
+        return self._chat.render(messages, tools_json)

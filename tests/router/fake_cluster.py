@@ -40,6 +40,7 @@ from protos.control import (
 from protos.kv_events import BlockStored, EventBatch
 from router.server import RouterServer
 from tandem.config import load_config
+from tandem.tokenizer.chat_template import Message
 from tandem.zmq_io import identity
 
 EOS = 256
@@ -66,8 +67,9 @@ class ByteTokenizer:
     def token_bytes(self, token_id: int, *, skip_special: bool = True) -> bytes:
         return bytes([token_id]) if token_id < 256 else b""
 
-    def render_chat(self, messages: list[tuple[str, str]]) -> str:
-        return "".join(f"{role}: {content}\n" for role, content in messages)
+    def render_chat(self, messages: list[Message], tools_json: str = "") -> str:
+        tools = f"tools: {tools_json}\n" if tools_json else ""
+        return tools + "".join(f"{message.role}: {message.content}\n" for message in messages)
 
 
 def next_token(tokens: list[int], index: int) -> int:

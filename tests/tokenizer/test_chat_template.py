@@ -9,13 +9,13 @@ from pathlib import Path
 import pytest
 
 from tandem.errors import InvalidRequest
-from tandem.tokenizer.chat_template import ChatTemplate
+from tandem.tokenizer.chat_template import ChatTemplate, Message, ToolCall
 from tandem.tokenizer.tokenizer import Tokenizer, load_tokenizer
 from tests.tokenizer.conftest import CHATML, write_gguf, write_hf
 
 
 def test_smollm2_renders_its_system_prompt_and_turns(smollm2: Tokenizer) -> None:
-    text = smollm2.render_chat([("user", "Hi"), ("assistant", "Hello!"), ("user", "Bye")])
+    text = smollm2.render_chat([Message("user", "Hi"), Message("assistant", "Hello!"), Message("user", "Bye")])
     assert text == (
         "<|im_start|>system\nYou are a helpful AI assistant named SmolLM, trained by Hugging Face<|im_end|>\n"
         "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\nHello!<|im_end|>\n"
@@ -29,18 +29,18 @@ def test_smollm2_renders_its_system_prompt_and_turns(smollm2: Tokenizer) -> None
 def test_a_directorys_template_comes_from_either_file(tmp_path: Path) -> None:
     expected = "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"
     directory = write_hf(tmp_path / "hf")
-    assert load_tokenizer(directory).render_chat([("user", "Hi")]) == expected
+    assert load_tokenizer(directory).render_chat([Message("user", "Hi")]) == expected
     named = [{"name": "tool_use", "template": "no"}, {"name": "default", "template": CHATML}]
-    assert load_tokenizer(write_hf(directory, chat_template=named)).render_chat([("user", "Hi")]) == expected
+    assert load_tokenizer(write_hf(directory, chat_template=named)).render_chat([Message("user", "Hi")]) == expected
     (directory / "chat_template.jinja").write_text("{{ bos_token }}{{ messages[-1].content }}{{ eos_token }}")
-    assert load_tokenizer(directory).render_chat([("user", "Hi")]) == "<|im_start|>Hi<|im_end|>"
+    assert load_tokenizer(directory).render_chat([Message("user", "Hi")]) == "<|im_start|>Hi<|im_end|>"
 
 
 def test_a_model_without_a_template_refuses_chats(tmp_path: Path) -> None:
     tokenizer = load_tokenizer(write_gguf(tmp_path / "m.gguf", drop="template"))
     assert not tokenizer.has_chat_template
     with pytest.raises(InvalidRequest, match="no chat template"):
-        tokenizer.render_chat([("user", "Hi")])
+        tokenizer.render_chat([Message("user", "Hi")])
 
 
 def test_the_usual_helpers_work() -> None:
@@ -48,7 +48,7 @@ def test_the_usual_helpers_work() -> None:
         "{%- for m in messages %}{%- if loop.index > 2 %}{%- break %}{%- endif %}{{ m | tojson }}{%- endfor %}"
         "{{ '-' * 3 }}{{ strftime_now('%Y') | length }}"
     )
-    text = ChatTemplate(source).render([("user", "<b> ü"), ("assistant", "x"), ("user", "y")])
+    text = ChatTemplate(source).render([Message("user", "<b> ü"), Message("assistant", "x"), Message("user", "y")])
     first, second = {"role": "user", "content": "<b> ü"}, {"role": "assistant", "content": "x"}
     assert text == json.dumps(first, ensure_ascii=False) + json.dumps(second) + "---4"
 
@@ -72,10 +72,59 @@ def test_the_usual_helpers_work() -> None:
 def test_a_template_that_fails_is_a_refusal_with_its_reason(source: str, message: str) -> None:
     begin = time.monotonic()
     with pytest.raises(InvalidRequest, match=message):
-        ChatTemplate(source).render([("user", "Hi")])
+        ChatTemplate(source).render([Message("user", "Hi")])
     assert time.monotonic() - begin < 10
 
 
 def test_a_conversation_without_messages_is_refused() -> None:
     with pytest.raises(InvalidRequest, match="0 messages"):
         ChatTemplate(CHATML).render([])
+
+
+HERMES = (
+    "{% if tools is not none %}<tools>{% for tool in tools %}{{ tool | tojson }}{% endfor %}</tools>{% endif %}"
+    "{% for m in messages %}[{{ m.role }}] {{ m.content }}"
+    "{% for call in m.tool_calls or [] %}<tool_call>{{ {'name': call.function.name, 'arguments': call.function.arguments} "
+    "| tojson }}</tool_call>{% endfor %}{% if m.role == 'tool' %} ({{ m.name }}, {{ m.tool_call_id }}){% endif %}{% endfor %}"
+)
+TOOLS = '[{"type": "function", "function": {"name": "add", "parameters": {"type": "object"}}}]'
+
+
+def test_tools_calls_and_their_results_are_shown_as_hugging_faces_templates_expect_them() -> None:
+    text = ChatTemplate(HERMES).render(
+        [
+            Message("user", "2 + 3?"),
+            Message("assistant", "", tool_calls=(ToolCall("add", '{"a": 2, "b": 3}', "c1"),)),
+            Message("tool", "5", name="add", tool_call_id="c1"),
+        ],
+        TOOLS,
+    )
+    assert text == (
+        '<tools>{"type": "function", "function": {"name": "add", "parameters": {"type": "object"}}}</tools>'
+        '[user] 2 + 3?[assistant] <tool_call>{"name": "add", "arguments": {"a": 2, "b": 3}}</tool_call>'
+        "[tool] 5 (add, c1)"
+    )
+
+
+def test_without_tools_a_template_sees_none() -> None:
+    for none in ("", "[]"):
+        assert ChatTemplate(HERMES).render([Message("user", "Hi")], none) == "[user] Hi"
+
+
+@pytest.mark.parametrize(
+    ("template", "call", "tools", "message"),
+    [
+        (CHATML, ToolCall("f", "{}"), TOOLS, "1 tools are given, and the model's chat template shows none"),
+        (HERMES, ToolCall("f", "[1]"), "", "arguments of the call of 'f' in message 0 are a list, must be an object"),
+        (HERMES, ToolCall("f", "{"), "", "arguments of the call of 'f' in message 0 can't be read as JSON"),
+        (HERMES, ToolCall("f", '{"a":' + "[" * 100_000), "", "can't be read as JSON"),
+        (HERMES, ToolCall("f", "{}"), "{}", "tools must be a JSON array of objects"),
+        (HERMES, ToolCall("f", "{}"), "[1]", "tools must be a JSON array of objects"),
+        (HERMES, ToolCall("f", "{}"), "[", "tools can't be read as JSON"),
+    ],
+)
+def test_tools_and_calls_that_cant_be_shown_are_refused(
+    template: str, call: ToolCall, tools: str, message: str
+) -> None:
+    with pytest.raises(InvalidRequest, match=message):
+        ChatTemplate(template).render([Message("assistant", "", tool_calls=(call,))], tools)

@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from sentencepiece import sentencepiece_model_pb2
 
 from tandem.errors import InvalidRequest, ModelError
+from tandem.tokenizer.chat_template import Message
 from tandem.tokenizer.spm import SentencePieceEncoder
 from tandem.tokenizer.text_stream import TextStream
 from tandem.tokenizer.tokenizer import Tokenizer, load_tokenizer
@@ -182,7 +183,7 @@ def test_marks_are_tokens_and_a_word_after_one_gets_its_space(from_gguf: Tokeniz
         assert (tokenizer.bos_token_id, tokenizer.add_bos, tokenizer.eos_token_ids) == (1, True, {2})
         assert [tokenizer.is_special(index) for index in range(4)] == [True, True, True, False]
         assert tokenizer.token_bytes(3 + 10) == b"\n"
-        assert tokenizer.render_chat([("user", "Hi")]) == "<s>[INST] Hi [/INST]</s>"
+        assert tokenizer.render_chat([Message("user", "Hi")]) == "<s>[INST] Hi [/INST]</s>"
 
 
 def test_a_file_may_say_otherwise(tmp_path: Path, model: Model) -> None:
@@ -190,7 +191,7 @@ def test_a_file_may_say_otherwise(tmp_path: Path, model: Model) -> None:
     assert not told.add_bos
     silent = load_tokenizer(write_spm_gguf(tmp_path / "b.gguf", model.tokens, model.scores, model.types, marks=False))
     assert (silent.bos_token_id, silent.add_bos, silent.eos_token_ids) == (1, True, {2})
-    assert silent.render_chat([("user", "Hi")]) == "<s>[INST] Hi [/INST]</s>"
+    assert silent.render_chat([Message("user", "Hi")]) == "<s>[INST] Hi [/INST]</s>"
 
 
 def small(**changes: object) -> dict[str, object]:

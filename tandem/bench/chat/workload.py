@@ -15,6 +15,7 @@ import msgspec
 from msgspec import Meta, Struct
 
 from tandem.errors import ConfigError, InvalidRequest
+from tandem.tokenizer.chat_template import Message
 from tandem.tokenizer.tokenizer import Tokenizer
 
 WORKLOAD = Path(__file__).resolve().parents[3] / "benchmarks" / "workloads" / "chat.json"
@@ -122,9 +123,9 @@ class Scripts:
 
     def _rendered(self, system: str, conversation: Conversation) -> Sequence[str]:
         """The text of all turns, cut where the answers stand."""
-        messages = [("system", system)]
+        messages = [Message("system", system)]
         for turn in conversation.turns:
-            messages += [("user", turn.text), ("assistant", _ANSWER)]
+            messages += [Message("user", turn.text), Message("assistant", _ANSWER)]
         try:
             parts = self._tokenizer.render_chat(messages[:-1]).split(_ANSWER)
         except InvalidRequest as error:
