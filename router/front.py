@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from typing import Protocol
 
 from protos import tandem_pb2
 from router.access import Access, Caller
 from router.metrics import Metrics
+from tandem.tokenizer.tokenizer import Tokenizer
 
 
 class Front(Protocol):
@@ -15,6 +16,7 @@ class Front(Protocol):
     closing the iterator early cancels the request."""
 
     model: str
+    tokenizer: Tokenizer
     access: Access
     metrics: Metrics
 
@@ -32,7 +34,7 @@ class Front(Protocol):
 
     def generate(
         self, request: tandem_pb2.GenerateRequest, budget_s: float | None, caller: Caller
-    ) -> AsyncIterator[tandem_pb2.GenerateResponse]: ...
+    ) -> AsyncGenerator[tandem_pb2.GenerateResponse, None]: ...
 
     def cancel(self, request_id: str) -> None:
         """Ends a request, if it is active: whoever reads its answer gets Cancelled."""

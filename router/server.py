@@ -13,7 +13,7 @@ import logging
 import random
 import secrets
 import threading
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import ParamSpec
@@ -21,6 +21,7 @@ from typing import ParamSpec
 import grpc
 import grpc.aio
 import msgspec
+import uvloop
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
@@ -75,7 +76,13 @@ def run(config: Config, name: str, stop: threading.Event) -> None:
     Raises TandemError if a port is in use, there is no model, or the name is not that of a router."""
     config = config.model_copy(update={"router": config.router.replica(router_number(name))})
     tokenizer = load_tokenizer(resolve_model(config.model.path))
-    asyncio.run(RouterServer(config, tokenizer, name=name).serve(stop))
+    run_server(RouterServer(config, tokenizer, name=name), stop)
+
+
+def run_server(server: RouterServer, stop: threading.Event) -> None:
+    """`serve` on an event loop of its own, in this thread."""
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        runner.run(server.serve(stop))
 
 
 def _slo(config: SloConfig) -> Slo:
@@ -102,7 +109,7 @@ class RouterServer:
     def __init__(self, config: Config, tokenizer: Tokenizer, drain_s: float = DRAIN_S, name: str = "router") -> None:
         self._config = config
         self._drain_s = drain_s
-        self._tokenizer = tokenizer
+        self.tokenizer = tokenizer
         self.model = config.model.name or default_model_name(Path(config.model.path).expanduser())
         self._validator = Validator(config.limits, tokenizer, self.model)
         settings = config.router
@@ -163,7 +170,7 @@ class RouterServer:
             self.grpc_port = self._listen(server)
             for key, app in (("http_port", client_app), ("admin_port", admin_app)):
                 if port := getattr(self._config.router, key):
-                    listeners.append(HttpListener(app(self)))
+                    listeners.append(HttpListener(app(self), self.client_patience_s))
                     listeners[-1].listen(f"router.{key}", host, port)
             await self._show_health(force=True)
             await server.start()
@@ -197,7 +204,7 @@ class RouterServer:
         ]
         server = grpc.aio.server(options=options)
         tandem_pb2_grpc.add_TandemServicer_to_server(_Servicer(self), server)
-        add_to_server(VllmEngine(self, self._tokenizer, self._config.model.path, self._tickets), server)
+        add_to_server(VllmEngine(self, self.tokenizer, self._config.model.path, self._tickets), server)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
         services = (SERVICE, GATEWAY_SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME)
         reflection.enable_server_reflection(services, server)
@@ -299,7 +306,7 @@ class RouterServer:
 
     async def generate(
         self, request: tandem_pb2.GenerateRequest, budget_s: float | None, caller: Caller
-    ) -> AsyncIterator[tandem_pb2.GenerateResponse]:
+    ) -> AsyncGenerator[tandem_pb2.GenerateResponse, None]:
         """Serves one request of `caller`, within `budget_s` seconds if it gave any. Raises the TandemError with which it ends, if
         it does not complete. Closing the iterator early cancels the request."""
         arrived_s = now_s()
@@ -348,7 +355,7 @@ class RouterServer:
         digest = digest_of(tokens_as_bytes(prompt), asked.sampling, asked.n, asked.stop)
         answer_to = functools.partial(
             Answer,
-            tokenizer=self._tokenizer,
+            tokenizer=self.tokenizer,
             stop=asked.stop,
             n=asked.n,
             continues=request.WhichOneof("input") != "chat",

@@ -114,7 +114,7 @@ class VllmEngine(vllm_engine_pb2_grpc.VllmEngineServicer):  # type: ignore[misc]
                         for complete in answers.complete(response.completed.num_cached_tokens, given):
                             yield complete
         finally:
-            await responses.aclose()  # type: ignore[attr-defined]
+            await responses.aclose()
             if accepted is not None:
                 self._forget(request.request_id, accepted.request_id)
 

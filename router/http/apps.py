@@ -2,13 +2,11 @@
 
 Owns which path is whose. Each path's handler is a module of its own.
 
-    client_app   router.http_port    /health /v1/models
+    client_app   router.http_port    /health, and OpenAI's paths (router/http/openai/routes.py)
     admin_app    router.admin_port   /health /metrics
 """
 
 from __future__ import annotations
-
-import time
 
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from starlette.applications import Starlette
@@ -19,6 +17,7 @@ from starlette.routing import Route
 
 from router.front import Front
 from router.http.errors import on_bug, on_http_error, on_tandem_error
+from router.http.openai.routes import openai_routes
 from tandem.errors import TandemError
 
 HANDLERS = {TandemError: on_tandem_error, HTTPException: on_http_error, Exception: on_bug}
@@ -26,14 +25,7 @@ HANDLERS = {TandemError: on_tandem_error, HTTPException: on_http_error, Exceptio
 
 def client_app(front: Front) -> Starlette:
     """What clients reach."""
-    started_s = int(time.time())
-
-    async def models(request: Request) -> Response:
-        model = {"id": front.model, "object": "model", "created": started_s, "owned_by": "tandem"}
-        return JSONResponse({"object": "list", "data": [model]})
-
-    routes = [_health(front), Route("/v1/models", models)]
-    return Starlette(routes=routes, exception_handlers=HANDLERS)
+    return Starlette(routes=[_health(front), *openai_routes(front)], exception_handlers=HANDLERS)
 
 
 def admin_app(front: Front) -> Starlette:

@@ -9,7 +9,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
-from tandem.errors import Overloaded, TandemError
+from tandem.errors import InvalidRequest, Overloaded, TandemError
 
 log = logging.getLogger(__name__)
 
@@ -22,10 +22,21 @@ def error_body(message: str, status: int, code: str | None = None, param: str | 
     return {"error": {"message": message, "type": kind, "param": param, "code": code}}
 
 
+def tandem_error_body(error: TandemError) -> dict[str, object]:
+    """The body of an answer that ends with `error`."""
+    param = error.param if isinstance(error, InvalidRequest) else None
+    return error_body(str(error), error.http_code, error.code, param)
+
+
+def internal_error_body() -> dict[str, object]:
+    """The body where a fault of ours ends an answer: nothing of it is told."""
+    return error_body("the router failed; its log says why", 500, "internal")
+
+
 def error_response(error: TandemError) -> Response:
     """The answer to a request that ends with `error`."""
     headers = {"Retry-After": str(math.ceil(error.retry_after_s))} if isinstance(error, Overloaded) else {}
-    return JSONResponse(error_body(str(error), error.http_code, error.code), error.http_code, headers)
+    return JSONResponse(tandem_error_body(error), error.http_code, headers)
 
 
 async def on_tandem_error(request: Request, error: Exception) -> Response:
@@ -44,4 +55,4 @@ async def on_http_error(request: Request, error: Exception) -> Response:
 async def on_bug(request: Request, error: Exception) -> Response:
     """Starlette's handler of everything else, which is a fault of ours: it is logged, and nothing of it is told."""
     log.error("%s %s failed", request.method, request.url.path, exc_info=error)
-    return JSONResponse(error_body("the router failed; its log says why", 500, "internal"), 500)
+    return JSONResponse(internal_error_body(), 500)

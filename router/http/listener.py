@@ -1,17 +1,22 @@
 """One HTTP port of a router: uvicorn on the router's own event loop.
 
-Owns the listening socket and the server's life (listen, serve, stop). What is answered is the app's.
+Owns the listening socket, the server's life (listen, serve, stop), and how long a client may leave unread what it is sent. What
+is answered is the app's.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
+import logging
 import socket
 from collections.abc import Iterator
+from typing import Any
 
 import uvicorn
 from starlette.types import ASGIApp
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from tandem.errors import ConfigError
 
@@ -19,6 +24,50 @@ BACKLOG = 1024
 KEEP_ALIVE_S = 75
 STOP_S = 1.0
 """Answers that still run when the listener stops are cut off after so long."""
+
+
+log = logging.getLogger(__name__)
+
+
+class _Connection(HttpToolsProtocol):
+    """A client's connection, which is cut when the client reads nothing of what waits for it for `patience_s`. Closing would not
+    do: that waits until all is read."""
+
+    def __init__(self, *args: Any, patience_s: float, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._patience_s = patience_s
+        self._watch: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        # Whatever the kernel does not take at once counts as unread; nothing more is written until it is.
+        transport.set_write_buffer_limits(high=0)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._unwatch()
+        super().connection_lost(exc)
+
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        self._unwatch()
+        self._look(self.transport.get_write_buffer_size() + 1)
+
+    def resume_writing(self) -> None:
+        self._unwatch()
+        super().resume_writing()
+
+    def _look(self, before: int) -> None:
+        unread = self.transport.get_write_buffer_size()
+        if unread >= before:
+            log.warning("a client read nothing for %g s: its connection is cut", self._patience_s)
+            self.transport.abort()
+            return
+        self._watch = self.loop.call_later(self._patience_s, self._look, unread)
+
+    def _unwatch(self) -> None:
+        if self._watch is not None:
+            self._watch.cancel()
+            self._watch = None
 
 
 class _Server(uvicorn.Server):
@@ -30,12 +79,13 @@ class _Server(uvicorn.Server):
 
 
 class HttpListener:
-    """`app` on one port. `listen`, then `start` on a running event loop, at last `stop`."""
+    """`app` on one port. `listen`, then `start` on a running event loop, at last `stop`. A client that reads nothing for
+    `patience_s` is cut off."""
 
-    def __init__(self, app: ASGIApp) -> None:
+    def __init__(self, app: ASGIApp, patience_s: float) -> None:
         config = uvicorn.Config(
             app,
-            http="httptools",
+            http=functools.partial(_Connection, patience_s=patience_s),  # type: ignore[arg-type]  # it is called, no more
             ws="none",
             lifespan="off",
             log_config=None,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import tempfile
 import threading
 import time
@@ -38,7 +37,7 @@ from protos.control import (
     Welcome,
 )
 from protos.kv_events import BlockStored, EventBatch
-from router.server import RouterServer
+from router.server import RouterServer, run_server
 from tandem.config import load_config
 from tandem.tokenizer.chat_template import Message
 from tandem.zmq_io import identity
@@ -58,11 +57,15 @@ class ByteTokenizer:
     space_prefix = False
     bos_token_id = None
     eos_token_ids = frozenset({EOS})
+    chat_template = "<tool_call>"
 
     def encode(self, text: str) -> list[int]:
         return list(text.encode())
 
     encode_prompt = encode
+
+    def decode(self, ids: list[int]) -> str:
+        return b"".join(map(self.token_bytes, ids)).decode("utf-8", "replace")
 
     def token_bytes(self, token_id: int, *, skip_special: bool = True) -> bytes:
         return bytes([token_id]) if token_id < 256 else b""
@@ -270,7 +273,7 @@ class Router:
 
     def _run(self) -> None:
         try:
-            asyncio.run(self.server.serve(self.stop))
+            run_server(self.server, self.stop)
         except BaseException as error:
             self.error = error
 
