@@ -111,7 +111,7 @@ class Validator:
                 raise InvalidRequest(
                     f"resume has {len(token_ids)} tokens of sample {index}, max_tokens is {asked.sampling.max_tokens}"
                 )
-            self._check_vocabulary(f"sample {index} of resume", list(token_ids))
+            self._check_vocabulary(f"sample {index} of resume", list(token_ids), "resume")
             if sample.finish_reason not in _FINISH_REASONS:
                 raise InvalidRequest(
                     f"resume has the finish reason {sample.finish_reason!r}, must be '', 'stop' or 'length'"
@@ -135,13 +135,13 @@ class Validator:
     def _ids(self, name: str, token_ids: list[int]) -> list[int]:
         if len(token_ids) > MAX_LISTED_IDS:
             raise InvalidRequest(f"{name} has {len(token_ids)} entries, the limit is {MAX_LISTED_IDS}", name)
-        self._check_vocabulary(name, token_ids)
+        self._check_vocabulary(name, token_ids, name)
         return token_ids
 
-    def _check_vocabulary(self, name: str, token_ids: list[int]) -> None:
+    def _check_vocabulary(self, name: str, token_ids: list[int], param: str) -> None:
         size = self._tokenizer.vocab_size
         if token_ids and max(token_ids) >= size:
-            raise InvalidRequest(f"{name} has token id {max(token_ids)}, the vocabulary has {size} tokens")
+            raise InvalidRequest(f"{name} has token id {max(token_ids)}, the vocabulary has {size} tokens", param)
 
     def _check_prompt_size(self, request: tandem_pb2.GenerateRequest) -> None:
         size = prompt_bytes(request)
@@ -158,7 +158,7 @@ class Validator:
         match request.WhichOneof("input"):
             case "token_ids":
                 token_ids = list(request.token_ids.ids)
-                self._check_vocabulary("the prompt", token_ids)
+                self._check_vocabulary("the prompt", token_ids, "prompt")
             case _ if max_model_len and at_least > max_model_len:
                 raise InvalidRequest(
                     f"the prompt has {size} bytes, at least {at_least} tokens; the model's context is {max_model_len}"

@@ -113,6 +113,9 @@ def description() -> bytes:
         "/v1/models": {"get": _reading("what is served", "Models")},
         "/v1/models/{model}": {"get": _reading("one model", "Model", ("404",), parameters=[model])},
         "/health": {"get": health},
+        "/openapi.json": {
+            "get": {"summary": "this", "responses": {"200": _answer("the description", {"type": "object"})}}
+        },
     }
     info = {"title": "Tandem", "version": "1", "description": "OpenAI's API over a disaggregated cluster"}
     return json.dumps({"openapi": "3.1.0", "info": info, "paths": paths, "components": {"schemas": schemas}}).encode()
