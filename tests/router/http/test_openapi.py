@@ -25,7 +25,7 @@ CHECKS = [
     response_schema_conformance,
     negative_data_rejection,
 ]
-MAX_EXAMPLES = 40
+MAX_EXAMPLES = 20
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +47,7 @@ def test_each_path_answers_as_described(served: HttpRouter, mode: GenerationMode
             statuses[operation.label] = statuses_of(operation, mode)
     posts = {"POST /v1/completions", "POST /v1/chat/completions"}
     if mode.is_positive:
-        others = {"GET /v1/models", "GET /v1/models/{model}", "GET /health", "GET /openapi.json"}
+        others = {"GET /v1/models", "GET /v1/models/{model}", "GET /health"}  # schemathesis leaves out its source
         assert statuses.keys() == posts | others
         assert all(200 in statuses[label] for label in posts), statuses
     else:
