@@ -293,7 +293,15 @@ class NodeTiers:
 
     def load(self) -> Load:
         stats = self.pool.stats()
-        return Load(free_blocks=stats.allocatable, cached_blocks=stats.cached, leased_blocks=stats.leased)
+        below = self.disk.pool.stats() if self.disk is not None else None
+        return Load(
+            free_blocks=stats.allocatable,
+            cached_blocks=stats.cached,
+            leased_blocks=stats.leased,
+            empty_blocks=stats.free,
+            disk_blocks=below.num_blocks - below.retired if below is not None else 0,
+            disk_held_blocks=below.num_blocks - below.retired - below.free if below is not None else 0,
+        )
 
     def counters(self) -> Counters:
         counters = self.service.add_counters(Counters())

@@ -161,6 +161,11 @@ class Load(Struct, frozen=True):
     """Blocks that can be allocated now: free and cached without a reference or lease."""
     cached_blocks: Count = 0
     leased_blocks: Count = 0
+    empty_blocks: Count = 0
+    """Blocks that hold nothing."""
+    disk_blocks: Count = 0
+    """What a pool node's DISK tier has room for, and how many it holds."""
+    disk_held_blocks: Count = 0
     prefill_tokens_per_s: PerSecond = 0.0
     """Measured, smoothed; 0 before the first measurement."""
     decode_step_s: Seconds = 0.0

@@ -21,6 +21,7 @@ from typing import Literal
 from kvpool.keys import Key
 from protos.control import DispatchRole, Fence, FinishReason, RoleReport, Sampling, TokenLogprobs, Tokens
 from router.policy.base import Placement
+from router.prefixes import marks
 
 Outcome = Literal["completed", "failed", "cancelled"]
 MAX_RECENT = 256
@@ -91,11 +92,15 @@ class DispatchRecord:
     first_tokens_sent: bool = False
     ended: set[int] = field(default_factory=set)
     """Samples whose end the worker has been told."""
-    started: bool = False
-    """Its worker has begun to compute something of it."""
+    started_at_s: float | None = None
+    """When its worker said that it begins to compute something of it."""
     generates: bool = False
     """A frame of tokens has come from it: it has all it needs."""
     probe_after_s: float = PROBE_S
+
+    @property
+    def started(self) -> bool:
+        return self.started_at_s is not None
 
     def covers(self, index: int) -> bool:
         return self.index <= index < self.index + self.n
@@ -242,6 +247,14 @@ class Summary:
     runs: tuple[Run, ...]
     exact: bool = True
     resume_no: int = 0
+    accepted_at_s: float = 0.0
+    num_samples: int = 1
+    marks: tuple[Key, ...] = ()
+    """Of the beginnings of its prompt (`router/prefixes.py`)."""
+
+    @property
+    def ended_at_s(self) -> float:
+        return self.accepted_at_s + self.total_s
 
     @property
     def predicted_ttft_s(self) -> float | None:
@@ -258,6 +271,8 @@ class Journal:
         self._records: dict[str, Record] = {}
         self.recent: deque[Summary] = deque(maxlen=MAX_RECENT)
         self.num_outcomes: dict[Outcome, int] = {"completed": 0, "failed": 0, "cancelled": 0}
+        self.num_tokens = 0
+        """Accepted from workers, of all requests there were."""
 
     def __len__(self) -> int:
         return len(self._records)
@@ -317,6 +332,7 @@ class Journal:
             logprobs = ()
         sample.tokens += new
         sample.finish_reason = reason
+        self.num_tokens += len(new)
         return Accepted(have, tuple(new), tuple(logprobs), reason, max(end, len(sample.tokens)), reason is not None)
 
     def close(self, record: Record, outcome: Outcome, error: str, now_s: float) -> Summary:
@@ -340,6 +356,9 @@ class Journal:
             runs=tuple(record.runs),
             exact=record.exact,
             resume_no=0 if record.request.resumed is None else record.request.resumed.resume_no,
+            accepted_at_s=record.accepted_at_s,
+            num_samples=record.request.n,
+            marks=marks(record.keys),
         )
         self.recent.append(summary)
         return summary

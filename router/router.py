@@ -299,8 +299,8 @@ class RouterCore:
             case Goodbye():
                 return self._on_left(process, epoch, now_s, goodbye=True)
             case Started(fence=fence):
-                if (found := self.journal.find(fence, process, epoch)) is not None:
-                    found[1].started = True
+                if (found := self.journal.find(fence, process, epoch)) is not None and not found[1].started:
+                    found[1].started_at_s = now_s
                 return []
             case Aborted(fence=fence):
                 return self._on_aborted(process, epoch, fence, now_s)

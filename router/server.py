@@ -40,8 +40,10 @@ from router.explain import explain
 from router.gateway.service import SERVICE as GATEWAY_SERVICE
 from router.gateway.service import VllmEngine, add_to_server
 from router.http.apps import admin_app, client_app
+from router.http.live_feed import LiveFeed
 from router.http.listener import HttpListener
 from router.journal import Request, Resumed, Summary
+from router.live import Live
 from router.metrics import Metrics
 from router.open_answers import MAX_KEY_CHARS, Open, OpenAnswers
 from router.reports import audit, cluster, completed
@@ -134,6 +136,7 @@ class RouterServer:
         )
         self.metrics = Metrics()
         self.access = Access()
+        self.live = LiveFeed(Live(self.core, self.model), now_s)
         secret_file = settings.secret_file or config.run_path / "router.secret"
         self._tickets = Tickets(shared_secret(Path(secret_file).expanduser()))
         self.answers = OpenAnswers()
@@ -185,6 +188,7 @@ class RouterServer:
             await self._drain()
         finally:
             await server.stop(grace=1.0)
+            self.live.close()
             for listener in listeners:
                 await listener.stop()
             await control.close()

@@ -595,6 +595,7 @@ class TransferThread:
             free_blocks=stats.allocatable,
             cached_blocks=stats.cached,
             leased_blocks=stats.leased,
+            empty_blocks=stats.free,
         )
         return Heartbeat(
             process=self._name,

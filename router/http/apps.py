@@ -2,8 +2,8 @@
 
 Owns which path is whose. Each path's handler is a module of its own.
 
-    client_app   router.http_port    /health, and OpenAI's paths (router/http/openai/routes.py)
-    admin_app    router.admin_port   /health /metrics
+    client_app   router.http_port    /health, OpenAI's paths (router/http/openai/routes.py), the live page to read
+    admin_app    router.admin_port   /health /metrics, the live page with what it can start
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from starlette.routing import Route
 
 from router.front import Front
 from router.http.errors import on_bug, on_http_error, on_tandem_error
+from router.http.live_page import page_routes
 from router.http.openai.routes import openai_routes
 from tandem.errors import TandemError
 
@@ -25,7 +26,8 @@ HANDLERS = {TandemError: on_tandem_error, HTTPException: on_http_error, Exceptio
 
 def client_app(front: Front) -> Starlette:
     """What clients reach."""
-    return Starlette(routes=[_health(front), *openai_routes(front)], exception_handlers=HANDLERS)
+    routes = [_health(front), *openai_routes(front), *page_routes(front, "client")]
+    return Starlette(routes=routes, exception_handlers=HANDLERS)
 
 
 def admin_app(front: Front) -> Starlette:
@@ -34,7 +36,8 @@ def admin_app(front: Front) -> Starlette:
     async def metrics(request: Request) -> Response:
         return Response(generate_latest(front.metrics.registry), media_type=CONTENT_TYPE_LATEST)
 
-    return Starlette(routes=[_health(front), Route("/metrics", metrics)], exception_handlers=HANDLERS)
+    routes = [_health(front), Route("/metrics", metrics), *page_routes(front, "admin")]
+    return Starlette(routes=routes, exception_handlers=HANDLERS)
 
 
 def _health(front: Front) -> Route:

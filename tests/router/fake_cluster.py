@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import grpc
+import msgspec
 import zmq
 
 from kvpool.keys import root_key, tokens_from_bytes
@@ -27,6 +28,7 @@ from protos.control import (
     FirstTokens,
     Heartbeat,
     Hello,
+    Link,
     Load,
     Owned,
     Resend,
@@ -115,6 +117,8 @@ class FakeWorker:
         self.dispatches: dict[Fence, Dispatch] = {}
         self.streams: dict[tuple[Fence, int], Stream] = {}
         self.num_dispatches = 0
+        self.load, self.links = Load(), list[Link]()
+        """What its heartbeats say beside the dispatches."""
         self._port = port
         self._stop = threading.Event()
         self._context = zmq.Context()
@@ -176,8 +180,11 @@ class FakeWorker:
                     self._replay.send_multipart([asker, b"", kv_events.END_OF_REPLAY, b""])
             if time.monotonic() >= heartbeat_at_s and self.seen(Welcome):
                 heartbeat_at_s = time.monotonic() + 0.05
-                load = Load(num_dispatches=self.num_dispatches)
-                self.post(Heartbeat(self.name, self.epoch, 0, 0.0, len(self.batches) - 1, load, Counters()))
+                load = msgspec.structs.replace(self.load, num_dispatches=self.num_dispatches)
+                heartbeat = Heartbeat(
+                    self.name, self.epoch, 0, 0.0, len(self.batches) - 1, load, Counters(), self.links
+                )
+                self.post(heartbeat)
             if time.monotonic() >= step_at_s:
                 step_at_s = time.monotonic() + self.step_s
                 for (fence, index), stream in list(self.streams.items()):
