@@ -40,8 +40,8 @@ from router.explain import explain
 from router.gateway.service import SERVICE as GATEWAY_SERVICE
 from router.gateway.service import VllmEngine, add_to_server
 from router.http.apps import admin_app, client_app
-from router.http.live_feed import LiveFeed
 from router.http.listener import HttpListener
+from router.http.live_feed import LiveFeed
 from router.journal import Request, Resumed, Summary
 from router.live import Live
 from router.metrics import Metrics

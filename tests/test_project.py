@@ -32,6 +32,23 @@ def test_no_installed_distribution_claims_our_import_names() -> None:
     assert not any(foreign.values()), foreign
 
 
+def test_what_packages_need_beside_python_is_installed_with_them() -> None:
+    patterns = PROJECT["tool"]["setuptools"]["package-data"]
+    listed = subprocess.run(
+        ["git", "ls-files", *sorted(OUR_NAMES)], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    for name in listed.stdout.split():
+        path = Path(name)
+        if path.suffix == ".py" or not (ROOT / path).exists():
+            continue
+        ours = [
+            *patterns["*"],
+            *(f"{package.replace('.', '/')}/{one}" for package, some in patterns.items() for one in some),
+        ]
+        assert any(path.match(pattern) for pattern in ours), f"{name} is in no package-data of pyproject.toml"
+    assert (ROOT / "router/http/page/index.html").exists()
+
+
 def test_every_top_level_package_is_declared() -> None:
     found = {path.parent.name for path in ROOT.glob("*/__init__.py")}
     assert found == OUR_NAMES

@@ -72,8 +72,8 @@ class LiveFeed:
         return len(self._watchers)
 
     def watch(self, audience: Audience) -> Watcher:
-        """A new watcher, for whom everything is in the first message. Raises Overloaded if there are too many. Whoever has one must
-        `leave`."""
+        """A new watcher, for whom everything is in the first message. Raises Overloaded if there are too many. Whoever has one
+        must `leave`."""
         if self._closed or len(self._watchers) >= MAX_WATCHERS:
             raise Overloaded(f"{len(self._watchers)} are watching this router, the limit is {MAX_WATCHERS}")
         watcher = Watcher(audience)
