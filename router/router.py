@@ -332,7 +332,10 @@ class RouterCore:
     def tick(self, now_s: float) -> list[Action]:
         """Everything that time does: call it every 50 ms or so."""
         actions: list[Action] = []
-        for lost in self.membership.expired(now_s):
+        expired = self.membership.expired(now_s)
+        for lost in expired:  # first of all: nothing may be planned onto one that is gone too
+            self._forget_process(lost.name)
+        for lost in expired:
             actions += self._on_lost(lost, now_s)
         if now_s >= self._keepalive_at_s:
             self._keepalive_at_s = now_s + self.settings.heartbeat_s
@@ -418,13 +421,17 @@ class RouterCore:
         lost = self.membership.leave(process, epoch, now_s, goodbye=goodbye)
         return self._on_lost(lost, now_s) if lost is not None else []
 
-    def _on_lost(self, lost: Lost, now_s: float) -> list[Action]:
-        self.index.forget(lost.name)
-        number = self.fleet.number(lost.name)
+    def _forget_process(self, name: str) -> None:
+        """Nothing is looked for at it any more, and nothing sent there."""
+        self.index.forget(name)
+        number = self.fleet.number(name)
         if number is not None:
             self._approximate.forget(number)
-        self.fleet.forget(lost.name)
+        self.fleet.forget(name)
         self.fleet.serve(self.membership.served_group)
+
+    def _on_lost(self, lost: Lost, now_s: float) -> list[Action]:
+        self._forget_process(lost.name)
         # Others may have noticed before us, and what it had was called off because of that: it died of it all the same.
         closed = [(fence, one) for fence, one in self._closing.items() if one.process == lost.name]
         called_off = [(one.record, one.dispatch) for _, one in closed if self._is_unproven(one.record)]

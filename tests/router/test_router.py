@@ -694,3 +694,14 @@ def test_a_worker_that_publishes_nothing_is_taken_to_hold_what_was_sent_there_of
     bench.say(where, Goodbye(where, EPOCH))
     bench.join(where, "decode", epoch=b"2" * 8, **silent)
     assert len(bench.core.index) == 0, "a new one holds nothing"
+
+
+def test_workers_that_fall_silent_together_are_all_lost_and_the_request_waits_for_others() -> None:
+    bench = cluster()
+    bench.submit()
+    bench.pass_time(4.0)
+    assert not list(bench.core.membership)
+    assert bench.core.fleet.processes() == set()
+    assert bench.core.num_waiting == 1
+    bench.join("d1", "decode")
+    assert [dispatch.process for record in bench.core.journal for dispatch in record.dispatches.values()] == ["d1"]
