@@ -13,14 +13,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from playwright.sync_api import Browser, Page
+from playwright.sync_api import Browser
 
 from tandem.drills.processes import REPOSITORY
 from tests.browser import chromium, visit
-from tests.system.harness import RunningCluster
+from tests.system.harness import Answer, RunningCluster
 
 NAMES = ("router", "pool-0", "prefill-0", "decode-0", "decode-1")
-START_S = 900.0
+PATIENCE_S = 900.0
 """On a machine that does much else."""
 WATCHED_MS = 60_000
 VIEWS = (("page", 1280, "light"), ("page-narrow", 390, "light"), ("page-dark", 1280, "dark"))
@@ -35,6 +35,7 @@ def page_cluster(folder: Path) -> Iterator[RunningCluster]:
     disk = folder / "disk"
     disk.mkdir(parents=True)
     values = {
+        "router": {"liveness_s": 20.0},
         "decode": {"replicas": 2, "arena_bytes": 192 * 2**20},
         "prefill": {"arena_bytes": 192 * 2**20},
         "pool": {"host_bytes": 128 * 2**20, "disk": {"dirs": [str(disk)], "bytes": 512 * 2**20}},
@@ -42,7 +43,7 @@ def page_cluster(folder: Path) -> Iterator[RunningCluster]:
     cluster = RunningCluster(folder, values)
     try:
         cluster.launch(NAMES)
-        cluster.wait_ready(NAMES, START_S)
+        cluster.wait_ready(NAMES, PATIENCE_S)
         yield cluster
     finally:
         cluster.stop()
@@ -58,7 +59,7 @@ def load(cluster: RunningCluster, num_clients: int = 3) -> Iterator[None]:
         while not stop.is_set():
             start = draw.randrange(len(TEXT) - 1000)
             prompt = draw.choice(SHARED) + TEXT[start : start + draw.randrange(100, 1000)]
-            cluster.generate(prompt, max_tokens=draw.randrange(8, 64), ignore_eos=True)
+            Answer(cluster.client, prompt, {"max_tokens": draw.randrange(8, 64), "ignore_eos": True}, PATIENCE_S)
             stop.wait(1.5 * draw.random())
 
     clients = [threading.Thread(target=client, args=(number,), daemon=True) for number in range(num_clients)]
@@ -69,12 +70,7 @@ def load(cluster: RunningCluster, num_clients: int = 3) -> Iterator[None]:
     finally:
         stop.set()
         for one in clients:
-            one.join(120)
-
-
-def wait_for_flow(page: Page) -> None:
-    """Until blocks are on their way, or none come for a while."""
-    page.wait_for_selector("#cluster g.flowing", state="attached", timeout=WATCHED_MS)
+            one.join(PATIENCE_S)
 
 
 def take(browser: Browser, cluster: RunningCluster, folder: Path) -> None:
@@ -83,11 +79,12 @@ def take(browser: Browser, cluster: RunningCluster, folder: Path) -> None:
     for name, width, scheme in VIEWS:
         with visit(browser, url, viewport={"width": width, "height": 900}, color_scheme=scheme) as seen:
             page = seen.page
-            page.wait_for_selector("#list li[data-outcome=completed]")
+            page.set_default_timeout(1000 * PATIENCE_S)
+            page.locator("#list li[data-outcome=completed]").nth(3).wait_for()
             page.wait_for_timeout(WATCHED_MS if name == "page" else 8_000)
             page.locator("#list li[data-outcome=completed] button").nth(1).click()
             page.wait_for_selector(".why table")
-            wait_for_flow(page)
+            page.wait_for_selector("#cluster g.flowing", state="attached")
             page.mouse.move(0, 0)
             page.screenshot(path=folder / f"{name}.png", full_page=width > 600)
             assert seen.complaints == [], seen.complaints

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from tests.browser import chromium, visit
-from tests.system.page_images import SHARED, TEXT, page_cluster
+from tests.system.page_images import PATIENCE_S, SHARED, TEXT, page_cluster
 
 
 @pytest.mark.slow
@@ -18,6 +18,7 @@ def test_a_hand_over_and_a_prefix_of_a_real_cluster_are_shown(tmp_path: Path) ->
         url = f"http://127.0.0.1:{cluster.config.router.admin_port}/"
         with visit(browser, url) as seen:
             page = seen.page
+            page.set_default_timeout(1000 * PATIENCE_S)
             page.wait_for_selector("#state[data-state=ready]")
             answers = [
                 cluster.generate(SHARED[0] + TEXT[start : start + 300], max_tokens=24, ignore_eos=True)
@@ -38,6 +39,8 @@ def test_a_hand_over_and_a_prefix_of_a_real_cluster_are_shown(tmp_path: Path) ->
             assert answers[-1].completed.num_cached_tokens > 0, "nothing was reused: there is no prefix to show"
             page.wait_for_selector("#prefixes li")
             assert page.locator("#prefixes li").first.locator(".number").first.inner_text() == "3×"
+            tiers = page.locator("[data-name=pool-0] .tier-name").all_inner_texts()
+            assert tiers == ["HOST", "DISK"]
             said = page.locator("#cluster ul.unseen").inner_text()
             assert "pool-0 has fetched" in said
             page.get_by_role("button", name="Audit now").click()

@@ -199,7 +199,7 @@ class Line {
       this.flow.style.animationDuration = `${[1.6, 1.1, 0.75, 0.5, 0.35, 0.25][pace]}s`;
     }
     this.text.setAttribute("x", label.x.toFixed(1));
-    this.text.setAttribute("y", (label.y + 4).toFixed(1));
+    this.text.setAttribute("y", label.y.toFixed(1));
     say(this.text, `${bytes(rate)}/s`);
   }
 }
@@ -212,19 +212,20 @@ const inner = (box, part) => ({ x: isLeft(box) ? box.right : box.left, y: box.to
 
 /** From `far` up or down, then sideways to the worker, with one round corner; or the other way round. `label` is where its rate is. */
 function corner(far, worker, toWorker) {
+  // What comes is said above its line, what goes below: the two of a worker are close.
   const radius = Math.min(18, Math.abs(worker.x - far.x), Math.abs(worker.y - far.y));
   const down = Math.sign(worker.y - far.y) * radius;
   const side = Math.sign(worker.x - far.x) * radius;
   const d = toWorker
     ? `M${far.x} ${far.y}V${worker.y - down}Q${far.x} ${worker.y} ${far.x + side} ${worker.y}H${worker.x}`
     : `M${worker.x} ${worker.y}H${far.x + side}Q${far.x} ${worker.y} ${far.x} ${worker.y - down}V${far.y}`;
-  return { d, label: { x: (far.x + side + worker.x) / 2, y: worker.y } };
+  return { d, label: { x: (far.x + worker.x) / 2, y: worker.y + (toWorker ? -6 : 15) } };
 }
 
 function curve(from, to, out) {
   const [first, second] = out === undefined ? [(from.x + to.x) / 2, (from.x + to.x) / 2] : [out, out];
   const d = `M${from.x} ${from.y}C${first} ${from.y} ${second} ${to.y} ${to.x} ${to.y}`;
-  return { d, label: { x: (from.x + 3 * first + 3 * second + to.x) / 8, y: (from.y + to.y) / 2 } };
+  return { d, label: { x: (from.x + 3 * first + 3 * second + to.x) / 8, y: (from.y + to.y) / 2 - 6 } };
 }
 
 function fromRouter(router, worker) {

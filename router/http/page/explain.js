@@ -49,6 +49,7 @@ function decided(decision) {
     const parts = [
       [row.queue_s >= row.fetch_s ? "queue" : "fetch", wait / most, `wait ${seconds(wait)}`],
       ["prefill", row.compute_s / most, `compute ${seconds(row.compute_s)}`],
+      ["overhead", decision.overhead_s / most, `messages ${seconds(decision.overhead_s)}`],
     ];
     return make(
       "tr",
@@ -70,6 +71,7 @@ function decided(decision) {
       make("table", {},
         make("thead", {}, make("tr", {}, ...["weighed", "hit tokens", "queue", "fetch", "compute", "", "first token"].map((text) => make("th", { scope: "col", text })))),
         make("tbody", {}, ...body))),
+    decision.overhead_s >= 1e-4 && make("p", { class: "quiet", text: `Each first token is predicted with ${seconds(decision.overhead_s)} for messages.` }),
     left > 0 && make("p", { class: "quiet", text: `and ${left} others that were predicted to be later` }),
     sources.length > 0 && make("p", { class: "quiet", text: `To fetch from, in this order: ${sources.join(", ")}` }),
   ].filter(Boolean);
