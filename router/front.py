@@ -7,7 +7,7 @@ from typing import Protocol
 
 from protos import tandem_pb2
 from router.access import Access, Caller
-from router.http.live_feed import LiveFeed
+from router.live_feed import LiveFeed
 from router.metrics import Metrics
 from tandem.tokenizer.tokenizer import Tokenizer
 

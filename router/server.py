@@ -41,9 +41,9 @@ from router.gateway.service import SERVICE as GATEWAY_SERVICE
 from router.gateway.service import VllmEngine, add_to_server
 from router.http.apps import admin_app, client_app
 from router.http.listener import HttpListener
-from router.http.live_feed import LiveFeed
 from router.journal import Request, Resumed, Summary
 from router.live import Live
+from router.live_feed import LiveFeed
 from router.metrics import Metrics
 from router.open_answers import MAX_KEY_CHARS, Open, OpenAnswers
 from router.reports import audit, cluster, completed

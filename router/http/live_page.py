@@ -28,7 +28,7 @@ from starlette.types import Receive, Scope, Send
 from protos.metadata import AUTHORIZATION, TENANT
 from router.access import Caller
 from router.front import Front
-from router.http.live_feed import Audience, LiveFeed, Watcher
+from router.live_feed import Audience, LiveFeed, Watcher
 
 FILES = Path(__file__).parent / "page"
 TYPES = {

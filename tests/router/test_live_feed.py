@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
-from router.http import live_feed
-from router.http.live_feed import MAX_BEHIND, MAX_WATCHERS, LiveFeed
+from router import live_feed
 from router.live import Live
+from router.live_feed import MAX_BEHIND, MAX_WATCHERS, LiveFeed
 from router.live_views import Message
 from tandem.errors import Overloaded
 from tests.router.test_router import cluster

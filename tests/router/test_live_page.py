@@ -124,7 +124,7 @@ def test_one_that_leaves_is_forgotten(ports: tuple[Router, int, int]) -> None:
 
 def test_one_that_reads_nothing_loses_its_connection(ports: tuple[Router, int, int], monkeypatch: Any) -> None:
     router, client, _ = ports
-    monkeypatch.setattr("router.http.live_feed.EVERY_S", 0.001)
+    monkeypatch.setattr("router.live_feed.EVERY_S", 0.001)
     with socket.socket() as stuck:
         stuck.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
         stuck.connect(("127.0.0.1", client))
