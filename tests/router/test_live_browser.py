@@ -8,8 +8,10 @@ from collections.abc import Callable, Iterator
 
 import pytest
 from playwright.sync_api import Browser, Locator, expect
+from starlette.exceptions import HTTPException
 
 from protos.control import Link, Load
+from router.access import Access, Caller
 from tests.browser import DEADLINE_MS, chromium, visit
 from tests.router.fake_cluster import LONG, Router, collect, wait_for
 from tests.system.harness import free_port
@@ -163,6 +165,31 @@ def test_the_page_goes_on_when_the_router_is_started_again(site: Site, browser: 
         expect(page.locator(f"#list li[data-id='{request_id}']")).to_have_attribute("data-outcome", "completed")
         # The browser itself says that nobody answered; the page says nothing.
         assert all("Failed to load resource" in text for text in seen.complaints), seen.complaints
+
+
+class Locked(Access):
+    """Takes one key alone."""
+
+    def caller(self, authorization: str, tenant: str) -> Caller:
+        if authorization != "Bearer right":
+            raise HTTPException(401, "no such key")
+        return super().caller(authorization, tenant)
+
+
+def test_a_router_that_asks_for_a_key_gets_it_from_who_looks(site: Site, browser: Browser) -> None:
+    site.router.server.access = Locked()
+    with visit(browser, site.url()) as seen:
+        page = seen.page
+        expect(page.locator("#state")).to_have_text("a key is needed")
+        page.get_by_label("API key").fill("wrong")
+        page.get_by_role("button", name="Use it").click()
+        expect(page.locator("#key")).to_be_visible()
+        page.get_by_label("API key").fill("right")
+        page.keyboard.press("Enter")
+        expect(page.locator("#state")).to_have_text("ready")
+        expect(page.locator("#key")).to_be_hidden()
+        page.get_by_role("button", name="Audit now").click()
+        expect(page.locator("#audited .verdict")).to_contain_text("checks hold")
 
 
 def test_shared_prefixes_are_a_tree(site: Site, browser: Browser) -> None:

@@ -35,12 +35,12 @@ def page_cluster(folder: Path) -> Iterator[RunningCluster]:
     disk = folder / "disk"
     disk.mkdir(parents=True)
     values = {
-        "router": {"liveness_s": 20.0},
+        "router": {"liveness_s": 60.0},
         "decode": {"replicas": 2, "arena_bytes": 192 * 2**20},
         "prefill": {"arena_bytes": 192 * 2**20},
         "pool": {"host_bytes": 128 * 2**20, "disk": {"dirs": [str(disk)], "bytes": 512 * 2**20}},
     }
-    cluster = RunningCluster(folder, values)
+    cluster = RunningCluster(folder, values, faults=[])
     try:
         cluster.launch(NAMES)
         cluster.wait_ready(NAMES, PATIENCE_S)
@@ -50,7 +50,7 @@ def page_cluster(folder: Path) -> Iterator[RunningCluster]:
 
 
 @contextmanager
-def load(cluster: RunningCluster, num_clients: int = 3) -> Iterator[None]:
+def load(cluster: RunningCluster, num_clients: int = 2) -> Iterator[None]:
     """Clients that ask one request after the other, many of which begin alike."""
     stop = threading.Event()
 
