@@ -66,6 +66,7 @@ class PoolStats:
     evicted_total: int
     dropped_total: int
     expired_leases_total: int
+    granted_leases_total: int
 
 
 class BlockPool:
@@ -438,6 +439,7 @@ class BlockPool:
                 evicted_total=self._evicted_total,
                 dropped_total=self._dropped_total,
                 expired_leases_total=self._expired_total,
+                granted_leases_total=self._leases.num_granted,
             )
 
     def holdings(self, now_s: float) -> TierHoldings:

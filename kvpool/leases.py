@@ -37,6 +37,11 @@ class LeaseTable:
     def __len__(self) -> int:
         return len(self._leases)
 
+    @property
+    def num_granted(self) -> int:
+        """Leases that there ever were."""
+        return self._next_id - 1
+
     def add(self, keys: tuple[Key, ...], block_ids: Sequence[int], expires_at_s: float) -> tuple[Lease, list[int]]:
         """A lease on `keys`, which `block_ids` hold, and those of the blocks that had none before. No key twice."""
         lease = Lease(self._next_id, keys, expires_at_s)

@@ -213,6 +213,7 @@ class KVService:
             served_blocks=self._server.num_served_blocks,
             evicted_blocks=stats.evicted_total,
             expired_leases=stats.expired_leases_total,
+            granted_leases=stats.granted_leases_total,
             dropped_blocks=stats.dropped_total,
         )
 

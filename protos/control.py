@@ -214,6 +214,7 @@ class Counters(Struct, frozen=True):
     corrupt_blocks: Count = 0
     disk_faults: Count = 0
     """Its directories that are disabled because they failed."""
+    granted_leases: Count = 0
 
 
 class Link(Struct, frozen=True, array_like=True):

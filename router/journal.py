@@ -151,6 +151,8 @@ class Record:
     plan_after_s: float = 0.0
     due_s: float = 0.0
     """When its first token is due."""
+    promised_ttft_s: float = 0.0
+    """How soon its first token was promised when it came; 0: nothing yet."""
     tpot_s: float = 0.0
     """What its later tokens are promised to take each; 0: nothing."""
     first_token_at_s: float | None = None
@@ -251,10 +253,21 @@ class Summary:
     num_samples: int = 1
     marks: tuple[Key, ...] = ()
     """Of the beginnings of its prompt (`router/prefixes.py`)."""
+    batch: bool = False
+    promised_ttft_s: float = 0.0
+    promised_tpot_s: float = 0.0
+    """As in `Record`: 0 where nothing was promised."""
 
     @property
     def ended_at_s(self) -> float:
         return self.accepted_at_s + self.total_s
+
+    @property
+    def tpot_s(self) -> float | None:
+        """What each token after the first took, of the longest sample; None if there was none."""
+        if self.ttft_s is None or self.longest < 2:
+            return None
+        return (self.total_s - self.ttft_s) / (self.longest - 1)
 
     @property
     def predicted_ttft_s(self) -> float | None:
@@ -359,6 +372,9 @@ class Journal:
             accepted_at_s=record.accepted_at_s,
             num_samples=record.request.n,
             marks=marks(record.keys),
+            batch=record.request.batch,
+            promised_ttft_s=record.promised_ttft_s,
+            promised_tpot_s=record.tpot_s,
         )
         self.recent.append(summary)
         return summary

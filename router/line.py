@@ -43,6 +43,7 @@ class Line:
         uncached = self._planner.uncached_tokens(record, group)
         slo = self._slo(record)
         record.tpot_s = slo.tpot_s
+        record.promised_ttft_s = record.promised_ttft_s or slo.first_token_s(uncached)
         held = self._admission.add(
             record.request_id,
             record.request.tenant,

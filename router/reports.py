@@ -19,9 +19,25 @@ from router.router import RouterCore
 
 def num_cached_tokens(summary: Summary) -> int:
     """Prompt tokens whose KV existed before the request: what the role that computed the prompt found, or fetched."""
+    return sum(hit_tokens_by_tier(summary).values())
+
+
+def hit_tokens_by_tier(summary: Summary) -> dict[str, int]:
+    """Those tokens by where their KV was: `local` is the worker that computed the rest, the others are tiers of its sources."""
     runs = [run.report for run in summary.runs]
     first = next((r for r in runs if r.fence.role == "prefill"), next(iter(runs), None))
-    return 0 if first is None else min(first.local_hit_tokens + first.fetched_tokens, summary.num_prompt_tokens)
+    if first is None:
+        return {}
+    local = min(first.local_hit_tokens, summary.num_prompt_tokens)
+    fetched = min(first.fetched_tokens, summary.num_prompt_tokens - local)
+    hits = {"local": local}
+    num_blocks, blocks_before, tokens_before = sum(item.num_blocks for item in first.fetched), 0, 0
+    for item in first.fetched:
+        blocks_before += item.num_blocks
+        tokens_until = fetched * blocks_before // num_blocks if num_blocks else 0
+        hits[item.tier] = hits.get(item.tier, 0) + tokens_until - tokens_before
+        tokens_before = tokens_until
+    return hits
 
 
 def completed(summary: Summary, num_generated_tokens: int) -> tandem_pb2.Completed:

@@ -34,6 +34,7 @@ like after a crash.
 from __future__ import annotations
 
 import random
+from collections import Counter
 from dataclasses import dataclass
 
 import msgspec
@@ -197,6 +198,11 @@ class RouterCore:
         self._keepalive_at_s = 0.0
         self.num_left_waiting = 0
         """Requests that ended while they waited for a worker or for room."""
+        self.num_redispatches: Counter[tuple[str, str]] = Counter()
+        """Dispatches that had to be made again, by their role and what became of them: the `Cause` of a lost process, the code of
+        a failure, or `dropped` by the worker itself."""
+        self.num_lost: Counter[tuple[str, str]] = Counter()
+        """Processes that were lost, by role and `Cause`."""
 
     # --- what the shell reads ------------------------------------------------------------------------------------------
 
@@ -431,6 +437,7 @@ class RouterCore:
         self.fleet.serve(self.membership.served_group)
 
     def _on_lost(self, lost: Lost, now_s: float) -> list[Action]:
+        self.num_lost[lost.role, lost.cause] += 1
         self._forget_process(lost.name)
         # Others may have noticed before us, and what it had was called off because of that: it died of it all the same.
         closed = [(fence, one) for fence, one in self._closing.items() if one.process == lost.name]
@@ -456,7 +463,9 @@ class RouterCore:
         for record in {record.request_id: record for record, _ in held if record is not culprit}.values():
             record.plan_after_s = now_s + self._rng.uniform(0.0, self.settings.max_jitter_s)
             counted = lost.cause != "left"
-            actions += self._after_failure(record, roles[record.request_id], error, now_s, counted=counted)
+            actions += self._after_failure(
+                record, roles[record.request_id], error, now_s, reason=lost.cause, counted=counted
+            )
         return actions
 
     def _is_unproven(self, record: Record) -> bool:
@@ -591,7 +600,7 @@ class RouterCore:
             backoff_s = min(MAX_BACKOFF_S, self.settings.max_jitter_s * 2 ** record.failures[role])
             record.plan_after_s = now_s + self._rng.uniform(0.0, backoff_s)
         counted = message.code != Draining.code
-        return actions + self._after_failure(record, {role}, error, now_s, counted=counted)
+        return actions + self._after_failure(record, {role}, error, now_s, reason=message.code, counted=counted)
 
     def _on_aborted(self, process: str, epoch: bytes, fence: Fence, now_s: float) -> list[Action]:
         """Nothing of this fence is held any more. If nobody asked for that, the dispatch is lost."""
@@ -602,13 +611,20 @@ class RouterCore:
         record, dispatch = found
         self._forget(record, dispatch, now_s)
         error = WorkerLost(f"{fence.role} at {process}: it dropped the dispatch by itself")
-        return self._after_failure(record, {fence.role}, error, now_s)
+        return self._after_failure(record, {fence.role}, error, now_s, reason="dropped")
 
     def _after_failure(
-        self, record: Record, roles: set[DispatchRole], error: TandemError, now_s: float, *, counted: bool = True
+        self,
+        record: Record,
+        roles: set[DispatchRole],
+        error: TandemError,
+        now_s: float,
+        *,
+        reason: str,
+        counted: bool = True,
     ) -> list[Action]:
-        """Dispatches of `roles` are gone: plans again, or ends the request when that has happened too often. What a worker gave
-        back as it left is not `counted`."""
+        """Dispatches of `roles` are gone, for `reason`: plans again, or ends the request when that has happened too often. What a
+        worker gave back as it left is not `counted`."""
         if "prefill" in roles and record.first_tokens_known():
             roles = roles - {"prefill"}  # it had done its part; what decode can't fetch any more, decode will say
         for role in roles if counted else ():
@@ -616,6 +632,7 @@ class RouterCore:
             if record.failures[role] >= self.settings.max_attempts:
                 tries = f"after {record.failures[role]} attempts of {role}, the limit is {self.settings.max_attempts}"
                 return self._end(record, type(error)(f"{error}; {tries}"), now_s)
+        self.num_redispatches.update((role, reason) for role in roles)
         actions: list[Action] = []
         if "prefill" in roles and not record.first_tokens_known():
             # Decode waits for a source that is gone and for tokens that nobody samples: both roles are dispatched anew.

@@ -8,6 +8,7 @@ prompts.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import functools
 import logging
 import random
@@ -52,7 +53,7 @@ from router.secret import shared_secret
 from router.tickets import Ticket, Tickets, digest_of
 from router.validation import Asked, Validator, prompt_bytes
 from tandem.clock import now_s
-from tandem.config import Config, SloConfig, router_number
+from tandem.config import Config, RouterConfig, SloConfig, router_number
 from tandem.errors import Cancelled, ConfigError, Draining, InvalidRequest, Overloaded, TandemError
 from tandem.model_files import default_model_name, resolve_model
 from tandem.tokenizer.tokenizer import Tokenizer, load_tokenizer
@@ -89,6 +90,13 @@ def run_server(server: RouterServer, stop: threading.Event) -> None:
 
 def _slo(config: SloConfig) -> Slo:
     return Slo(config.ttft_s, config.ttft_per_1k_tokens_s / 1000.0, config.tpot_s)
+
+
+def _promises(settings: RouterConfig) -> dict[tuple[str, str], float]:
+    """Seconds by class and objective, of what is promised."""
+    classes = {"interactive": settings.interactive, "batch": settings.batch}
+    found = {(name, key): getattr(slo, f"{key}_s") for name, slo in classes.items() for key in ("ttft", "tpot")}
+    return {labels: seconds for labels, seconds in found.items() if seconds}
 
 
 def _logged(handler: Callable[P, None]) -> Callable[P, None]:
@@ -135,6 +143,7 @@ class RouterServer:
             random.Random(secrets.randbits(64)),
         )
         self.metrics = Metrics()
+        self.metrics.identify(name, self.model, _promises(settings))
         self.access = Access()
         self.live = LiveFeed(Live(self.core, self.model), now_s)
         secret_file = settings.secret_file or config.run_path / "router.secret"
@@ -234,7 +243,7 @@ class RouterServer:
             await self._show_health()
             if time_s >= refresh_at_s:
                 refresh_at_s = time_s + REFRESH_S
-                self.metrics.refresh(self.core.membership, len(self.core.journal), self.core.index)
+                self.metrics.refresh(self.core, time_s)
             await asyncio.sleep(TICK_S)
 
     def _tick(self, time_s: float) -> None:
@@ -302,9 +311,11 @@ class RouterServer:
                     control.replay(action)
 
     def _emit(self, emit: Emit) -> None:
-        num_tokens = self.answers.emit(emit.request_id, emit.event, now_s())
+        time_s = now_s()
+        self.metrics.emitted(emit, time_s)
+        num_tokens = self.answers.emit(emit.request_id, emit.event, time_s)
         if num_tokens is not None and isinstance(emit.event, TokensEvent):
-            self._do(self.core.stop_sample(emit.request_id, emit.event.index, num_tokens, now_s()))
+            self._do(self.core.stop_sample(emit.request_id, emit.event.index, num_tokens, time_s))
 
     # --- requests ------------------------------------------------------------------------------------------------------
 
@@ -313,6 +324,17 @@ class RouterServer:
     ) -> AsyncGenerator[tandem_pb2.GenerateResponse, None]:
         """Serves one request of `caller`, within `budget_s` seconds if it gave any. Raises the TandemError with which it ends, if
         it does not complete. Closing the iterator early cancels the request."""
+        try:
+            async with contextlib.aclosing(self._generate(request, budget_s, caller)) as responses:
+                async for response in responses:
+                    yield response
+        except TandemError as error:
+            self.metrics.failed(error.code)
+            raise
+
+    async def _generate(
+        self, request: tandem_pb2.GenerateRequest, budget_s: float | None, caller: Caller
+    ) -> AsyncGenerator[tandem_pb2.GenerateResponse, None]:
         arrived_s = now_s()
         limits = self._config.limits
         if self._stopping:

@@ -61,7 +61,8 @@ def test_blocks_that_are_only_on_disk_come_up_for_whoever_fetches_them(world: Wo
     assert not keys_of(FIRST) & watcher.held["HOST"]
     reader = Worker(world, "decode-1")
     assert reader.fetch(node.source, FIRST[:16]) == set(FIRST[:16])
-    counters = node.heartbeat().counters
+    load, counters = node.heartbeat().load, node.heartbeat().counters
+    assert load.disk_blocks >= load.disk_used_blocks >= len(FIRST)
     assert counters.loaded_blocks >= 16
     assert counters.fetch_misses == 0
     assert keys_of(FIRST[:16]) <= watcher.held["HOST"], "they are announced there again"

@@ -25,6 +25,7 @@ from protos.control import (
     Dispatch,
     Endpoints,
     Fence,
+    FetchedFrom,
     FirstTokens,
     Heartbeat,
     Hello,
@@ -113,6 +114,11 @@ class FakeWorker:
         self.name, self.role, self.step_s = name, role, step_s
         self.epoch = name.encode().ljust(8, b"_")[:8]
         self.tamper: Callable[[Tokens], list[Tokens]] = tamper or (lambda message: [message])
+        self.load, self.counters = Load(), Counters()
+        """What its heartbeats say, but for `num_dispatches`."""
+        self.links: list[Link] = []
+        self.fetched: list[FetchedFrom] = []
+        """What its reports say that it fetched, in blocks of the group's size."""
         self.received: list[Any] = []
         self.dispatches: dict[Fence, Dispatch] = {}
         self.streams: dict[tuple[Fence, int], Stream] = {}
@@ -181,10 +187,8 @@ class FakeWorker:
             if time.monotonic() >= heartbeat_at_s and self.seen(Welcome):
                 heartbeat_at_s = time.monotonic() + 0.05
                 load = msgspec.structs.replace(self.load, num_dispatches=self.num_dispatches)
-                heartbeat = Heartbeat(
-                    self.name, self.epoch, 0, 0.0, len(self.batches) - 1, load, Counters(), self.links
-                )
-                self.post(heartbeat)
+                seq = len(self.batches) - 1
+                self.post(Heartbeat(self.name, self.epoch, 0, 0.0, seq, load, self.counters, self.links))
             if time.monotonic() >= step_at_s:
                 step_at_s = time.monotonic() + self.step_s
                 for (fence, index), stream in list(self.streams.items()):
@@ -223,7 +227,11 @@ class FakeWorker:
 
     def _begin(self, dispatch: Dispatch) -> None:
         num_tokens = len(dispatch.token_ids) // 4
-        self.post(RoleReport(dispatch.fence, 0, 0, num_tokens, [], 0.0, 0.0, 0.001))
+        num_fetched = min(num_tokens, GROUP.block_size * sum(item.num_blocks for item in self.fetched))
+        fetch_s = 0.002 if num_fetched else 0.0
+        self.post(
+            RoleReport(dispatch.fence, 0, num_fetched, num_tokens - num_fetched, self.fetched, 0.0, fetch_s, 0.001)
+        )
 
     def _receive(self, message: Any) -> None:
         self.received.append(message)

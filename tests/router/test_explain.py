@@ -47,8 +47,8 @@ def test_predictions_and_regret_are_metrics() -> None:
     metrics.ended(summary(2.0, placement(0, [0.3, 0.4])), 3)
     metrics.ended(summary(None), 0)
     value = metrics.registry.get_sample_value
-    assert value("tandem_ttft_prediction_error_count") == 1
-    bucket = "tandem_ttft_prediction_error_bucket"
+    assert value("tandem_ttft_prediction_error_ratio_count") == 1
+    bucket = "tandem_ttft_prediction_error_ratio_bucket"
     assert (value(bucket, {"le": "-0.9"}), value(bucket, {"le": "-0.5"})) == (0, 1)
     assert value("tandem_placement_regret_seconds_sum") == pytest.approx(1.0)
 

@@ -431,11 +431,11 @@ def test_metrics_count_requests_and_show_processes(make_router: Callable[..., Ro
             connection.sendall(b"GET /metrics HTTP/1.0\r\n\r\n")
             return b"".join(iter(lambda: connection.recv(65_536), b"")).decode()
 
-    wait_for(lambda: 'tandem_requests_total{outcome="completed"} 1.0' in page())
+    wait_for(lambda: 'tandem_requests_total{class="interactive",outcome="completed"} 1.0' in page())
     wait_for(lambda: 'tandem_process_num_running{process="decode-0",role="decode"}' in page())
-    assert "tandem_ttft_seconds_count 1.0" in page()
+    assert 'tandem_ttft_seconds_count{class="interactive"} 1.0' in page()
     assert "tandem_index_entries 0.0" in page()
-    assert "tandem_index_rejected 0.0" in page()
+    assert "tandem_index_rejected_events_total 0.0" in page()
 
 
 def test_a_client_that_never_reads_is_cut_off_and_its_place_is_free(make_router: Callable[..., Router]) -> None:
