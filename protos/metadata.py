@@ -6,3 +6,7 @@ AUTHORIZATION = "authorization"
 TENANT = "tandem-tenant"
 """By which the line for room is shared fairly. Who may call may claim any: it decides nothing else."""
 MAX_TENANT_CHARS = 128
+
+TRACEPARENT = "traceparent"
+TRACESTATE = "tracestate"
+"""The trace that a call belongs to, as W3C Trace Context has it."""

@@ -12,8 +12,9 @@ from typing import Any, NoReturn
 import grpc
 import grpc.aio
 
-from protos.metadata import AUTHORIZATION, TENANT
+from protos.metadata import AUTHORIZATION, TENANT, TRACEPARENT, TRACESTATE
 from protos.rich_errors import MAX_MESSAGE_CHARS, STATUS_DETAILS, status_details
+from router import trace_context
 from router.access import Access, Caller
 from tandem.errors import DeadlineExceeded, TandemError
 
@@ -21,8 +22,9 @@ Context = grpc.aio.ServicerContext[Any, Any]
 
 
 def caller_of(context: Context, access: Access) -> Caller:
-    """Who calls."""
+    """Who calls. What the call is served for belongs to the trace that came with it."""
     metadata = dict(context.invocation_metadata() or ())
+    trace_context.enter(str(metadata.get(TRACEPARENT, "")), str(metadata.get(TRACESTATE, "")))
     return access.caller(str(metadata.get(AUTHORIZATION, "")), str(metadata.get(TENANT, "")))
 
 

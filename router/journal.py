@@ -16,6 +16,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import Literal
 
 from kvpool.keys import Key
@@ -25,6 +26,8 @@ from router.prefixes import marks
 
 Outcome = Literal["completed", "failed", "cancelled"]
 MAX_RECENT = 256
+MAX_LEGS = 64
+"""So many dispatches of a request are remembered when it has ended."""
 PROBE_S = 1.0
 """How long a dispatch may bring nothing new before it is asked."""
 
@@ -97,6 +100,14 @@ class DispatchRecord:
     generates: bool = False
     """A frame of tokens has come from it: it has all it needs."""
     probe_after_s: float = PROBE_S
+    ended_at_s: float = 0.0
+    end: str = ""
+    """Why it is over."""
+    failed: bool = False
+
+    def over(self, now_s: float, end: str, *, failed: bool = False) -> None:
+        """It is over, for the reason `end`; `failed` if its worker failed it."""
+        self.ended_at_s, self.end, self.failed = now_s, end, failed
 
     @property
     def started(self) -> bool:
@@ -104,6 +115,18 @@ class DispatchRecord:
 
     def covers(self, index: int) -> bool:
         return self.index <= index < self.index + self.n
+
+
+@dataclass(frozen=True, slots=True)
+class Leg:
+    """One dispatch, from when it was sent until it was over; `end` says why it was. `failed`: it should have gone on."""
+
+    fence: Fence
+    process: str
+    sent_at_s: float
+    ended_at_s: float
+    end: str
+    failed: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -257,6 +280,13 @@ class Summary:
     promised_ttft_s: float = 0.0
     promised_tpot_s: float = 0.0
     """As in `Record`: 0 where nothing was promised."""
+    accepted_at_s: float = 0.0
+    """On the router's clock, like the times of runs and legs."""
+    legs: tuple[Leg, ...] = ()
+    """Its dispatches, the first `MAX_LEGS`."""
+    finish_reasons: tuple[str, ...] = ()
+    """One a sample that came to its end."""
+    error_code: str = ""
 
     @property
     def ended_at_s(self) -> float:
@@ -348,7 +378,7 @@ class Journal:
         self.num_tokens += len(new)
         return Accepted(have, tuple(new), tuple(logprobs), reason, max(end, len(sample.tokens)), reason is not None)
 
-    def close(self, record: Record, outcome: Outcome, error: str, now_s: float) -> Summary:
+    def close(self, record: Record, outcome: Outcome, error: str, now_s: float, error_code: str = "") -> Summary:
         """Ends a request; its dispatches must have been released before."""
         assert not record.dispatches, "a closed request holds dispatches"
         del self._records[record.request_id]
@@ -375,6 +405,13 @@ class Journal:
             batch=record.request.batch,
             promised_ttft_s=record.promised_ttft_s,
             promised_tpot_s=record.tpot_s,
+            accepted_at_s=record.accepted_at_s,
+            legs=tuple(
+                Leg(sent.fence, sent.process, sent.sent_at_s, sent.ended_at_s, sent.end, sent.failed)
+                for sent in islice(record.sent.values(), MAX_LEGS)
+            ),
+            finish_reasons=tuple(sample.finish_reason for sample in record.samples if sample.finish_reason is not None),
+            error_code=error_code,
         )
         self.recent.append(summary)
         return summary

@@ -170,11 +170,11 @@ class Metrics:
 
     # --- the state of the router ---------------------------------------------------------------------------------------
 
-    def refresh(self, core: RouterCore, now_s: float) -> None:
-        """Shows the last reports of the live processes, and what the core has counted."""
+    def refresh(self, core: RouterCore, now_s: float, traced: Mapping[str, int] | None = None) -> None:
+        """Shows the last reports of the live processes, what the core counted, and what became of traces (`Tracing.counts`)."""
         members = list(core.membership)
         self._processes.refresh(members, now_s)
-        self._core_totals.refresh(core)
+        self._core_totals.refresh(core, traced or {})
         self._active.set(len(core.journal))
         self._waiting.set(core.num_waiting)
         self._running.set(max(0, len(core.journal) - core.num_waiting))
@@ -249,10 +249,12 @@ class _CoreTotals(Collector):
     def __init__(self) -> None:
         self._redispatches: dict[tuple[str, str], int] = {}
         self._lost: dict[tuple[str, str], int] = {}
+        self._traced = dict.fromkeys(("exported", "failed", "dropped"), 0)
         self._rejected = 0
         self._left_waiting = 0
 
-    def refresh(self, core: RouterCore) -> None:
+    def refresh(self, core: RouterCore, traced: Mapping[str, int]) -> None:
+        self._traced.update(traced)
         self._redispatches, self._lost = core.num_redispatches, core.num_lost
         self._rejected, self._left_waiting = core.index.num_rejected, core.num_left_waiting
 
@@ -261,6 +263,12 @@ class _CoreTotals(Collector):
             "tandem_redispatches", "dispatches that had to be made again", labels=["role", "reason"]
         )
         lost = CounterMetricFamily("tandem_lost_processes", "processes that were lost", labels=["role", "cause"])
+        traced = CounterMetricFamily(
+            "tandem_traced_requests", "sampled requests, by what became of their trace", labels=["outcome"]
+        )
+        for outcome, total in self._traced.items():
+            traced.add_metric([outcome], total)
+        yield traced
         for family, totals in ((again, self._redispatches), (lost, self._lost)):
             for labels, total in totals.items():
                 family.add_metric(list(labels), total)

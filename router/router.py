@@ -455,6 +455,7 @@ class RouterCore:
         for record, dispatch in held:
             roles.setdefault(record.request_id, set()).add(dispatch.fence.role)
             del record.dispatches[dispatch.fence]
+            dispatch.over(now_s, lost.cause, failed=True)
         culprit = self.poison.on_death([*called_off, *held], now_s) if lost.cause in DEATHS else None
         if culprit is not None:
             text = f"{culprit.num_deaths} workers died while they computed this request, the last was {lost.name}"
@@ -575,6 +576,7 @@ class RouterCore:
         for dispatch in record.live("decode"):
             if len(dispatch.ended) == dispatch.n:
                 self._forget(record, dispatch, now_s)
+                dispatch.over(now_s, "finished")
 
     def _on_failed(self, process: str, epoch: bytes, message: Failed, now_s: float) -> list[Action]:
         self._closing.pop(message.fence, None)
@@ -584,6 +586,7 @@ class RouterCore:
         record, dispatch = found
         role = dispatch.fence.role
         self._forget(record, dispatch, now_s)
+        dispatch.over(now_s, message.code, failed=True)
         error = error_from_code(message.code, f"{role} at {process}: {message.message}")
         if message.code not in RETRYABLE:
             return self._end(record, error, now_s)
@@ -610,6 +613,7 @@ class RouterCore:
             return []
         record, dispatch = found
         self._forget(record, dispatch, now_s)
+        dispatch.over(now_s, "dropped", failed=True)
         error = WorkerLost(f"{fence.role} at {process}: it dropped the dispatch by itself")
         return self._after_failure(record, {fence.role}, error, now_s, reason="dropped")
 
@@ -656,7 +660,8 @@ class RouterCore:
         outcome: Outcome = "completed"
         if error is not None:
             outcome = "cancelled" if isinstance(error, Cancelled) else "failed"
-        summary = self.journal.close(record, outcome, "" if error is None else str(error), now_s)
+        text, code = ("", "") if error is None else (str(error), error.code)
+        summary = self.journal.close(record, outcome, text, now_s, code)
         event = CompletedEvent(summary) if error is None else FailedEvent(error)
         return [*actions, Emit(record.request_id, event), *self._release(now_s)]
 
@@ -666,6 +671,7 @@ class RouterCore:
 
     def _abort(self, record: Record, dispatch: DispatchRecord, reason: str, now_s: float) -> Action:
         self._forget(record, dispatch, now_s)
+        dispatch.over(now_s, reason)
         self._closing[dispatch.fence] = _Closing(record, dispatch, reason, now_s + ABORT_RETRY_S, ABORT_TRIES)
         return Send(dispatch.process, dispatch.epoch, Abort(fence=dispatch.fence, reason=reason))
 

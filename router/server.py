@@ -17,7 +17,7 @@ import threading
 from collections.abc import AsyncGenerator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import ParamSpec
+from typing import TYPE_CHECKING, ParamSpec
 
 import grpc
 import grpc.aio
@@ -30,6 +30,7 @@ from kvpool.keys import tokens_as_bytes
 from protos import tandem_pb2, tandem_pb2_grpc
 from protos.control import Owned, ToRouter
 from protos.kv_events import EventBatch
+from router import request_log, trace_context
 from router.access import Access, Caller
 from router.actions import Action, Emit, Replay, Send, Subscribe, TokensEvent, Unsubscribe
 from router.admission import Slo
@@ -50,13 +51,17 @@ from router.open_answers import MAX_KEY_CHARS, Open, OpenAnswers
 from router.reports import audit, cluster, completed
 from router.router import RouterCore, Settings
 from router.secret import shared_secret
+from router.spans import Began
 from router.tickets import Ticket, Tickets, digest_of
 from router.validation import Asked, Validator, prompt_bytes
 from tandem.clock import now_s
-from tandem.config import Config, RouterConfig, SloConfig, router_number
+from tandem.config import Config, RouterConfig, SloConfig, TracingConfig, router_number
 from tandem.errors import Cancelled, ConfigError, Draining, InvalidRequest, Overloaded, TandemError
 from tandem.model_files import default_model_name, resolve_model
 from tandem.tokenizer.tokenizer import Tokenizer, load_tokenizer
+
+if TYPE_CHECKING:
+    from router.tracing import Tracing
 
 log = logging.getLogger(__name__)
 
@@ -97,6 +102,15 @@ def _promises(settings: RouterConfig) -> dict[tuple[str, str], float]:
     classes = {"interactive": settings.interactive, "batch": settings.batch}
     found = {(name, key): getattr(slo, f"{key}_s") for name, slo in classes.items() for key in ("ttft", "tpot")}
     return {labels: seconds for labels, seconds in found.items() if seconds}
+
+
+def _tracing_of(config: TracingConfig, router: str, model: str) -> Tracing | None:
+    """None where nobody wants traces: what they are made with takes some 20 MB and half a second."""
+    if not config.endpoint:
+        return None
+    from router.tracing import Tracing
+
+    return Tracing(config.endpoint, sample_ratio=config.sample_ratio, router=router, model=model)
 
 
 def _logged(handler: Callable[P, None]) -> Callable[P, None]:
@@ -148,6 +162,7 @@ class RouterServer:
         self.live = LiveFeed(Live(self.core, self.model), now_s)
         secret_file = settings.secret_file or config.run_path / "router.secret"
         self._tickets = Tickets(shared_secret(Path(secret_file).expanduser()))
+        self._tracing = _tracing_of(config.tracing, name, self.model)
         self.answers = OpenAnswers()
         self.started = threading.Event()
         self.grpc_port = settings.grpc_port
@@ -201,6 +216,8 @@ class RouterServer:
             for listener in listeners:
                 await listener.stop()
             await control.close()
+            if self._tracing is not None:
+                await asyncio.to_thread(self._tracing.close)
             self._executor.shutdown(cancel_futures=True)
 
     def _grpc_server(self) -> grpc.aio.Server:
@@ -243,7 +260,7 @@ class RouterServer:
             await self._show_health()
             if time_s >= refresh_at_s:
                 refresh_at_s = time_s + REFRESH_S
-                self.metrics.refresh(self.core, time_s)
+                self.metrics.refresh(self.core, time_s, self._tracing.counts if self._tracing is not None else None)
             await asyncio.sleep(TICK_S)
 
     def _tick(self, time_s: float) -> None:
@@ -299,6 +316,7 @@ class RouterServer:
             match action:
                 case Send(process=process, epoch=epoch, message=message):
                     control.send(process, epoch, message)
+                    request_log.sent(action)
                 case Emit():
                     self._emit(action)
                 case Subscribe(process=process):
@@ -353,6 +371,10 @@ class RouterServer:
         opened, submitted, answer = self._open(request, asked, prompt, arrived_s + budget_s, caller.tenant)
         ended = False
         try:
+            if submitted is not None and self._tracing is not None:
+                operation = "chat" if request.WhichOneof("input") == "chat" else "text_completion"
+                began = Began(arrived_s, operation, submitted.sampling, submitted.n, trace_context.current())
+                self._tracing.began(opened.request_id, began)
             if submitted is not None:
                 self._do(self.core.submit(submitted, now_s()))
             yield tandem_pb2.GenerateResponse(accepted=opened.accepted)
@@ -453,7 +475,10 @@ class RouterServer:
         summary: Summary | None = answer.summary or next(
             (s for s in reversed(self.core.journal.recent) if s.request_id == request_id), None
         )
+        if self._tracing is not None:
+            self._tracing.ended(request_id, summary, answer.num_generated_tokens)
         if summary is not None:
+            request_log.ended(summary)
             self.metrics.ended(summary, answer.num_generated_tokens)
 
     @property

@@ -19,7 +19,7 @@ import grpc.aio
 
 from protos import tandem_pb2 as pb
 from protos import tandem_pb2_grpc
-from protos.metadata import TENANT
+from protos.metadata import TENANT, TRACEPARENT
 from protos.rich_errors import STATUS_DETAILS, error_of
 from tandem.clock import now_s
 from tandem.continuation import Continuation
@@ -112,10 +112,12 @@ class Client:
         batch: bool = False,
         idempotency_key: str = "",
         overload_retries: int = OVERLOAD_RETRIES,
+        traceparent: str = "",
     ) -> Stream:
         """Starts a request; the stream yields the answer's events. `tenant` is who shares fairly with others; `batch` requests
         wait while others are due sooner. A request that is asked again with the same `idempotency_key` gets the first one's
-        answer. What is refused for lack of room is asked again `overload_retries` times, after the time that the router says."""
+        answer. What is refused for lack of room is asked again `overload_retries` times, after the time that the router says.
+        `traceparent` is the caller's span (W3C Trace Context); those of all routers that serve the request are its children."""
         continuation = Continuation(
             request_of(prompt, sampling, model, batch=batch, idempotency_key=idempotency_key),
             deadline_s=None if timeout_s is None else now_s() + timeout_s,
@@ -123,7 +125,7 @@ class Client:
             overload_retries=overload_retries,
             rng=self._rng,
         )
-        return Stream(self, continuation, _metadata(tenant))
+        return Stream(self, continuation, _metadata(tenant, traceparent))
 
     def cluster(self, timeout_s: float = 5.0) -> pb.GetClusterResponse:
         """What runs where. Raises RouterLost if no router answers."""
@@ -258,6 +260,7 @@ class AsyncClient:
         batch: bool = False,
         idempotency_key: str = "",
         overload_retries: int = OVERLOAD_RETRIES,
+        traceparent: str = "",
     ) -> AsyncIterator[pb.GenerateResponse]:
         """The answer's events, as `Client.generate`. Closing the iterator, or cancelling the task, ends the request."""
         continuation = Continuation(
@@ -270,7 +273,9 @@ class AsyncClient:
         while True:
             number = self._preferred
             call = self._stubs[number].Generate(
-                continuation.next_request(), timeout=continuation.remaining_s(now_s()), metadata=_metadata(tenant)
+                continuation.next_request(),
+                timeout=continuation.remaining_s(now_s()),
+                metadata=_metadata(tenant, traceparent),
             )
             try:
                 async for response in call:
@@ -320,8 +325,9 @@ class AsyncClient:
             self._preferred = (number + 1) % len(self._targets)
 
 
-def _metadata(tenant: str) -> tuple[tuple[str, str], ...]:
-    return ((TENANT, tenant),) if tenant else ()
+def _metadata(tenant: str, traceparent: str) -> tuple[tuple[str, str], ...]:
+    said = {TENANT: tenant, TRACEPARENT: traceparent}
+    return tuple((name, value) for name, value in said.items() if value)
 
 
 def _translated(error: grpc.RpcError, target: str, *, lost: bool = False) -> TandemError:

@@ -30,6 +30,7 @@ from tandem.client import Client, targets_of
 from tandem.clock import now_s
 from tandem.config import Config, WorkerConfig, dump_config, load_config, router_name
 from tandem.errors import Cancelled, ConfigError, DeadlineExceeded, TandemError, error_from_code
+from tandem.logs import configure
 from tandem.ports import busy_ports, with_free_ports
 from tandem.role_main import ENTRY_POINTS, load_role
 from tandem.stop import Stop
@@ -108,6 +109,7 @@ class RoleProcess:
     def _run(self, entry_point: str, config_yaml: str, log_path: str) -> None:
         try:
             config = _parse_config(config_yaml)
+            configure(config.log.format, config.log.level, role=self._role, process=self._name)
             load_role(self._role, config, entry_point)(config, self._name, self._stop)
             if not self._stop.is_set():
                 self._error = (TandemError.code, f"it ended by itself; its log is {log_path}")
@@ -424,7 +426,6 @@ def _write_output_to(path: str) -> None:
     os.dup2(file, 1)
     os.dup2(file, 2)
     os.close(file)
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s", force=True)
 
 
 def _descendants(processes: list[psutil.Process]) -> list[psutil.Process]:

@@ -259,6 +259,27 @@ class TransferConfig(_Section):
     fetch_timeout_s: float = Field(20.0, gt=0, description="a fetch that takes longer ends with what it has")
 
 
+class LogConfig(_Section):
+    """What each process writes to its log."""
+
+    format: Literal["text", "json"] = Field("text", description="of a line: `key=value`, or a JSON object")
+    level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = Field("INFO", description="DEBUG tells of each request")
+
+
+class TracingConfig(_Section):
+    """Where traces of requests go, OTLP over HTTP. Headers for the collector come from `OTEL_EXPORTER_OTLP_HEADERS`."""
+
+    endpoint: str = Field(
+        "", pattern=r"^(https?://\S+)?$", description="as http://localhost:4318/v1/traces; empty: there are no traces"
+    )
+    sample_ratio: float = Field(
+        1.0,
+        ge=0,
+        le=1,
+        description="part of the requests that is traced, of those that come without a trace of their own",
+    )
+
+
 class Config(BaseSettings):
     """Everything a cluster needs to know. Build it with `load_config`."""
 
@@ -277,6 +298,8 @@ class Config(BaseSettings):
     router: RouterConfig = RouterConfig()
     limits: LimitsConfig = LimitsConfig()
     transfer: TransferConfig = TransferConfig()
+    tracing: TracingConfig = TracingConfig()
+    log: LogConfig = LogConfig()
 
     @classmethod
     def settings_customise_sources(

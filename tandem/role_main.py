@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import importlib
-import logging
 import os
 import signal
 import sys
@@ -13,6 +12,7 @@ from types import FrameType
 
 from tandem.config import Config, load_config
 from tandem.errors import TandemError
+from tandem.logs import configure
 from tandem.stop import Stop
 
 ENTRY_POINTS: Mapping[str, str] = {
@@ -48,9 +48,10 @@ def role_main(role: str, default_name: str) -> None:
         "--config", help="YAML file; environment variables TANDEM_… override it (default: built-in values)"
     )
     parser.add_argument("--name", default=default_name, help="the process's name in its cluster (default: %(default)s)")
-    parser.add_argument("--log-level", default="INFO", choices=["DEBUG", "INFO", "WARNING", "ERROR"])
+    parser.add_argument(
+        "--log-level", choices=["DEBUG", "INFO", "WARNING", "ERROR"], help="instead of the configuration's log.level"
+    )
     arguments = parser.parse_args()
-    logging.basicConfig(level=arguments.log_level, format=f"%(asctime)s {arguments.name} %(levelname)s %(message)s")
     stop = Stop()
 
     def on_signal(number: int, frame: FrameType | None) -> None:
@@ -62,6 +63,7 @@ def role_main(role: str, default_name: str) -> None:
     signal.signal(signal.SIGINT, on_signal)
     try:
         config = load_config(arguments.config)
+        configure(config.log.format, arguments.log_level or config.log.level, role=role, process=arguments.name)
         load_role(role, config, ENTRY_POINTS[role])(config, arguments.name, stop)
     except TandemError as error:
         print(f"{arguments.name}: {error}", file=sys.stderr)

@@ -11,6 +11,7 @@ from __future__ import annotations
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
@@ -19,6 +20,7 @@ from router.front import Front
 from router.http.errors import on_bug, on_http_error, on_tandem_error
 from router.http.live_page import page_routes
 from router.http.openai.routes import openai_routes
+from router.trace_context import TraceHeaders
 from tandem.errors import TandemError
 
 HANDLERS = {TandemError: on_tandem_error, HTTPException: on_http_error, Exception: on_bug}
@@ -27,7 +29,7 @@ HANDLERS = {TandemError: on_tandem_error, HTTPException: on_http_error, Exceptio
 def client_app(front: Front) -> Starlette:
     """What clients reach."""
     routes = [_health(front), *openai_routes(front), *page_routes(front, "client")]
-    return Starlette(routes=routes, exception_handlers=HANDLERS)
+    return Starlette(routes=routes, middleware=[Middleware(TraceHeaders)], exception_handlers=HANDLERS)
 
 
 def admin_app(front: Front) -> Starlette:

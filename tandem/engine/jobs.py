@@ -18,6 +18,7 @@ from tandem.engine.output import Outbox
 from tandem.engine.scheduler import Scheduler
 from tandem.engine.sequence import Job, Sequence, State
 from tandem.errors import DeadlineExceeded, Draining, InvalidRequest, TandemError
+from tandem.logs import about
 
 log = logging.getLogger(__name__)
 
@@ -86,6 +87,7 @@ class Jobs:
         chain = KeyChain(dispatch.root, self._limits.block_size, tokens)
         job.samples[dispatch.index] = Sequence(job, dispatch.index, tokens, chain, draws)
         self._jobs[router, dispatch.fence] = job
+        log.debug("%s taken in: %d tokens", dispatch.fence.role, len(tokens), extra=_about(dispatch.fence))
         self._scheduler.add(job.trunk)
         if dispatch.fence.role == "prefill":
             self._outbox.promise(job.arrival, _keys(chain))
@@ -110,6 +112,14 @@ class Jobs:
                 compute_s=now_s - fetched_s,
             ),
         )
+        log.debug(
+            "%s has its KV: %d tokens here, %d fetched, %d computed",
+            job.dispatch.fence.role,
+            job.local_hit_tokens,
+            job.fetched_tokens,
+            job.computed_tokens,
+            extra=_about(job.dispatch.fence),
+        )
 
     # --- the ends ----------------------------------------------------------------------------------------------------
 
@@ -118,6 +128,8 @@ class Jobs:
         self._remove(sequence)
         if not sequence.job.samples:
             self.num_ended["finished"] += 1
+            fence = sequence.job.dispatch.fence
+            log.debug("%s is finished", fence.role, extra=_about(fence))
             self._forget(sequence.job)
 
     def stop_sample(self, router: int, fence: Fence, index: int) -> None:
@@ -141,6 +153,7 @@ class Jobs:
         for sequence in list(job.samples.values()):
             self._remove(sequence)
         self._forget(job)
+        log.info("%s failed, %s", job.dispatch.fence.role, error.code, extra=_about(job.dispatch.fence))
         self._outbox.reply(job.router, Failed(job.dispatch.fence, error.code, str(error)[:4096]))
 
     def abort(self, router: int, fence: Fence, reason: str) -> None:
@@ -152,7 +165,7 @@ class Jobs:
             return
         if job.aborting:
             return
-        log.debug("%s is aborted: %s", fence, reason)
+        log.debug("%s is aborted: %s", fence.role, reason, extra=_about(fence))
         self._drop(job)
 
     def give_back_all(self) -> None:
@@ -198,7 +211,7 @@ class Jobs:
         """Ends the jobs whose deadline or hold is over."""
         for (router, fence), job in list(self._jobs.items()):
             if job.trunk.state is State.HELD and now_s >= job.hold_until_s:
-                log.warning("%s: nobody fetched the prompt's KV within %.1f s", fence, job.dispatch.hold_s)
+                log.warning("nobody fetched the prompt's KV within %.1f s", job.dispatch.hold_s, extra=_about(fence))
                 self.abort(router, fence, "its hold is over")
             elif now_s >= job.deadline_s and not job.aborting:
                 if job.fetch_ids:
@@ -217,6 +230,10 @@ class Jobs:
         self.refuse(job.router, job.dispatch.fence)
         if job.dispatch.fence.role == "prefill":
             self._outbox.withdraw(job.arrival)
+
+
+def _about(fence: Fence) -> dict[str, object]:
+    return about(fence.request_id, fence.attempt)
 
 
 def _keys(chain: KeyChain) -> tuple[Key, ...]:

@@ -19,6 +19,7 @@ from tandem.engine.output import Outbox
 from tandem.engine.sampler import Sampled, Sampler, SampleRequest
 from tandem.engine.scheduler import Scheduler
 from tandem.engine.sequence import Job, Sequence, State
+from tandem.logs import about
 
 log = logging.getLogger(__name__)
 
@@ -130,7 +131,13 @@ class Streams:
         if job.first_tokens is not None or job.trunk.draws:
             return
         if len(token_ids) != job.dispatch.n or max(token_ids) >= self._vocab_size:
-            log.error("%s: first tokens %s for %d samples are ignored", job.dispatch.fence, token_ids, job.dispatch.n)
+            fence = job.dispatch.fence
+            log.error(
+                "%d first tokens for %d samples are ignored: too few, too many, or none of the model's",
+                len(token_ids),
+                job.dispatch.n,
+                extra=about(fence.request_id, fence.attempt),
+            )
             return
         job.first_tokens = token_ids
         if job.trunk.state is State.PARKED:

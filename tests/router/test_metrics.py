@@ -56,7 +56,7 @@ def test_names_that_the_mappings_use_are_metrics(page: dict[str, Metric]) -> Non
 def test_no_label_takes_values_from_requests(page: dict[str, Metric]) -> None:
     bounded = {
         "class": {"interactive", "batch"},
-        "outcome": {"completed", "failed", "cancelled"},
+        "outcome": {"completed", "failed", "cancelled", "exported", "dropped"},
         "kept": {"yes", "no"},
         "objective": {"ttft", "tpot"},
         "form": {"handover", "prefill_here"},
