@@ -16,6 +16,7 @@ from router.journal import Summary
 from router.spans import Began
 from router.trace_context import TraceContext, TraceHeaders
 from router.tracing import Tracing
+from tandem.client import Client
 from tests.router.collector import Collector, attributes, check_nesting, children, collector
 from tests.router.fake_cluster import LONG, Router, collect, wait_for
 
@@ -82,6 +83,17 @@ def test_a_hand_over_is_one_trace_from_router_to_decode(otel: Collector, make_ro
     resource = attributes(otel.requests[0].resource_spans[0].resource)  # type: ignore[arg-type]
     assert (resource["service.name"], resource["service.instance.id"]) == ("tandem", "router")
     assert not [body for body in otel.bodies if b"MARKER" in body or b"quick brown" in body]
+
+
+def test_the_client_hands_its_caller_s_span_on(otel: Collector, make_router: Callable[..., Router]) -> None:
+    router = make_router(tracing={"endpoint": otel.endpoint, "sample_ratio": 0.0})
+    router.add("decode-0", "decode")
+    with Client(f"127.0.0.1:{router.server.grpc_port}") as client:
+        list(client.generate([("user", "hello")], tandem_pb2.SamplingParams(max_tokens=2), traceparent=SAMPLED))
+        list(client.generate("hello", tandem_pb2.SamplingParams(max_tokens=2)))
+    wait_for(lambda: bool(roots(otel)))
+    (root,) = roots(otel)
+    assert (root.name, root.trace_id.hex(), root.parent_span_id.hex()) == ("chat fake", TRACE_ID, SPAN_ID)
 
 
 def test_a_failover_shows_both_dispatches_and_why_the_first_ended(

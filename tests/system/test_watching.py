@@ -22,6 +22,7 @@ def test_metrics_traces_and_logs_tell_of_requests_and_never_of_texts(tmp_path: P
             {
                 "tracing": {"endpoint": otel.endpoint},
                 "log": {"format": "json", "level": "DEBUG"},
+                "router": {"liveness_s": 10.0},
             },
         )
         try:
