@@ -300,7 +300,7 @@ class NodeTiers:
             leased_blocks=stats.leased,
             empty_blocks=stats.free,
             disk_blocks=below.num_blocks - below.retired if below is not None else 0,
-            disk_held_blocks=below.num_blocks - below.retired - below.free if below is not None else 0,
+            disk_used_blocks=below.num_blocks - below.retired - below.free if below is not None else 0,
         )
 
     def counters(self) -> Counters:

@@ -165,7 +165,7 @@ class Load(Struct, frozen=True):
     """Blocks that hold nothing."""
     disk_blocks: Count = 0
     """What a pool node's DISK tier has room for, and how many it holds."""
-    disk_held_blocks: Count = 0
+    disk_used_blocks: Count = 0
     prefill_tokens_per_s: PerSecond = 0.0
     """Measured, smoothed; 0 before the first measurement."""
     decode_step_s: Seconds = 0.0

@@ -272,7 +272,6 @@ class Summary:
     runs: tuple[Run, ...]
     exact: bool = True
     resume_no: int = 0
-    accepted_at_s: float = 0.0
     num_samples: int = 1
     marks: tuple[Key, ...] = ()
     """Of the beginnings of its prompt (`router/prefixes.py`)."""
@@ -399,7 +398,6 @@ class Journal:
             runs=tuple(record.runs),
             exact=record.exact,
             resume_no=0 if record.request.resumed is None else record.request.resumed.resume_no,
-            accepted_at_s=record.accepted_at_s,
             num_samples=record.request.n,
             marks=marks(record.keys),
             batch=record.request.batch,

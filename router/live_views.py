@@ -191,7 +191,7 @@ def _tiers(member: Member) -> list[TierView]:
     used = max(0, num_blocks - cached - load.empty_blocks)
     tiers = [TierView(own_tier(member.role), num_blocks, used, cached, load.leased_blocks)] if num_blocks else []
     if load.disk_blocks:
-        tiers.append(TierView("DISK", load.disk_blocks, 0, min(load.disk_held_blocks, load.disk_blocks), 0))
+        tiers.append(TierView("DISK", load.disk_blocks, 0, min(load.disk_used_blocks, load.disk_blocks), 0))
     return tiers
 
 

@@ -64,7 +64,7 @@ _GAUGES = {
     "cached_blocks": ("cached_blocks", "blocks cached without a reference"),
     "leased_blocks": ("leased_blocks", "blocks under a lease"),
     "disk_blocks": ("disk_blocks", "blocks that fit on DISK"),
-    "disk_used_blocks": ("disk_held_blocks", "blocks on DISK"),
+    "disk_used_blocks": ("disk_used_blocks", "blocks on DISK"),
     "num_running": ("num_running", "sequences running"),
     "num_waiting": ("num_waiting", "sequences waiting"),
     "prefill_tokens_per_second": ("prefill_tokens_per_s", "measured speed of prefill"),

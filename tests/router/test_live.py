@@ -89,7 +89,7 @@ def test_blocks_are_shown_by_what_they_hold() -> None:
     bench.join("pool-0", "pool", capacity=Capacity(num_blocks=50, slab_bytes=1000))
     load = Load(free_blocks=60, cached_blocks=45, leased_blocks=5, empty_blocks=20, num_running=2)
     bench.say("w0", Heartbeat("w0", EPOCH, 0, 0.0, -1, load, Counters(), [Link("p0", "shm", 4000, 1e9)]))
-    load = Load(cached_blocks=30, empty_blocks=18, disk_blocks=500, disk_held_blocks=70)
+    load = Load(cached_blocks=30, empty_blocks=18, disk_blocks=500, disk_used_blocks=70)
     bench.say("pool-0", Heartbeat("pool-0", EPOCH, 0, 0.0, -1, load, Counters()))
     shown = watched(bench).whole(bench.now_s).cluster
     processes = {process.name: process for process in shown.processes}

@@ -105,7 +105,7 @@ def expected_label(request_id: str) -> re.Pattern[str]:
 
 def test_the_picture_shows_tiers_and_blocks_on_their_way(site: Site, browser: Browser) -> None:
     site.decode.load = Load(free_blocks=700, cached_blocks=400, empty_blocks=300, num_running=3)
-    site.pool.load = Load(cached_blocks=250, empty_blocks=750, disk_blocks=4000, disk_held_blocks=1000)
+    site.pool.load = Load(cached_blocks=250, empty_blocks=750, disk_blocks=4000, disk_used_blocks=1000)
     with visit(browser, site.url(admin=False), viewport=WIDE) as seen:
         page = seen.page
         wait_for(lambda: page.locator("#cluster li.process").count() == 4, 60)
