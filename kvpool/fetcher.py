@@ -41,7 +41,8 @@ from kvpool.transport.base import Channel, ReadResult, Transport
 from protos import control
 from protos.control import Fetch, Link, Source, ToSource
 from tandem.clock import now_s as clock
-from tandem.errors import TransportError
+from tandem.curve import Keyring
+from tandem.errors import ProtocolError, TransportError
 from tandem.zmq_io import bounded_socket, received
 
 log = logging.getLogger(__name__)
@@ -97,7 +98,8 @@ class Fetcher:
 
     `on_blocks(fetch_id, batch)` gets verified blocks as they come, `on_ended(ended)` the end of each fetch, exactly once, both
     from inside a call to this object. `watch` and `unwatch` add sockets to what the caller polls; `switch_off` closes a
-    transport for good. `bytes_per_s` is the budget of each source, 0 for none.
+    transport for good. `bytes_per_s` is the budget of each source, 0 for none. With `keys` only sources that they trust are
+    asked.
     """
 
     def __init__(
@@ -114,8 +116,10 @@ class Fetcher:
         on_ended: Callable[[FetchEnded], None],
         on_bad_frame: Callable[[str, Exception], None],
         switch_off: Callable[[Transport], None],
+        keys: Keyring | None = None,
     ) -> None:
         self._context = context
+        self._keys = keys
         self._arena = arena
         self._identity = identity
         self._transports = {transport.name: transport for transport in transports}
@@ -405,8 +409,10 @@ class Fetcher:
         socket = bounded_socket(self._context, zmq.DEALER)
         socket.setsockopt(zmq.IDENTITY, self._identity)
         try:
+            if self._keys is not None:
+                self._keys.dial(socket, source.process, source.endpoints.key)
             socket.connect(source.endpoints.fetch)
-        except zmq.ZMQError as error:
+        except (zmq.ZMQError, ProtocolError) as error:
             log.warning("%s: fetch endpoint %r: %s", source.process, source.endpoints.fetch, error)
             socket.close()
             return None

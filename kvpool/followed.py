@@ -16,6 +16,8 @@ from kvpool.keeper import Keeper
 from kvpool.keys import Key, digest_of
 from protos import kv_events
 from protos.control import FollowedHoldings, Source
+from tandem.curve import Keyring
+from tandem.errors import ProtocolError
 from tandem.zmq_io import bounded_socket, received
 
 log = logging.getLogger(__name__)
@@ -24,9 +26,11 @@ Socket = zmq.Socket[bytes]
 
 
 class FollowedWorker:
-    """Raises zmq.ZMQError for endpoints that are none."""
+    """Raises zmq.ZMQError for endpoints that are none, ProtocolError for those whose key `keys` don't trust."""
 
-    def __init__(self, context: zmq.Context[Socket], source: Source, has: Callable[[Key], bool]) -> None:
+    def __init__(
+        self, context: zmq.Context[Socket], source: Source, has: Callable[[Key], bool], keys: Keyring | None = None
+    ) -> None:
         self.source = source
         self.follower = EventFollower(source.epoch)
         self.keeper = Keeper(self.follower, has)
@@ -34,10 +38,13 @@ class FollowedWorker:
         self.replay = bounded_socket(context, zmq.DEALER)
         self.num_undecodable = 0
         try:
+            for socket in self.sockets():
+                if keys is not None:
+                    keys.dial(socket, source.process, source.endpoints.key)
             self.events.subscribe(kv_events.TOPIC)
             self.events.connect(source.endpoints.events)
             self.replay.connect(source.endpoints.replay)
-        except zmq.ZMQError:
+        except (zmq.ZMQError, ProtocolError):
             self.close()
             raise
 

@@ -44,9 +44,11 @@ from protos.control import (
 )
 from tandem.clock import now_s
 from tandem.config import Config
-from tandem.errors import ConfigError
+from tandem.curve import load_keyring
+from tandem.errors import ConfigError, ProtocolError
 from tandem.machine import check_memory, machine_id
 from tandem.stop import ends_at_once
+from tandem.zap import Zap
 from tandem.zmq_io import RouterLink, identity
 
 log = logging.getLogger(__name__)
@@ -89,6 +91,8 @@ class PoolNode:
         self._machine_id = config.transfer.machine_id or machine_id()
         self._new_id = new_id
         self._epoch = new_id(8)
+        self._keys = load_keyring(config.control.curve, name, "pool")
+        self._zap: Zap | None = None
         self._context: zmq.Context[Socket] = context or zmq.Context()
         self._poller = poller or zmq.Poller()
         self._opening: Opening | None = None
@@ -136,6 +140,9 @@ class PoolNode:
 
     def open(self) -> None:
         """Begins to dial the routers."""
+        if self._keys is not None:
+            self._zap = Zap(self._context, self._keys.allowed)
+            self._poller.register(self._zap.socket, zmq.POLLIN)
         self._link = RouterLink(
             self._context,
             self._config.router.control_endpoints,
@@ -145,6 +152,7 @@ class PoolNode:
             on_message=self._on_message,
             on_refused=self._on_refused,
             on_lost=self._peer_lists.lost,  # what is kept stays useful; the next hello tells the router all
+            keys=self._keys,
         )
         for socket in self._link.sockets():
             self._poller.register(socket, zmq.POLLIN)
@@ -154,6 +162,8 @@ class PoolNode:
         for socket in self._link.sockets():
             if socket in ready:
                 self._link.handle(socket, now_s())
+        if self._zap is not None and self._zap.socket in ready:
+            self._zap.handle()
         now = now_s()
         for worker in list(self._workers.values()):
             for socket in worker.sockets():
@@ -238,6 +248,7 @@ class PoolNode:
             on_blocks=self._on_blocks,
             on_ended=self._on_ended,
             transports=transports,
+            keys=self._keys,
         )
         self._tiers.register(self._poller)
         self._link.hello_again()
@@ -321,8 +332,8 @@ class PoolNode:
             if name in self._workers:
                 continue
             try:
-                worker = FollowedWorker(self._context, source, tiers.has)
-            except zmq.ZMQError as error:
+                worker = FollowedWorker(self._context, source, tiers.has, self._keys)
+            except (zmq.ZMQError, ProtocolError) as error:
                 log.warning("can't follow %s at %r: %s", source.process, source.endpoints.events, error)
                 continue
             self._workers[name] = worker

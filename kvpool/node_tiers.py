@@ -35,6 +35,7 @@ from protos.control import Capacity, Counters, Load, Owned, RoutingGroup
 from protos.kv_events import BlockRemoved, Event
 from tandem.clock import now_s
 from tandem.config import Config
+from tandem.curve import Keyring
 from tandem.errors import ConfigError
 
 log = logging.getLogger(__name__)
@@ -154,8 +155,8 @@ class Opening:
 
 class NodeTiers:
     """Serves what `memory` holds; owns and closes it from now on, also if this raises. One thread calls it. `on_blocks` and
-    `on_ended` are `KVService`'s, and so are `transports`: those of the configuration if none are given. Raises ConfigError or
-    TransportError for what can't be opened."""
+    `on_ended` are `KVService`'s, and so are `keys` and `transports`: those of the configuration if none are given. Raises
+    ConfigError or TransportError for what can't be opened."""
 
     def __init__(
         self,
@@ -169,6 +170,7 @@ class NodeTiers:
         on_blocks: Callable[[bytes, FetchedBatch], None],
         on_ended: Callable[[FetchEnded], None],
         transports: Sequence[Transport] | None = None,
+        keys: Keyring | None = None,
     ) -> None:
         settings, transfer = config.pool, config.transfer
         self.group = memory.group
@@ -216,6 +218,7 @@ class NodeTiers:
                 below=self._tiering,
                 lower_pools=[self.disk.pool] if self.disk is not None else [],
                 peer_bytes_per_s=transfer.peer_bytes_per_s,
+                keys=keys,
             )
         except BaseException:
             memory.close()

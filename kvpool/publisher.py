@@ -18,6 +18,7 @@ from kvpool.block_pool import BlockPool
 from protos import kv_events
 from protos.control import TierHoldings
 from protos.kv_events import AllBlocksCleared, BlockRemoved, BlockStored, Event, EventBatch
+from tandem.curve import Keyring
 from tandem.zmq_io import bind_any_port, bounded_socket, received
 
 Socket = zmq.Socket[bytes]
@@ -30,7 +31,7 @@ HISTORY_BYTES = 64 * 1024 * 1024
 class EventPublisher:
     """Publishes what happens in `pools`. `on_bad_frame(what, error)` hears of replay requests that are none.
 
-    Binds two free ports of `host`; raises ConfigError if it can't.
+    Binds two free ports of `host`; raises ConfigError if it can't. With `keys` only routers and pool nodes are let in.
     """
 
     def __init__(
@@ -42,6 +43,7 @@ class EventPublisher:
         epoch: bytes,
         on_bad_frame: Callable[[str, Exception], None],
         history_batches: int = HISTORY_BATCHES,
+        keys: Keyring | None = None,
     ) -> None:
         self._pools = pools
         self._epoch = epoch
@@ -53,6 +55,9 @@ class EventPublisher:
         self._publisher = bounded_socket(context, zmq.PUB)
         self.replay = bounded_socket(context, zmq.ROUTER)
         """To be polled; `handle_replay` when it is readable."""
+        if keys is not None:
+            keys.guard(self._publisher, "events")
+            keys.guard(self.replay, "replay")
         self.events_endpoint = bind_any_port(self._publisher, host)
         self.replay_endpoint = bind_any_port(self.replay, host)
         with self._locked():

@@ -32,9 +32,11 @@ from kvpool.sink import FetchedBatch, FetchEnded, FetchPlan
 from kvpool.source import Answers, Below, FetchServer
 from kvpool.transport.base import Transport
 from protos import control
-from protos.control import Counters, Endpoints, Link, Owned, Source, ToSource
+from protos.control import Counters, Endpoints, Kept, Link, Lost, Owned, Source, ToSource
 from protos.kv_events import Event
-from tandem.zmq_io import bind_any_port, bounded_socket, identity, received
+from tandem.curve import Keyring, PublicKey
+from tandem.errors import ProtocolError
+from tandem.zmq_io import bind_any_port, bounded_socket, identity, parse_identity, received
 
 log = logging.getLogger(__name__)
 
@@ -49,7 +51,8 @@ class KVService:
     `on_blocks(fetch_id, batch)` gets verified blocks as they come, `on_ended(ended)` the end of each fetch, exactly once, both
     from inside a call to this object. `pool`, `arena` and `below` stay the caller's; close the service before the arena. The
     service closes the transports. `below` is where blocks come up from that `pool` doesn't hold; `lower_pools` are the pools of
-    those tiers, whose events are published with its own. `on_kept` is called when a pool node keeps more blocks of ours.
+    those tiers, whose events are published with its own. `on_kept` is called when a pool node keeps more blocks of ours. With
+    `keys` only those that they let in are heard, and a `Zap` of the same context has to answer for them.
     """
 
     def __init__(
@@ -73,6 +76,7 @@ class KVService:
         lower_pools: Sequence[BlockPool] = (),
         peer_bytes_per_s: float = 0.0,
         history_batches: int = HISTORY_BATCHES,
+        keys: Keyring | None = None,
     ) -> None:
         self._pool = pool
         self._arena = arena
@@ -86,6 +90,9 @@ class KVService:
         self._closed = False
         self._router = bounded_socket(context, zmq.ROUTER)
         self._router.setsockopt(zmq.ROUTER_HANDOVER, 1)
+        self._keys = keys
+        if keys is not None:
+            keys.guard(self._router, "fetch")
         fetch_endpoint = bind_any_port(self._router, bind_host)
         self._publisher = EventPublisher(
             context=context,
@@ -94,12 +101,14 @@ class KVService:
             epoch=epoch,
             on_bad_frame=self._drop_frame,
             history_batches=history_batches,
+            keys=keys,
         )
         self.endpoints = Endpoints(
             fetch=fetch_endpoint,
             events=self._publisher.events_endpoint,
             replay=self._publisher.replay_endpoint,
             machine_id=machine_id,
+            key=keys.public_key if keys is not None else "",
             **{transport.name: transport.endpoint for transport in transports if transport.endpoint},
         )
         if advertised_host:
@@ -116,6 +125,7 @@ class KVService:
             on_ended=on_ended,
             on_bad_frame=self._drop_frame,
             switch_off=self._switch_off,
+            keys=keys,
         )
         self._watch(self._router, self._handle_router)
         self._watch(self._publisher.replay, lambda now_s: self._publisher.handle_replay())
@@ -298,11 +308,15 @@ class KVService:
             log.warning("dropped a frame on %s (%d so far): %s", what, self._num_undecodable, error)
 
     def _handle_router(self, now_s: float) -> None:
-        for frames in received(self._router):
+        signed = self._keys is not None
+        for frames in received(self._router, signed=signed):
             try:
+                key = frames.pop(0).decode() if signed else ""
                 sink_id, payload = frames
                 message = control.decode_to_source(payload)
-            except (msgspec.DecodeError, ValueError) as error:
+                if self._keys is not None:
+                    _check_may_say(self._keys, key, sink_id, message)
+            except (msgspec.DecodeError, ValueError, ProtocolError) as error:
                 self._drop_frame("the fetch socket", error)
                 continue
             self._answer(self._server.on_message(sink_id, message, now_s))
@@ -315,12 +329,20 @@ class KVService:
                 pass  # the sink doesn't take messages: its fetch times out and its lease expires
 
 
+def _check_may_say(keys: Keyring, key: PublicKey, sink_id: bytes, message: ToSource) -> None:
+    """Raises ProtocolError unless who holds `key` may say this as `sink_id`: only a pool node keeps copies."""
+    who = parse_identity(sink_id)
+    member = keys.allowed.speaker(key, who[0]) if who is not None else None
+    if member is None or (isinstance(message, Kept | Lost) and member.role != "pool"):
+        raise ProtocolError(f"{sink_id[:64]!r} said {type(message).__name__}, which its key may not")
+
+
 def _at(advertised: str, bound: str, endpoints: Endpoints) -> Endpoints:
     """`endpoints` on `bound` as others reach them."""
     ours, theirs = (f"//[{host}]:" if ":" in host else f"//{host}:" for host in (bound, advertised))
     told = {
         name: value.replace(ours, theirs, 1)
         for name, value in msgspec.structs.asdict(endpoints).items()
-        if name != "machine_id"
+        if name not in ("machine_id", "key")
     }
     return msgspec.structs.replace(endpoints, **told)

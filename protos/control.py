@@ -54,7 +54,8 @@ class RoutingGroup(Struct, frozen=True):
 
 class Endpoints(Struct, frozen=True):
     """Where a process listens. `fetch` (ROUTER), `events` (PUB) and `replay` (ROUTER) are ZeroMQ endpoints. `shm`, `ucx` and
-    `tcp` are where each transport reaches the arena, as that transport spells it; empty where it is off."""
+    `tcp` are where each transport reaches the arena, as that transport spells it; empty where it is off. `key` is the public
+    CURVE key that the ZeroMQ sockets prove, empty where they are plain."""
 
     fetch: Endpoint
     events: Endpoint
@@ -63,6 +64,7 @@ class Endpoints(Struct, frozen=True):
     machine_id: Annotated[str, Meta(max_length=128)] = ""
     ucx: Endpoint = ""
     tcp: Endpoint = ""
+    key: Annotated[str, Meta(max_length=40)] = ""
 
 
 class Source(Struct, frozen=True):

@@ -14,7 +14,7 @@ import asyncio
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache, partial
+from functools import partial
 from typing import Any, TypeVar
 
 import msgspec
@@ -22,12 +22,14 @@ import zmq
 import zmq.asyncio
 
 from protos import control, kv_events
-from protos.control import FromRouter, ToRouter
+from protos.control import Endpoints, FromRouter, Hello, ToRouter
 from protos.kv_events import EventBatch
 from router.actions import Replay, Subscribe
 from router.socket_reader import SocketReader
-from tandem.errors import ConfigError
-from tandem.zmq_io import identity
+from tandem.curve import HANDSHAKE_MS, KEY_ROLES, Keyring, PublicKey
+from tandem.errors import ConfigError, ProtocolError
+from tandem.zap import Zap
+from tandem.zmq_io import identity, parse_identity, receive_signed
 
 log = logging.getLogger(__name__)
 
@@ -51,29 +53,22 @@ class Handlers:
     on_replay_end: Callable[[str, bytes, bool], None]
 
 
-@lru_cache(maxsize=65_536)
-def parse_identity(frame: bytes) -> tuple[str, bytes] | None:
-    """Name and epoch of a ZeroMQ identity; None if it is not exactly what `tandem.zmq_io.identity` makes of them: a second
-    spelling would let one process speak as another."""
-    try:
-        name, _, digits = frame.decode().rpartition("@")
-        epoch = bytes.fromhex(digits)
-    except ValueError:
-        return None
-    return (name, epoch) if name and identity(name, epoch) == frame else None
-
-
 class ControlPlane:
-    """Sockets of one router. `bind`, then `listen` on a running event loop, at last `close`."""
+    """Sockets of one router. `bind`, then `listen` on a running event loop, at last `close`. With `keys` only those that they let
+    in are heard, and each only as who it is."""
 
-    def __init__(self, host: str, port: int, handlers: Handlers) -> None:
+    def __init__(self, host: str, port: int, handlers: Handlers, keys: Keyring | None = None) -> None:
         self._host = host
+        self._keys = keys
         self._port = port
         self._handlers = handlers
         self._context = zmq.asyncio.Context()
         self._plain: zmq.Context[zmq.Socket[bytes]] = zmq.Context.shadow(self._context.underlying)
+        self._zap = Zap(self._plain, keys.allowed) if keys is not None else None
         self._socket = self._bounded(self._plain.socket(zmq.ROUTER))
-        self._reader: SocketReader | None = None
+        if keys is not None:
+            keys.guard(self._socket, "control")
+        self._readers: list[SocketReader] = []
         self._socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
         # An identity names one incarnation of a process: its newer connection is the one that works.
         self._socket.setsockopt(zmq.ROUTER_HANDOVER, 1)
@@ -88,6 +83,7 @@ class ControlPlane:
         socket.setsockopt(zmq.MAXMSGSIZE, control.MAX_MESSAGE_BYTES)
         socket.setsockopt(zmq.SNDHWM, SEND_HIGH_WATER_MARK)
         socket.setsockopt(zmq.RCVHWM, SEND_HIGH_WATER_MARK)
+        socket.setsockopt(zmq.HANDSHAKE_IVL, HANDSHAKE_MS)
         return socket
 
     def bind(self) -> int:
@@ -107,9 +103,18 @@ class ControlPlane:
 
     def listen(self) -> None:
         """Takes in messages from now on; other tasks get their turn after each burst."""
-        self._reader = SocketReader(self._socket, self._take)
+        if self._zap is None:
+            self._readers = [SocketReader(self._socket, self._take)]
+        else:
+            self._readers = [
+                SocketReader(self._socket, self._take_signed, receive_signed),
+                SocketReader(self._zap.socket, self._zap.answer),
+            ]
 
-    def _take(self, frames: list[bytes]) -> None:
+    def _take_signed(self, frames: list[bytes]) -> None:
+        self._take(frames[1:], frames[0].decode())
+
+    def _take(self, frames: list[bytes], key: PublicKey = "") -> None:
         who = parse_identity(frames[0])
         if who is None or len(frames) != 2:
             self.num_undecodable += 1
@@ -120,6 +125,10 @@ class ControlPlane:
         except msgspec.DecodeError as error:
             self.num_undecodable += 1
             log.warning("dropped a message of %d bytes from %s: %s", len(frames[1]), who[0], error)
+            return
+        if self._keys is not None and not _may_say(self._keys, key, who[0], message):
+            self.num_undecodable += 1
+            log.warning("dropped a %s from %s: its key may not say that", type(message).__name__, who[0])
             return
         self._handlers.on_message(*who, message)
 
@@ -140,8 +149,8 @@ class ControlPlane:
             except zmq.ZMQError as error:
                 log.info("can't send to %s: %s", process, error)
                 self._handlers.on_closed(process, epoch)
-        if self._reader is not None:
-            self._reader.again()
+        for reader in self._readers[:1]:
+            reader.again()
 
     def subscribe(self, action: Subscribe) -> None:
         """Follows a process' KV events until `unsubscribe`."""
@@ -149,8 +158,9 @@ class ControlPlane:
         socket = self._bounded(self._plain.socket(zmq.SUB))
         try:
             socket.setsockopt(zmq.SUBSCRIBE, b"")
+            self._dial(socket, action.process, action.endpoints)
             socket.connect(action.endpoints.events)
-        except zmq.ZMQError as error:
+        except (zmq.ZMQError, ProtocolError) as error:
             log.warning("can't follow the events of %s at %r: %s", action.process, action.endpoints.events, error)
             socket.close()
             return
@@ -189,6 +199,7 @@ class ControlPlane:
         socket = self._bounded(self._context.socket(zmq.DEALER))
         complete = False
         try:
+            self._dial(socket, process, action.endpoints)
             socket.connect(action.endpoints.replay)
             await socket.send_multipart([b"", kv_events.encode_seq(action.from_seq)])
             for _ in range(MAX_REPLAY_BATCHES):
@@ -199,11 +210,15 @@ class ControlPlane:
                     break
                 batch = kv_events.decode_batch(frames[2])
                 self._handlers.on_replayed(process, epoch, kv_events.decode_seq(frames[1]), batch)
-        except (zmq.ZMQError, TimeoutError, IndexError, ValueError, msgspec.DecodeError) as error:
+        except (zmq.ZMQError, ProtocolError, TimeoutError, IndexError, ValueError, msgspec.DecodeError) as error:
             log.warning("the event replay of %s from %d failed: %r", process, action.from_seq, error)
         finally:
             socket.close()
         self._handlers.on_replay_end(process, epoch, complete)
+
+    def _dial(self, socket: zmq.Socket[Any], process: str, endpoints: Endpoints) -> None:
+        if self._keys is not None:
+            self._keys.dial(socket, process, endpoints.key)
 
     async def close(self) -> None:
         """Ends every task and socket."""
@@ -214,7 +229,17 @@ class ControlPlane:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
         self._flush()
-        if self._reader is not None:
-            self._reader.close()
+        for reader in self._readers:
+            reader.close()
+        if self._zap is not None:
+            self._zap.close()
         self._socket.close(linger=LAST_WORDS_MS)
         self._context.term()
+
+
+def _may_say(keys: Keyring, key: PublicKey, process: str, message: ToRouter) -> bool:
+    """Whether who holds `key` may say this as `process`. Who says hello says its own role, and is dialled by its own key."""
+    member = keys.allowed.speaker(key, process)
+    if member is None or not isinstance(message, Hello):
+        return member is not None
+    return KEY_ROLES[message.role] == member.role and message.endpoints.key in ("", key)

@@ -56,6 +56,7 @@ from router.tickets import Ticket, Tickets, digest_of
 from router.validation import Asked, Validator, prompt_bytes
 from tandem.clock import now_s
 from tandem.config import Config, RouterConfig, SloConfig, TracingConfig, router_number
+from tandem.curve import load_keyring
 from tandem.errors import Cancelled, ConfigError, Draining, InvalidRequest, Overloaded, TandemError
 from tandem.model_files import default_model_name, resolve_model
 from tandem.tokenizer.tokenizer import Tokenizer, load_tokenizer
@@ -176,6 +177,7 @@ class RouterServer:
         self._executor = ThreadPoolExecutor(1, thread_name_prefix="tokenize")
         self._health = health.aio.HealthServicer()
         self._control: ControlPlane | None = None
+        self._keys = load_keyring(config.control.curve, name, "router")
 
     # --- life ----------------------------------------------------------------------------------------------------------
 
@@ -189,7 +191,7 @@ class RouterServer:
             on_replay_end=_logged(self.core.on_replay_end),
         )
         host = self._config.router.host
-        control = self._control = ControlPlane(host, self._config.router.control_port, handlers)
+        control = self._control = ControlPlane(host, self._config.router.control_port, handlers, self._keys)
         server = self._grpc_server()
         listeners: list[HttpListener] = []
         try:

@@ -16,12 +16,24 @@ BURST = 256
 """Messages before other work on the event loop gets its turn."""
 
 
-class SocketReader:
-    """`on_frames` is called with each message until `close`, and must not raise. Needs a running event loop."""
+def receive_frames(socket: zmq.Socket[bytes]) -> list[bytes]:
+    """The next message. Raises zmq.Again if none waits."""
+    return socket.recv_multipart(zmq.NOBLOCK)
 
-    def __init__(self, socket: zmq.Socket[bytes], on_frames: Callable[[list[bytes]], None]) -> None:
+
+class SocketReader:
+    """`on_frames` is called with each message until `close`, and must not raise; `receive` takes the next one from the socket.
+    Needs a running event loop."""
+
+    def __init__(
+        self,
+        socket: zmq.Socket[bytes],
+        on_frames: Callable[[list[bytes]], None],
+        receive: Callable[[zmq.Socket[bytes]], list[bytes]] = receive_frames,
+    ) -> None:
         self._socket = socket
         self._on_frames = on_frames
+        self._receive = receive
         self._loop = asyncio.get_running_loop()
         self._fd = socket.fileno()
         self._pending: asyncio.Handle | None = None
@@ -47,7 +59,7 @@ class SocketReader:
             if self._socket.closed:
                 return
             try:
-                frames = self._socket.recv_multipart(zmq.NOBLOCK)
+                frames = self._receive(self._socket)
             except zmq.Again:
                 return
             self._on_frames(frames)

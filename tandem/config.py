@@ -7,6 +7,7 @@ few values they use, not this object.
 
 from __future__ import annotations
 
+import ipaddress
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -280,6 +281,18 @@ class TracingConfig(_Section):
     )
 
 
+class ControlConfig(_Section):
+    """Who may speak on the lines between the cluster's processes."""
+
+    curve: str = Field(
+        "",
+        description="folder of keys that `tandem curve make` made; empty: lines are plain, and whoever reaches them is believed",
+    )
+    allow_plain: bool = Field(
+        False, description="leave loopback without keys: only where nobody else reaches these addresses"
+    )
+
+
 class Config(BaseSettings):
     """Everything a cluster needs to know. Build it with `load_config`."""
 
@@ -300,6 +313,7 @@ class Config(BaseSettings):
     transfer: TransferConfig = TransferConfig()
     tracing: TracingConfig = TracingConfig()
     log: LogConfig = LogConfig()
+    control: ControlConfig = ControlConfig()
 
     @classmethod
     def settings_customise_sources(
@@ -359,7 +373,29 @@ def load_config(path: str | Path | None = None, overrides: dict[str, Any] | None
     tls = config.transfer.tls
     if any((tls.cert, tls.key, tls.ca)) and not all((tls.cert, tls.key, tls.ca)):
         raise ConfigError(f"{where}: transfer.tls needs cert, key and ca, all three")
+    _check_lines(config, where)
     return config
+
+
+def _check_lines(config: Config, where: str) -> None:
+    """Raises ConfigError if others could speak as one of the cluster's processes."""
+    if config.control.curve or config.control.allow_plain:
+        return
+    for key, host in (("router.host", config.router.host), ("transfer.host", config.transfer.host)):
+        if not is_loopback(host):
+            raise ConfigError(
+                f"{where}: {key} is {host!r}, where other machines reach it, and the cluster's lines have no keys: set "
+                "control.curve to a folder that `tandem curve make` made, or control.allow_plain to true if nobody else "
+                "is on that network"
+            )
+
+
+def is_loopback(host: str) -> bool:
+    """Whether an address is reached from this machine alone. A name is not, but for `localhost`."""
+    try:
+        return ipaddress.ip_address(host.strip("[]")).is_loopback
+    except ValueError:
+        return host == "localhost"
 
 
 def merged(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:

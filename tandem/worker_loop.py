@@ -48,6 +48,7 @@ from protos.control import (
 from tandem.clock import now_s
 from tandem.config import Config, WorkerConfig
 from tandem.cores import Cores, claim_cores
+from tandem.curve import Keyring, load_keyring
 from tandem.drain import Drain, Step
 from tandem.engine.build import EngineParts, build_engine
 from tandem.engine.output import Output
@@ -57,6 +58,7 @@ from tandem.machine import check_memory, machine_id
 from tandem.model_files import default_model_name, resolve_model
 from tandem.stop import ends_at_once
 from tandem.unacknowledged import Unacknowledged
+from tandem.zap import Zap
 from tandem.zmq_io import RouterLink, identity
 
 log = logging.getLogger(__name__)
@@ -90,6 +92,7 @@ class WorkerLoop:
         Raises TandemError if the model can't be loaded or a router refuses this worker."""
         check_memory(f"{self._role}.arena_bytes", self._worker.arena_bytes)
         sys.setswitchinterval(SWITCH_INTERVAL_S)
+        keys = load_keyring(self._config.control.curve, self._name, self._role)
         path = resolve_model(self._config.model.path)
         log.info("loading %s", path.name)
         epoch = secrets.token_bytes(8)
@@ -111,7 +114,9 @@ class WorkerLoop:
         parts.arena.populate()
         model_name = self._config.model.name or default_model_name(path)
         engine_thread = EngineThread(parts)
-        transfer = TransferThread(self._config, parts, engine_thread, self._role, self._name, model_name, epoch)
+        transfer = TransferThread(
+            self._config, parts, engine_thread, self._role, self._name, model_name, epoch, keys=keys
+        )
         engine_thread.connect(transfer)
         cores = claim_cores(self._worker.threads)
         thread = threading.Thread(target=transfer.run, name="transfer")
@@ -235,10 +240,13 @@ class TransferThread:
         model: str,
         epoch: bytes,
         new_epoch: Callable[[], bytes] = lambda: secrets.token_bytes(8),
+        keys: Keyring | None = None,
     ) -> None:
         self._config = config
         self._parts = parts
         self._new_epoch = new_epoch
+        self._keys = keys
+        self._zap: Zap | None = None
         self._former_epochs: list[bytes] = []
         self._is_fenced = False
         """The engine still has work of a former incarnation."""
@@ -328,6 +336,8 @@ class TransferThread:
             finally:
                 self._close_incarnation()
         finally:
+            if self._zap is not None:
+                self._zap.close()
             context.term()
 
     def open(
@@ -343,6 +353,9 @@ class TransferThread:
         self._transports_of = transports_of
         self._machine = machine
         self._poller = poller
+        if self._keys is not None:
+            self._zap = Zap(context, self._keys.allowed)
+            poller.register(self._zap.socket, zmq.POLLIN)
         self._open_incarnation()
 
     def _open_incarnation(self) -> None:
@@ -363,6 +376,7 @@ class TransferThread:
             on_ended=self._on_ended,
             on_kept=lambda: self._engine.post(lambda: None),
             peer_bytes_per_s=transfer.peer_bytes_per_s,
+            keys=self._keys,
         )
         try:
             self._link = RouterLink(
@@ -374,6 +388,7 @@ class TransferThread:
                 on_message=self._on_message,
                 on_refused=self._on_refused,
                 on_lost=self._on_router_lost,
+                keys=self._keys,
             )
         except BaseException:
             self._service.close()
@@ -434,6 +449,8 @@ class TransferThread:
         if silent_s := self._link.silent_s(now_s()):
             self._fence(f"no router has heard of this process for {silent_s:.1f} s, in which it did not run")
             return now_s()
+        if self._zap is not None and ready.pop(self._zap.socket, 0):
+            self._zap.handle()
         for socket in self._link.sockets():
             if ready.pop(socket, 0):
                 self._link.handle(socket, now_s())

@@ -9,12 +9,14 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import msgspec
 import zmq
 
 from protos import control
 from protos.control import FromRouter, Heartbeat, Hello, Refused, ToRouter, Welcome
+from tandem.curve import HANDSHAKE_MS, Keyring
 from tandem.errors import ConfigError
 
 log = logging.getLogger(__name__)
@@ -32,6 +34,18 @@ def identity(process: str, epoch: bytes) -> bytes:
     return f"{process}@{epoch.hex()}".encode()
 
 
+@lru_cache(maxsize=65_536)
+def parse_identity(frame: bytes) -> tuple[str, bytes] | None:
+    """Name and epoch of a ZeroMQ identity; None if it is not exactly what `identity` makes of them: a second spelling would let
+    one process speak as another."""
+    try:
+        name, _, digits = frame.decode().rpartition("@")
+        epoch = bytes.fromhex(digits)
+    except ValueError:
+        return None
+    return (name, epoch) if name and identity(name, epoch) == frame else None
+
+
 def bounded_socket(context: zmq.Context[zmq.Socket[bytes]], kind: int) -> zmq.Socket[bytes]:
     """A socket that never lingers, refuses frames past the limit and has a high-water mark that is never reached in health."""
     socket = context.socket(kind)
@@ -39,6 +53,7 @@ def bounded_socket(context: zmq.Context[zmq.Socket[bytes]], kind: int) -> zmq.So
     socket.setsockopt(zmq.MAXMSGSIZE, control.MAX_MESSAGE_BYTES)
     socket.sndhwm = _HIGH_WATER_MARK
     socket.rcvhwm = _HIGH_WATER_MARK
+    socket.setsockopt(zmq.HANDSHAKE_IVL, HANDSHAKE_MS)
     return socket
 
 
@@ -56,16 +71,26 @@ def bind_any_port(socket: zmq.Socket[bytes], host: str) -> str:
     return endpoint
 
 
-def received(socket: zmq.Socket[bytes]) -> Iterator[list[bytes]]:
+def received(socket: zmq.Socket[bytes], *, signed: bool = False) -> Iterator[list[bytes]]:
     """What waits on a socket, but not for ever: a busy one yields after `MESSAGES_PER_HANDLE` messages, and one that was closed
-    by what the last message led to at once."""
+    by what the last message led to at once. `signed`: as `receive_signed` returns it."""
     for _ in range(MESSAGES_PER_HANDLE):
         if socket.closed:
             return
         try:
-            yield socket.recv_multipart(zmq.NOBLOCK)
+            yield receive_signed(socket) if signed else socket.recv_multipart(zmq.NOBLOCK)
         except zmq.Again:
             return
+
+
+def receive_signed(socket: zmq.Socket[bytes]) -> list[bytes]:
+    """The next message of a guarded socket, after the public key of whoever sent it. Raises zmq.Again if none waits."""
+    first = socket.recv(zmq.NOBLOCK, copy=False)
+    frames, more = [str(first.get("User-Id")).encode(), first.bytes], first.more
+    while more:
+        frames.append(socket.recv(zmq.NOBLOCK))
+        more = bool(socket.getsockopt(zmq.RCVMORE))
+    return frames
 
 
 @dataclass(slots=True)
@@ -92,7 +117,7 @@ class RouterLink:
     A hello is repeated each second until a welcome arrives, and begins anew when a router falls silent for its
     `liveness_s` or answers with another epoch. `on_lost` is then called once with the router's number: what it had
     dispatched is nobody's any more, and what it says before it has heard the new hello isn't taken in. Routers are numbered
-    in the order of `endpoints`; `make_heartbeat` is given the number.
+    in the order of `endpoints`; `make_heartbeat` is given the number. With `keys` only a router is spoken to.
     """
 
     def __init__(
@@ -106,6 +131,7 @@ class RouterLink:
         on_message: Callable[[int, FromRouter], None],
         on_refused: Callable[[str], None],
         on_lost: Callable[[int], None],
+        keys: Keyring | None = None,
     ) -> None:
         self._make_hello = make_hello
         self._make_heartbeat = make_heartbeat
@@ -119,6 +145,8 @@ class RouterLink:
             socket.setsockopt(zmq.IDENTITY, identity)
             socket.setsockopt(zmq.RECONNECT_IVL, 50)
             socket.setsockopt(zmq.RECONNECT_IVL_MAX, 1000)
+            if keys is not None:
+                keys.dial_router(socket)
             socket.connect(endpoint)
             self._routers.append(_Router(socket, endpoint))
 

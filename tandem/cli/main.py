@@ -10,7 +10,7 @@ import sys
 
 import typer
 
-from tandem.cli import audit, bench, capacity, demo, doctor, drill, explain, generate, models, serve, sim
+from tandem.cli import audit, bench, capacity, curve, demo, doctor, drill, explain, generate, models, serve, sim
 from tandem.errors import TandemError
 
 app = typer.Typer(
@@ -35,6 +35,7 @@ app.command()(demo.demo)
 app.command()(capacity.capacity)
 app.add_typer(bench.app, name="bench")
 app.add_typer(sim.app, name="sim")
+app.add_typer(curve.app, name="curve")
 
 
 def main() -> None:

@@ -6,6 +6,7 @@ import asyncio
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,12 +14,13 @@ import zmq
 import zmq.asyncio
 
 from protos import kv_events
-from protos.control import Endpoints, Goodbye, Refused, decode_from_router, encode
+from protos.control import Capacity, Endpoints, Goodbye, Hello, Refused, decode_from_router, encode
 from protos.kv_events import BlockStored, EventBatch
 from router import control_plane
 from router.actions import Replay
 from router.control_plane import ControlPlane, Handlers
-from tandem.zmq_io import identity
+from tandem.curve import load_keyring, make_keys
+from tandem.zmq_io import bounded_socket, identity
 
 EPOCH = b"1" * 8
 BATCH = kv_events.encode_batch(EventBatch(0.0, [BlockStored([b"k" * 16], None, [], 4)], epoch=EPOCH))
@@ -132,5 +134,65 @@ def test_what_is_sent_in_one_turn_arrives_in_order_and_an_unreachable_process_is
             worker.close(linger=0)
             await control.close()
             context.term()
+
+    asyncio.run(story())
+
+
+# --- with keys ---------------------------------------------------------------------------------------------------------
+
+
+def hello(process: str, role: str, key: str = "") -> Hello:
+    endpoints = Endpoints("", "", "", key=key)
+    return Hello(1, process, role, EPOCH, 1, endpoints, Capacity(), None)  # type: ignore[arg-type]
+
+
+def test_each_is_heard_only_as_who_its_key_says_it_is(tmp_path: Path) -> None:
+    make_keys(tmp_path)
+    make_keys(tmp_path, ["decode-0"])
+
+    async def story() -> None:
+        heard: list[tuple[str, str]] = []
+        handlers = replace(Heard().handlers(), on_message=lambda who, _, said: heard.append((who, type(said).__name__)))
+        control = ControlPlane("127.0.0.1", 0, handlers, load_keyring(str(tmp_path), "router", "router"))
+        port = control.bind()
+        control.listen()
+        context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+        lines: list[zmq.Socket[bytes]] = []
+
+        def says(holder: str, process: str, *messages: Hello | Goodbye) -> None:
+            keys = load_keyring(str(tmp_path), holder, holder.partition("-")[0])
+            assert keys is not None
+            line = bounded_socket(context, zmq.DEALER)
+            lines.append(line)
+            line.setsockopt(zmq.IDENTITY, identity(process, EPOCH))
+            keys.dial_router(line)
+            line.connect(f"tcp://127.0.0.1:{port}")
+            for message in messages:
+                line.send(encode(message))
+
+        own = load_keyring(str(tmp_path), "decode-0", "decode")
+        shared = load_keyring(str(tmp_path), "decode-1", "decode")
+        assert own is not None
+        assert shared is not None
+        try:
+            says("prefill-0", "decode-0", hello("decode-0", "decode"), Goodbye("decode-0", EPOCH))  # its key is another
+            says("decode-0", "decode-1", hello("decode-1", "decode"))
+            says("pool-0", "decode-3", hello("decode-3", "decode"))  # a pool node's key, a worker's role
+            says("decode-1", "pool-0", hello("pool-0", "pool"))
+            says("prefill-0", "router", hello("router", "router"))
+            says("decode-1", "decode-2", hello("decode-2", "decode", own.public_key))  # would be dialled by another's
+            await until(lambda: control.num_undecodable == 7)
+            assert heard == []
+            says("decode-0", "decode-0", hello("decode-0", "decode", own.public_key))
+            says("decode-1", "prefill-1", hello("prefill-1", "prefill", shared.public_key))
+            says("pool-0", "pool-0", hello("pool-0", "pool"))
+            await until(lambda: len(heard) == 3)
+            assert sorted(heard) == [("decode-0", "Hello"), ("pool-0", "Hello"), ("prefill-1", "Hello")]
+            assert control.num_undecodable == 7
+        finally:
+            for line in lines:
+                line.close()
+            context.term()
+            await control.close()
 
     asyncio.run(story())

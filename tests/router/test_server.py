@@ -30,11 +30,10 @@ from protos.control import (
     Resend,
     Tokens,
 )
-from router.control_plane import parse_identity
 from router.server import RouterServer
 from tandem.config import Config, load_config
 from tandem.errors import ConfigError
-from tandem.zmq_io import identity
+from tandem.zmq_io import identity, parse_identity
 from tests.router.fake_cluster import (
     EOS,
     GROUP,

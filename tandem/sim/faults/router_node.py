@@ -15,7 +15,7 @@ import zmq
 from protos import control, kv_events
 from protos.control import ToRouter
 from router.actions import Action, Emit, Replay, RequestEvent, Send, Subscribe, TokensEvent, Unsubscribe
-from router.control_plane import REPLAY_TIMEOUT_S, parse_identity
+from router.control_plane import REPLAY_TIMEOUT_S
 from router.journal import Request
 from router.router import RouterCore, Settings
 from router.server import TICK_S
@@ -24,7 +24,7 @@ from tandem.sim.faults.network import Context, Network, Socket
 from tandem.sim.faults.truth import Truth
 from tandem.sim.faults.watch import RouterWatch
 from tandem.sim.faults.world import Process, World
-from tandem.zmq_io import identity
+from tandem.zmq_io import identity, parse_identity
 
 Who = tuple[str, bytes]
 
