@@ -1,8 +1,8 @@
 """Chat templates: a conversation as the one text that the model was trained to continue.
 
-Owns the Jinja2 environment, which is sandboxed and immutable, because a template comes with the model's files; its output is
-bounded. Offers what Hugging Face's templates use (`raise_exception`, `strftime_now`, `tojson`, loop controls) and shows messages
-and tools in the form that those expect. Never tokenizes.
+Owns what templates are given: messages and tools in the form that they expect, and what Hugging Face's use (`raise_exception`,
+`strftime_now`, `tojson`, loop controls). They come with the model's files, so they run in a sandbox that bounds what they do
+(template_sandbox.py), and their output is bounded. Never tokenizes.
 """
 
 from __future__ import annotations
@@ -15,12 +15,13 @@ from typing import Any, NoReturn
 
 import jinja2
 import jinja2.meta
-from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from tandem.errors import InvalidRequest
+from tandem.tokenizer.template_sandbox import BoundedEnvironment, bounded, counted
 
 MAX_RENDERED_CHARS = 32 * 2**20
-_MAX_REPEAT = 1_000_000
+MAX_TEMPLATE_CHARS = 256 * 1024
+MAX_INDENT = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,21 +44,11 @@ class Message:
     tool_calls: tuple[ToolCall, ...] = ()
     tool_call_id: str = ""
 
-
-class _Environment(ImmutableSandboxedEnvironment):
-    """Also keeps `*` and `**` from building huge values."""
-
-    intercepted_binops = frozenset({"*", "**"})
-
-    def call_binop(self, context: jinja2.runtime.Context, operator: str, left: Any, right: Any) -> Any:
-        numbers = isinstance(left, int | float) and isinstance(right, int | float)
-        if operator == "**" and not (numbers and abs(left) <= _MAX_REPEAT and abs(right) <= 64):
-            raise InvalidRequest("the chat template raises a number to a power past the limit of 64")
-        if operator == "*" and not numbers:
-            factor, sequence = (left, right) if isinstance(left, int) else (right, left)
-            if not isinstance(factor, int) or len(sequence) * factor > _MAX_REPEAT:
-                raise InvalidRequest(f"the chat template repeats a value past the limit of {_MAX_REPEAT}")
-        return super().call_binop(context, operator, left, right)
+    @property
+    def num_chars(self) -> int:
+        """Of all its texts."""
+        calls = sum(len(call.name) + len(call.arguments) + len(call.id) for call in self.tool_calls)
+        return len(self.role) + len(self.content) + len(self.name) + len(self.tool_call_id) + calls
 
 
 def _raise_exception(message: object) -> NoReturn:
@@ -70,14 +61,16 @@ def _strftime_now(form: str) -> str:
 
 def _tojson(value: Any, ensure_ascii: bool = False, indent: int | None = None, **_: object) -> str:
     # Jinja2's own filter escapes for HTML, which no model was trained on.
+    if indent is not None and not (isinstance(indent, int) and indent <= MAX_INDENT):
+        raise InvalidRequest(f"the chat template indents JSON by {str(indent)[:40]}, the limit is {MAX_INDENT}")
     return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent)
 
 
-def _environment() -> _Environment:
-    environment = _Environment(trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"])
+def _environment() -> BoundedEnvironment:
+    environment = BoundedEnvironment()
     environment.globals["raise_exception"] = _raise_exception
     environment.globals["strftime_now"] = _strftime_now
-    environment.filters["tojson"] = _tojson
+    environment.filters["tojson"] = counted("string", _tojson)
     return environment
 
 
@@ -131,12 +124,16 @@ class ChatTemplate:
         self._template: jinja2.Template | None = None
         self._problem = ""
         self._shows_tools = False
+        if len(source) > MAX_TEMPLATE_CHARS:
+            self._problem = f"it has {len(source)} characters, the limit is {MAX_TEMPLATE_CHARS}"
+            return
         try:
-            environment = _environment()
-            self._template = environment.from_string(source)
-            self._shows_tools = "tools" in jinja2.meta.find_undeclared_variables(environment.parse(source))
-        except (jinja2.TemplateError, RecursionError) as error:
-            self._problem = str(error)
+            with bounded(len(source)):
+                environment = _environment()
+                self._template = environment.from_string(source)
+                self._shows_tools = "tools" in jinja2.meta.find_undeclared_variables(environment.parse(source))
+        except Exception as error:  # the template's text may make the compiler raise anything
+            self._problem = f"{type(error).__name__}: {error}"
 
     def render(self, messages: Sequence[Message], tools_json: str = "") -> str:
         """The text for `messages`, up to where the assistant's answer begins. `tools_json` is a JSON array of tools as OpenAI's
@@ -158,13 +155,17 @@ class ChatTemplate:
         parts: list[str] = []
         size = 0
         try:
-            for part in self._template.generate(
-                messages=conversation, tools=tools, documents=None, add_generation_prompt=True, **self._tokens
-            ):
-                parts.append(part)
-                size += len(part)
-                if size > MAX_RENDERED_CHARS:
-                    raise InvalidRequest(f"the rendered conversation is longer than {MAX_RENDERED_CHARS} characters")
+            num_chars = len(tools_json) + sum(message.num_chars for message in messages)
+            with bounded(num_chars, len(messages)):
+                for part in self._template.generate(
+                    messages=conversation, tools=tools, documents=None, add_generation_prompt=True, **self._tokens
+                ):
+                    parts.append(part)
+                    size += len(part)
+                    if size > MAX_RENDERED_CHARS:
+                        raise InvalidRequest(
+                            f"the rendered conversation is longer than {MAX_RENDERED_CHARS} characters"
+                        )
         except InvalidRequest:
             raise
         except Exception as error:  # a template may raise anything

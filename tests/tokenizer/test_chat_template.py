@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from tandem.errors import InvalidRequest
+from tandem.tokenizer import template_sandbox
 from tandem.tokenizer.chat_template import ChatTemplate, Message, ToolCall
 from tandem.tokenizer.tokenizer import Tokenizer, load_tokenizer
 from tests.tokenizer.conftest import CHATML, write_gguf, write_hf
@@ -66,7 +67,54 @@ def test_the_usual_helpers_work() -> None:
         ("{{ 10000000 * 'a' }}", "past the limit"),
         ("{{ 9 ** 9 ** 9 }}", "past the limit"),
         ("{% for i in range(1000000000) %}{% endfor %}", "failed: OverflowError"),
-        ("{% for i in range(99999) %}{{ 'a' * 1000 }}{% endfor %}", "longer than"),
+        ("{% set a = 'a' * 1000 %}{% for i in range(99999) %}{{ a }}{% endfor %}", "longer than"),
+        ("{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}", "more work"),
+        ("{% set s = 'a' * 999999 %}{% for a in s %}{% for b in s %}{% endfor %}{% endfor %}", "more work"),
+        ("{% set s = 'a' * 999999 %}{% for a in s for b in s if b == 'c' %}{% endfor %}", "can't be compiled"),
+        ("{% for a in 'a' * 999999 if a == 'b' %}{% for b in range(9) %}{% endfor %}{% endfor %}" * 9, "more work"),
+        ("{% macro m() %}{{ m() ~ m() }}{% endmacro %}{{ m() }}", "failed: RecursionError"),
+        ("{% macro m(n) %}{% if n %}{{ m(n - 1) }}{{ m(n - 1) }}{% endif %}{% endmacro %}{{ m(60) }}", "more work"),
+        ("{% set n = namespace(s='a') %}{% for i in range(99) %}{% set n.s = n.s ~ n.s %}{% endfor %}", "more work"),
+        ("{% set n = namespace(s='a') %}{% for i in range(99) %}{% set n.s = n.s + n.s %}{% endfor %}", "more work"),
+        ("{% set n = namespace(s=[1]) %}{% for i in range(99) %}{% set n.s = n.s + n.s %}{% endfor %}", "more work"),
+        ("{% set n = namespace(s=9) %}{% for i in range(99) %}{% set n.s = n.s * n.s %}{% endfor %}", "bits"),
+        (
+            "{% set n = namespace(s='a') %}{% for i in range(99) %}{% set t %}{{ n.s }}{{ n.s }}{% endset %}"
+            "{% set n.s = t %}{% endfor %}",
+            "more work",
+        ),
+        (
+            "{% set n = namespace(l=[]) %}{% set s = 'a' * 999999 %}{% for i in range(99999) %}"
+            "{% set n.l = n.l + [s[1:]] %}{% endfor %}",
+            "more work",
+        ),
+        ("{% set s = 'a' * 99999 %}{{ s.replace('a', s) }}", "more work"),
+        ("{% set s = 'a' * 99999 %}{{ s | replace('a', s) }}", "more work"),
+        ("{% set s = 'a' * 99999 %}{{ s.join(s) }}", "more work"),
+        ("{% set s = 'a' * 99999 %}{{ s | join(s) }}", "more work"),
+        ("{{ ['a' * 999999] * 999999 }}", "more work"),
+        ("{{ (['a' * 999999] * 999999) | tojson }}", "more work"),
+        ("{{ (['a' * 999999] * 999999) | string }}", "more work"),
+        ("{{ [1] | tojson(indent=999999999) }}", "indents JSON"),
+        ("{{ 'a'.center(999999999) }}", "more work"),
+        ("{{ 'a' | center(999999999) }}", "more work"),
+        ("{{ 'a'.zfill(999999999) }}", "more work"),
+        ("{{ 'a' | indent(999999999, true) }}", "more work"),
+        ("{{ '\t'.expandtabs(999999999) }}", "more work"),
+        ("{{ '%999999999d' % 1 }}", "formats with a width"),
+        ("{{ '%*d' % (999999999, 1) }}", "formats with a width"),
+        ("{{ '%999999999d' | format(1) }}", "formats with a width"),
+        ("{{ '{:999999999}'.format(1) }}", "formats with a width"),
+        ("{{ '{:{}}'.format(1, 999999999) }}", "formats with a width"),
+        ("{{ 'a'.translate({97: 'a'}) }}", "which there is not"),
+        ("{{ (1).to_bytes(999999999, 'big') }}", "method of a number"),
+        ("{{ ('a' * 999999).strip('b' * 999999) }}", "strips more than"),
+        ("{{ 1 | round(999999999, 'ceil') }}", "rounds to more"),
+        ("{{ [[1]] | sum(start=[]) }}", "no numbers"),
+        ("{{ [1] | batch(999999999, 0) | list }}", "can't be compiled"),
+        ("{{ lipsum(99999) }}", "failed: UndefinedError"),
+        ("{% include 'x' %}", "failed: TypeError"),
+        ("x" * 300_000, "the limit is 262144"),
     ],
 )
 def test_a_template_that_fails_is_a_refusal_with_its_reason(source: str, message: str) -> None:
@@ -74,6 +122,20 @@ def test_a_template_that_fails_is_a_refusal_with_its_reason(source: str, message
     with pytest.raises(InvalidRequest, match=message):
         ChatTemplate(source).render([Message("user", "Hi")])
     assert time.monotonic() - begin < 10
+
+
+def test_what_is_slow_and_does_not_grow_ends_by_processor_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(template_sandbox, "MAX_CPU_S", 0.2)
+    source = "{% set s = 'a' * 999999 %}{% set t = 'a' * 999999 %}"
+    source += "{% for i in range(99999) %}{% if s == t %}{% endif %}{% endfor %}"
+    with pytest.raises(InvalidRequest, match=r"processor time than the limit of 0\.2 s"):
+        ChatTemplate(source).render([("user", "Hi")])
+
+
+def test_a_long_conversation_may_cost_what_its_length_is_worth() -> None:
+    source = "{% for m in messages %}{% for i in range(20) %}{% if m.content | trim | upper == 'x' %}y{% endif %}"
+    source += "{% endfor %}{% endfor %}"
+    assert ChatTemplate(source).render([("user", "word " * 20_000)] * 40) == ""
 
 
 def test_a_conversation_without_messages_is_refused() -> None:
