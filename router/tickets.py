@@ -63,7 +63,7 @@ class Tickets:
             raise InvalidRequest("the ticket is not of this cluster, or was changed: ask again without it")
         try:
             ticket = _decoder.decode(data)
-        except msgspec.DecodeError as error:
+        except (msgspec.DecodeError, UnicodeDecodeError) as error:  # msgspec lets the second one through
             raise InvalidRequest(f"the ticket can't be read: {error}") from error
         if ticket.version != _VERSION:
             raise InvalidRequest(f"the ticket has version {ticket.version}, this router reads {_VERSION}")

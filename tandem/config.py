@@ -15,11 +15,13 @@ from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
-from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
+from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict, SettingsError
 
 from tandem.errors import ConfigError
 
 GiB = 1024**3
+MAX_CONFIG_BYTES = 256 * 1024
+_MAX_SHOWN_CHARS = 200
 
 
 def cache_dir() -> Path:
@@ -190,7 +192,7 @@ class RouterConfig(_Section):
     @property
     def grpc_target(self) -> str:
         """Where a client on this machine reaches the routers here: `host:port` of each, with commas between."""
-        host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(self.host, self.host)
+        host = _dialled(self.host)
         return ",".join(f"{_bracketed(host)}:{self.replica(number).grpc_port}" for number in range(self.replicas))
 
 
@@ -211,6 +213,15 @@ def router_number(name: str) -> int:
             f"--name: {name!r} is no router's; the first is 'router', the others 'router-1', 'router-2', …"
         )
     return int(number or 0)
+
+
+def _dialled(host: str) -> str:
+    """Where to reach on this machine who listens on `host`: on all of its addresses, perhaps."""
+    try:
+        address = ipaddress.ip_address(host)
+    except ValueError:
+        return host
+    return ("127.0.0.1" if address.version == 4 else "::1") if address.is_unspecified else host
 
 
 def _bracketed(host: str) -> str:
@@ -336,10 +347,15 @@ def _message(error: ValidationError, where: str) -> str:
     lines = []
     for item in error.errors():
         key = ".".join(str(part) for part in item["loc"]) or "(top level)"
-        given = "" if item["type"] in ("missing", "extra_forbidden") else f" (given: {item['input']!r})"
+        given = "" if item["type"] in ("missing", "extra_forbidden") else f" (given: {_shown(item['input'])})"
         text = "there is no such key" if item["type"] == "extra_forbidden" else item["msg"]
         lines.append(f"{where}: {key}: {text}{given}")
     return "\n".join(lines)
+
+
+def _shown(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= _MAX_SHOWN_CHARS else f"{text[:_MAX_SHOWN_CHARS]}…"
 
 
 def load_config(path: str | Path | None = None, overrides: dict[str, Any] | None = None) -> Config:
@@ -351,20 +367,14 @@ def load_config(path: str | Path | None = None, overrides: dict[str, Any] | None
     where = "configuration"
     if path is not None:
         where = str(path)
-        try:
-            loaded = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-        except OSError as error:
-            raise ConfigError(f"{path}: can't be read: {error.strerror}") from error
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
-            raise ConfigError(f"{path}: not valid YAML: {error}") from error
-        if loaded is not None and not isinstance(loaded, dict):
-            raise ConfigError(f"{path}: the top level is a {type(loaded).__name__}, must be a mapping")
-        data = loaded or {}
+        data = _read_yaml(Path(path))
     data = merged(data, overrides or {})
     try:
         config = Config(**data)
     except ValidationError as error:
         raise ConfigError(_message(error, where)) from error
+    except SettingsError as error:
+        raise ConfigError(f"environment: {error}") from error
     if config.prefill.block_size != config.decode.block_size:
         raise ConfigError(
             f"{where}: prefill.block_size is {config.prefill.block_size} and decode.block_size is "
@@ -396,6 +406,35 @@ def is_loopback(host: str) -> bool:
         return ipaddress.ip_address(host.strip("[]")).is_loopback
     except ValueError:
         return host == "localhost"
+
+
+class _NoAliases(yaml.SafeLoader):
+    """A few lines with aliases of aliases stand for more than any memory holds, and nobody needs them here."""
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        if self.check_event(yaml.AliasEvent):
+            raise yaml.YAMLError(f"{self.peek_event().start_mark}: aliases are not supported")
+        return super().compose_node(parent, index)
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    """The mapping that a file holds. Raises ConfigError."""
+    try:
+        with path.open("rb") as file:
+            text = file.read(MAX_CONFIG_BYTES + 1)
+    except OSError as error:
+        raise ConfigError(f"{path}: can't be read: {error.strerror}") from error
+    if len(text) > MAX_CONFIG_BYTES:
+        raise ConfigError(f"{path}: has more than {MAX_CONFIG_BYTES} bytes")
+    try:
+        loaded = _NoAliases(text.decode("utf-8")).get_single_data()
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise ConfigError(f"{path}: not valid YAML: {error}") from error
+    if loaded is None:
+        return {}
+    if not isinstance(loaded, dict) or not all(isinstance(key, str) for key in loaded):
+        raise ConfigError(f"{path}: the top level is a {type(loaded).__name__}, must be a mapping of names")
+    return loaded
 
 
 def merged(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:

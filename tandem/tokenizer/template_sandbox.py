@@ -191,6 +191,10 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
         return formatted
 
     def call_binop(self, context: jinja2.runtime.Context, operator: str, left: Any, right: Any) -> Any:
+        if operator == "+" and type(left) is str and type(right) is str:  # most of what templates do
+            made = left + right
+            _spend(ROUND + len(made))
+            return made
         _spend(ROUND)
         numbers = isinstance(left, int | float) and isinstance(right, int | float)
         if operator == "**" and not (numbers and abs(left) <= MAX_REPEAT and abs(right) <= 64):
@@ -227,6 +231,8 @@ def _measured(value: Any) -> Any:
 
 def _text_size(value: Any) -> int:
     """About how long the text of a value is; what it takes to find out is counted too."""
+    if type(value) is str:
+        return len(value)
     size, todo = 0, [value]
     while todo:
         found = todo.pop()

@@ -200,6 +200,9 @@ class VLLMSession:
                     sock.shutdown(socket.SHUT_RDWR)
 
 
+_WANTS_IDS = "return_token_ids"
+
+
 def _body(prompt: tuple[int, ...], num_tokens: int) -> bytes:
     return msgspec.json.encode(
         {
@@ -210,7 +213,7 @@ def _body(prompt: tuple[int, ...], num_tokens: int) -> bytes:
             "ignore_eos": True,
             "stream": True,
             "stream_options": {"include_usage": True},
-            "return_token_ids": True,
+            _WANTS_IDS: True,
         }
     )
 
