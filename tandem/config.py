@@ -413,7 +413,7 @@ class _NoAliases(yaml.SafeLoader):
 
     def compose_node(self, parent: Any, index: Any) -> Any:
         if self.check_event(yaml.AliasEvent):
-            raise yaml.YAMLError(f"{self.peek_event().start_mark}: aliases are not supported")
+            raise yaml.YAMLError("aliases are not supported")
         return super().compose_node(parent, index)
 
 

@@ -104,3 +104,29 @@ def test_the_router_starts_without_torch_and_ray() -> None:
         [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60, check=True
     )
     assert result.stdout.split() == ["False", "False"]
+
+
+def test_nothing_that_is_served_fetches_urls() -> None:
+    """No module of the router, the workers and the pool can ask another host for what a client names."""
+    fetches = re.compile(r"^\s*(?:import|from) (?:urllib\.request|requests|httpx|aiohttp|http\.client)\b", re.MULTILINE)
+    folders = [
+        "router",
+        "prefill_worker",
+        "decode_worker",
+        "kvpool",
+        "tandem/engine",
+        "tandem/tokenizer",
+        "tandem/models",
+    ]
+    served = [path for folder in folders for path in (ROOT / folder).rglob("*.py")]
+    assert [path for path in served if fetches.search(path.read_text(encoding="utf-8"))] == []
+
+
+def test_every_test_that_the_page_on_security_names_is_there() -> None:
+    named = re.findall(r"`(tests/[\w/]+\.py)(?:::(\w+))?`", (ROOT / "docs/security.md").read_text(encoding="utf-8"))
+    assert len(named) > 10
+    for file, test in named:
+        assert f"def {test}(" in (ROOT / file).read_text(encoding="utf-8") if test else (ROOT / file).exists(), (
+            file,
+            test,
+        )

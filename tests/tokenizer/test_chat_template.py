@@ -129,13 +129,13 @@ def test_what_is_slow_and_does_not_grow_ends_by_processor_time(monkeypatch: pyte
     source = "{% set s = 'a' * 999999 %}{% set t = 'a' * 999999 %}"
     source += "{% for i in range(99999) %}{% if s == t %}{% endif %}{% endfor %}"
     with pytest.raises(InvalidRequest, match=r"processor time than the limit of 0\.2 s"):
-        ChatTemplate(source).render([("user", "Hi")])
+        ChatTemplate(source).render([Message("user", "Hi")])
 
 
 def test_a_long_conversation_may_cost_what_its_length_is_worth() -> None:
     source = "{% for m in messages %}{% for i in range(20) %}{% if m.content | trim | upper == 'x' %}y{% endif %}"
     source += "{% endfor %}{% endfor %}"
-    assert ChatTemplate(source).render([("user", "word " * 20_000)] * 40) == ""
+    assert ChatTemplate(source).render([Message("user", "word " * 20_000)] * 40) == ""
 
 
 def test_a_conversation_without_messages_is_refused() -> None:
