@@ -26,6 +26,7 @@ from protos.control import Endpoints, FromRouter, Hello, ToRouter
 from protos.kv_events import EventBatch
 from router.actions import Replay, Subscribe
 from router.socket_reader import SocketReader
+from tandem.clock import now_s
 from tandem.curve import HANDSHAKE_MS, KEY_ROLES, Keyring, PublicKey
 from tandem.errors import ConfigError, ProtocolError
 from tandem.zap import Zap
@@ -37,6 +38,7 @@ REPLAY_TIMEOUT_S = 5.0
 MAX_REPLAY_BATCHES = 1_000_000
 SEND_HIGH_WATER_MARK = 100_000
 AnySocket = TypeVar("AnySocket", bound=zmq.Socket[Any])
+LOG_PERIOD_S = 1.0
 LAST_WORDS_MS = 200
 """What was sent last, aborts mostly, has so long to leave."""
 
@@ -76,6 +78,7 @@ class ControlPlane:
         self._replays: dict[tuple[str, bytes], asyncio.Task[None]] = {}
         self._outbox: list[tuple[str, bytes, bytes]] = []
         self.num_undecodable = 0
+        self._log_again_s = 0.0
 
     @staticmethod
     def _bounded(socket: AnySocket) -> AnySocket:
@@ -117,20 +120,24 @@ class ControlPlane:
     def _take(self, frames: list[bytes], key: PublicKey = "") -> None:
         who = parse_identity(frames[0])
         if who is None or len(frames) != 2:
-            self.num_undecodable += 1
-            log.warning("dropped %d frames of an unknown peer %r", len(frames), frames[0][:64])
+            self._drop(f"{len(frames)} frames of an unknown peer {frames[0][:64]!r}")
             return
         try:
             message = control.decode_to_router(frames[1])
         except msgspec.DecodeError as error:
-            self.num_undecodable += 1
-            log.warning("dropped a message of %d bytes from %s: %s", len(frames[1]), who[0], error)
+            self._drop(f"a message of {len(frames[1])} bytes from {who[0]}: {error}")
             return
         if self._keys is not None and not _may_say(self._keys, key, who[0], message):
-            self.num_undecodable += 1
-            log.warning("dropped a %s from %s: its key may not say that", type(message).__name__, who[0])
+            self._drop(f"a {type(message).__name__} from {who[0]}: its key may not say that")
             return
         self._handlers.on_message(*who, message)
+
+    def _drop(self, what: str) -> None:
+        """Counts it; says it once a second at most: a flood must not fill the disk with its log."""
+        self.num_undecodable += 1
+        if now_s() >= self._log_again_s:
+            self._log_again_s = now_s() + LOG_PERIOD_S
+            log.warning("dropped %s (%d so far)", what, self.num_undecodable)
 
     def send(self, process: str, epoch: bytes, message: FromRouter) -> None:
         """Sends without waiting, together with whatever else this turn of the event loop sends; if that is impossible the process
@@ -180,8 +187,7 @@ class ControlPlane:
             _, seq_frame, payload = frames
             seq, batch = kv_events.decode_seq(seq_frame), kv_events.decode_batch(payload)
         except (ValueError, msgspec.DecodeError) as error:
-            self.num_undecodable += 1
-            log.warning("dropped an event batch of %s: %s", process, error)
+            self._drop(f"an event batch of {process}: {error}")
             return
         self._handlers.on_events(process, epoch, seq, batch)
 

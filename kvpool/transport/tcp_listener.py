@@ -29,6 +29,7 @@ HANDSHAKE_S = 5.0
 ACCEPT_AGAIN_S = 1.0
 """After the process ran out of descriptors nobody is let in for so long."""
 MAX_READERS = 4096
+LOG_PERIOD_S = 1.0
 
 _BACKLOG = 256
 _ACCEPTS_PER_POLL = 64
@@ -53,6 +54,7 @@ class Listener:
         self._accept_again_s: float | None = None
         self._heard = memoryview(bytearray(HEAR_BYTES))
         self.num_refused = 0
+        self._log_again_s = 0.0
         self.secret = secrets.token_bytes(SECRET_BYTES)
         self._socket = _listen(host)
         address, self.port = self._socket.getsockname()[:2]
@@ -110,10 +112,8 @@ class Listener:
 
     def _let_in(self, connection: socket.socket) -> None:
         if len(self._readers) >= MAX_READERS:
-            log.error(
-                "a reader of the arena is refused: %d are connected, the limit is %d", len(self._readers), MAX_READERS
-            )
             self.num_refused += 1
+            self._tell_refused(f"{len(self._readers)} are connected, the limit is {MAX_READERS}")
             connection.close()
             return
         try:
@@ -135,7 +135,13 @@ class Listener:
         self._readers.discard(connection)
         if not connection.welcomed:
             self.num_refused += 1
-            log.info("a reader of the arena is refused: %s", connection.closed_because)
+            self._tell_refused(connection.closed_because)
+
+    def _tell_refused(self, why: str) -> None:
+        """Once a second at most: who keeps coming must not fill the disk with our log."""
+        if now_s() >= self._log_again_s:
+            self._log_again_s = now_s() + LOG_PERIOD_S
+            log.warning("a reader of the arena is refused (%d so far): %s", self.num_refused, why)
 
 
 def _listen(host: str) -> socket.socket:
