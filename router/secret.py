@@ -1,18 +1,22 @@
-"""The secret that all routers of a cluster share.
+"""The secret that all routers of a cluster share, and what is derived from it.
 
-Owns the file it is in. Whoever can read it can sign resume tickets: it is readable by its owner alone.
+Owns the file it is in. Whoever can read it can sign resume tickets, name any tenant's KV blocks and run the cluster: it is
+readable by its owner alone.
 """
 
 from __future__ import annotations
 
+import hmac
 import os
 import secrets
 from pathlib import Path
 
+from tandem.config import Config
 from tandem.errors import ConfigError
 
 MIN_BYTES = 16
 MAX_BYTES = 4096
+SALT_BYTES = 16
 
 
 def read_secret(path: Path) -> bytes:
@@ -45,3 +49,18 @@ def shared_secret(path: Path) -> bytes:
         except OSError as error:
             raise ConfigError(f"router.secret_file: {path} can't be made: {error.strerror}") from error
     return read_secret(path)
+
+
+def secret_path(config: Config) -> Path:
+    """Where the routers of this configuration have it."""
+    return Path(config.router.secret_file or config.run_path / "router.secret").expanduser()
+
+
+def tenant_salt(secret: bytes, tenant: str) -> bytes:
+    """What makes a tenant's KV blocks its own: the same at every router, and nobody can tell it who doesn't know the secret."""
+    return hmac.digest(secret, b"tandem/tenant-salt/1" + tenant.encode(), "sha256")[:SALT_BYTES]
+
+
+def operator_key(secret: bytes) -> str:
+    """The API key of the role admin that whoever may read the secret has: with it `tandem serve` looks after its routers."""
+    return "tdm_operator_" + hmac.digest(secret, b"tandem/operator/1", "sha256").hex()

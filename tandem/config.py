@@ -142,6 +142,14 @@ PORT_STEP = 10
 """Between the ports of one router and those of the next one on the same machine."""
 
 
+class RouterTlsConfig(_Section):
+    """What the routers' gRPC and HTTP ports prove themselves with, PEM files: `cert` and `key`, or neither."""
+
+    cert: str = Field("", description="the certificate, and those between it and its authority")
+    key: str = ""
+    ca: str = Field("", description="clients must have a certificate of this authority; empty: they need none")
+
+
 class RouterConfig(_Section):
     """The front door and the control plane."""
 
@@ -165,6 +173,12 @@ class RouterConfig(_Section):
         description="what resume tickets are signed with, the same for all routers of a cluster; empty: a file in the run "
         "folder, made by the router that comes first",
     )
+    keys_file: str = Field(
+        "",
+        description="the API keys, which `tandem keys` writes, with their tenants; empty: whoever reaches a port may ask",
+    )
+    allow_anonymous: bool = Field(False, description="listen on another address than loopback though there are no keys")
+    tls: RouterTlsConfig = RouterTlsConfig()
     heartbeat_s: float = Field(0.25, gt=0, le=10)
     liveness_s: float = Field(2.0, gt=0, le=60, description="without a heartbeat for so long a process is lost")
     progress_s: float = Field(60.0, gt=0, description="a step that takes longer counts as a death")
@@ -180,6 +194,11 @@ class RouterConfig(_Section):
         """What router `number` of this machine listens on: one router, with its own ports."""
         shifted = {key: port + number * PORT_STEP for key in ROUTER_PORTS if (port := getattr(self, key))}
         return self.model_copy(update={"replicas": 1, **shifted})
+
+    def private(self) -> RouterConfig:
+        """On free ports of this machine alone, without keys and TLS: for whoever starts a cluster for a while."""
+        off = {"grpc_port": 0, "control_port": 0, "http_port": 0, "admin_port": 0, "keys_file": ""}
+        return self.model_copy(update={"host": "127.0.0.1", "tls": RouterTlsConfig(), **off})
 
     @property
     def control_endpoints(self) -> list[str]:
@@ -383,6 +402,7 @@ def load_config(path: str | Path | None = None, overrides: dict[str, Any] | None
     tls = config.transfer.tls
     if any((tls.cert, tls.key, tls.ca)) and not all((tls.cert, tls.key, tls.ca)):
         raise ConfigError(f"{where}: transfer.tls needs cert, key and ca, all three")
+    _check_door(config.router, where)
     _check_lines(config, where)
     return config
 
@@ -398,6 +418,18 @@ def _check_lines(config: Config, where: str) -> None:
                 "control.curve to a folder that `tandem curve make` made, or control.allow_plain to true if nobody else "
                 "is on that network"
             )
+
+
+def _check_door(router: RouterConfig, where: str) -> None:
+    """Raises ConfigError for a front door that is open by mistake."""
+    if bool(router.tls.cert) != bool(router.tls.key) or (router.tls.ca and not router.tls.cert):
+        raise ConfigError(f"{where}: router.tls needs cert and key, both of them; ca alone does nothing")
+    if not (is_loopback(router.host) or router.keys_file or router.allow_anonymous):
+        raise ConfigError(
+            f"{where}: router.host is {router.host!r}, which is not loopback, and there is no router.keys_file: whoever reached "
+            "it could ask anything and run the cluster. Make keys with `tandem keys add` and name the file, or say "
+            "router.allow_anonymous: true"
+        )
 
 
 def is_loopback(host: str) -> bool:

@@ -30,6 +30,22 @@ class InvalidRequest(TandemError):
         self.param = param
 
 
+class Unauthenticated(TandemError):
+    """The client did not say who it is, or nobody here knows the key that it sent."""
+
+    code = "unauthenticated"
+    grpc_status = "UNAUTHENTICATED"
+    http_code = 401
+
+
+class PermissionDenied(TandemError):
+    """The client is known, and its role doesn't allow what it asked for."""
+
+    code = "permission_denied"
+    grpc_status = "PERMISSION_DENIED"
+    http_code = 403
+
+
 class Overloaded(TandemError):
     """There is no room now; `retry_after_s` says when it is worth trying again."""
 
