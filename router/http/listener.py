@@ -11,6 +11,7 @@ import contextlib
 import functools
 import logging
 import socket
+import ssl
 from collections.abc import Iterator
 from typing import Any
 
@@ -79,10 +80,10 @@ class _Server(uvicorn.Server):
 
 
 class HttpListener:
-    """`app` on one port. `listen`, then `start` on a running event loop, at last `stop`. A client that reads nothing for
-    `patience_s` is cut off."""
+    """`app` on one port, over TLS with `tls`. `listen`, then `start` on a running event loop, at last `stop`. A client that reads
+    nothing for `patience_s` is cut off."""
 
-    def __init__(self, app: ASGIApp, patience_s: float) -> None:
+    def __init__(self, app: ASGIApp, patience_s: float, tls: ssl.SSLContext | None = None) -> None:
         config = uvicorn.Config(
             app,
             http=functools.partial(_Connection, patience_s=patience_s),  # type: ignore[arg-type]  # it is called, no more
@@ -93,6 +94,7 @@ class HttpListener:
             server_header=False,
             timeout_keep_alive=KEEP_ALIVE_S,
             timeout_graceful_shutdown=int(STOP_S),
+            ssl_context_factory=None if tls is None else lambda config, default: tls,
         )
         self._server = _Server(config)
         self._socket: socket.socket | None = None
