@@ -21,11 +21,21 @@ from tandem.errors import DeadlineExceeded, TandemError
 Context = grpc.aio.ServicerContext[Any, Any]
 
 
-def caller_of(context: Context, access: Access) -> Caller:
-    """Who calls. What the call is served for belongs to the trace that came with it."""
-    metadata = dict(context.invocation_metadata() or ())
-    trace_context.enter(str(metadata.get(TRACEPARENT, "")), str(metadata.get(TRACESTATE, "")))
-    return access.caller(str(metadata.get(AUTHORIZATION, "")), str(metadata.get(TENANT, "")))
+def caller_by(metadata: Any, access: Access) -> Caller:
+    """Who makes the call that came with this. Raises Unauthenticated if that must be said and isn't."""
+    said = dict(metadata or ())
+    return access.caller(str(said.get(AUTHORIZATION, "")), str(said.get(TENANT, "")))
+
+
+async def caller_of(context: Context, access: Access) -> Caller:
+    """Who calls. The call ends if its key was taken back since the gate let it pass. What it is served for belongs to the trace
+    that came with it."""
+    said = dict(context.invocation_metadata() or ())
+    trace_context.enter(str(said.get(TRACEPARENT, "")), str(said.get(TRACESTATE, "")))
+    try:
+        return caller_by(context.invocation_metadata(), access)
+    except TandemError as error:
+        await abort(context, error)
 
 
 async def write_all(context: Context, responses: AsyncIterator[Any], patience_s: float) -> None:

@@ -6,21 +6,24 @@ Owns the translation of a remembered request into the public message, and the hi
 from __future__ import annotations
 
 from protos import tandem_pb2
+from router.access import Caller
 from router.journal import Journal, Summary
 from router.policy.base import Placement
 from router.reports import role_run
 from tandem.errors import InvalidRequest
 
 
-def explain(journal: Journal, request_id: str) -> tandem_pb2.ExplainResponse:
-    """Of a request that has ended, one of the last; "" is the very last. Raises InvalidRequest for one that isn't remembered."""
-    recent = journal.recent
-    if request_id in {record.request_id for record in journal}:
+def explain(journal: Journal, request_id: str, caller: Caller) -> tandem_pb2.ExplainResponse:
+    """Of a request that has ended, one of the last; "" is the very last. Those that the caller may not see are not there for it.
+    Raises InvalidRequest for one that isn't remembered."""
+    recent = [summary for summary in journal.recent if caller.sees(summary.tenant)]
+    if request_id in {record.request_id for record in journal if caller.sees(record.request.tenant)}:
         raise InvalidRequest(f"request {request_id!r} has not ended yet")
     summary = next((s for s in reversed(recent) if request_id in ("", s.request_id)), None)
     if summary is None:
+        most = journal.recent.maxlen
         raise InvalidRequest(
-            f"request {request_id!r} is not among the last {len(recent)} that ended (of at most {recent.maxlen})"
+            f"request {request_id!r} is not among the last {len(recent)} that ended (of at most {most})"
         )
     response = tandem_pb2.ExplainResponse(
         request_id=summary.request_id,

@@ -43,7 +43,7 @@ class SoFar:
 @dataclass(frozen=True, slots=True)
 class Resumed:
     """That a request goes on with an answer that broke off at another router: for the `resume_no`-th time, with `so_far` of each
-    sample, which were drawn by workers of this `root`; empty: not known."""
+    sample, which were drawn by workers of this `root` (without a salt); empty: not known."""
 
     resume_no: int
     root: bytes
@@ -60,6 +60,8 @@ class Request:
     n: int
     deadline_s: float
     tenant: str = ""
+    tenant_salt: bytes = b""
+    """In the root of its keys."""
     batch: bool = False
     """Of the class that is promised less: it waits while others are due sooner."""
     resumed: Resumed | None = None
@@ -160,9 +162,11 @@ class Record:
     prompt_bytes: bytes = b""
     """Its tokens as they are hashed and travel, once that was needed."""
     keys_root: Key | None = None
+    drawing_root: Key = b""
+    """As `keys_root`, without the tenant's salt, which changes no bit of what is computed."""
     keys: tuple[Key, ...] = ()
     tokens_root: bytes = b""
-    """Of the workers that drew its tokens."""
+    """Of the workers that drew its tokens, without a salt."""
     exact: bool = True
     """All its tokens were drawn by workers of one root."""
     num_deaths: int = 0
@@ -211,7 +215,7 @@ class Record:
         return [i for i in samples if not self.samples[i].finished and not (once and self.samples[i].tokens)]
 
     def drawn_by(self, root: bytes) -> None:
-        """Workers of this root draw its tokens from now on."""
+        """Workers of this root (without a salt) draw its tokens from now on."""
         if self.tokens_root != root and any(sample.tokens for sample in self.samples):
             self.exact = False
         self.tokens_root = root
@@ -286,6 +290,7 @@ class Summary:
     finish_reasons: tuple[str, ...] = ()
     """One a sample that came to its end."""
     error_code: str = ""
+    tenant: str = ""
 
     @property
     def ended_at_s(self) -> float:
@@ -410,6 +415,7 @@ class Journal:
             ),
             finish_reasons=tuple(sample.finish_reason for sample in record.samples if sample.finish_reason is not None),
             error_code=error_code,
+            tenant=record.request.tenant,
         )
         self.recent.append(summary)
         return summary

@@ -49,10 +49,11 @@ class Planner:
         self._hold_s = hold_s
 
     def keys(self, record: Record, group: RoutingGroup) -> tuple[Key, ...]:
-        """Of the prompt's full blocks, in the served group."""
-        root = root_of(group)
+        """Of the prompt's full blocks, in the served group, for its tenant."""
+        root = root_of(group, record.request.tenant_salt)
         if record.keys_root != root:
             record.keys_root = root
+            record.drawing_root = root_of(group)
             record.prompt_bytes = record.prompt_bytes or tokens_as_bytes(record.request.prompt)
             record.keys = prompt_keys(root, record.prompt_bytes, group.block_size).full
         return record.keys
@@ -134,7 +135,7 @@ class Planner:
     ) -> Placement:
         keys = record.keys
         if len(tokens) != len(record.request.prompt):
-            keys = prompt_keys(root_of(group), tokens, group.block_size).full
+            keys = prompt_keys(root_of(group, record.request.tenant_salt), tokens, group.block_size).full
         num_samples = record.request.n if len(tokens) == len(record.request.prompt) else 1
         ask = Ask(
             num_tokens=len(tokens),
@@ -208,7 +209,7 @@ class Planner:
         self._fleet.dispatched(number, fence, self._work(record, role, placement, token_ids, num_samples), now_s)
         self._approximate.routed(number, record.keys, now_s)
         assert record.keys_root is not None
-        record.drawn_by(record.keys_root)
+        record.drawn_by(record.drawing_root)
         message = Dispatch(
             fence=fence,
             root=record.keys_root,
@@ -263,13 +264,13 @@ def send_first_tokens(record: Record, dispatch: DispatchRecord) -> Action:
     return Send(dispatch.process, dispatch.epoch, FirstTokens(fence=dispatch.fence, token_ids=token_ids))
 
 
-@lru_cache(maxsize=16)
-def root_of(group: RoutingGroup) -> Key:
-    """The key before every prompt of the group."""
+@lru_cache(maxsize=4096)
+def root_of(group: RoutingGroup, tenant_salt: bytes = b"") -> Key:
+    """The key before every prompt of the group, of the tenants that have this salt."""
     return root_key(
         model_fingerprint=group.model_fingerprint,
         kv_format=group.kv_format,
         numerics_class=group.numerics_class,
         adapter=b"",
-        tenant_salt=b"",
+        tenant_salt=tenant_salt,
     )

@@ -255,7 +255,7 @@ class RouterCore:
 
     @property
     def root(self) -> bytes:
-        """Of the keys of the workers that serve; empty while there are none."""
+        """Of the keys of the workers that serve, without a salt; empty while there are none."""
         group = self.membership.served_group
         return b"" if group is None else root_of(group)
 

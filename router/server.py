@@ -39,23 +39,28 @@ from router.auditor import Auditor
 from router.calls import abort, caller_of, write_all
 from router.control_plane import ControlPlane, Handlers
 from router.explain import explain
+from router.gate import Gate
 from router.gateway.service import SERVICE as GATEWAY_SERVICE
 from router.gateway.service import VllmEngine, add_to_server
 from router.http.apps import admin_app, client_app
 from router.http.listener import HttpListener
 from router.journal import Request, Resumed, Summary
+from router.keys_file import KeysFile
 from router.live import Live
 from router.live_feed import LiveFeed
 from router.metrics import Metrics
 from router.open_answers import MAX_KEY_CHARS, Open, OpenAnswers
+from router.quotas import Quotas
 from router.reports import audit, cluster, completed
 from router.router import RouterCore, Settings
-from router.secret import shared_secret
+from router.secret import secret_path, shared_secret
 from router.spans import Began
 from router.tickets import Ticket, Tickets, digest_of
+from router.tls import ServerTls
 from router.validation import Asked, Validator, prompt_bytes
+from router.watched_files import WatchedFiles
 from tandem.clock import now_s
-from tandem.config import Config, RouterConfig, SloConfig, TracingConfig, router_number
+from tandem.config import Config, RouterConfig, SloConfig, TracingConfig, is_loopback, router_number
 from tandem.curve import load_keyring
 from tandem.errors import Cancelled, ConfigError, Draining, InvalidRequest, Overloaded, TandemError
 from tandem.model_files import default_model_name, resolve_model
@@ -159,10 +164,15 @@ class RouterServer:
         )
         self.metrics = Metrics()
         self.metrics.identify(name, self.model, _promises(settings))
-        self.access = Access()
+        secret = shared_secret(secret_path(config))
+        self._keys_file = KeysFile(Path(settings.keys_file).expanduser()) if settings.keys_file else None
+        self._watched_keys = WatchedFiles([self._keys_file.path] if self._keys_file is not None else [])
+        self._tls = ServerTls(settings.tls) if settings.tls.cert else None
+        self._watched_tls = WatchedFiles(self._tls.paths if self._tls is not None else [])
+        self.access = Access(secret, self._keys_file.read() if self._keys_file is not None else None)
         self.live = LiveFeed(Live(self.core, self.model), now_s)
-        secret_file = settings.secret_file or config.run_path / "router.secret"
-        self._tickets = Tickets(shared_secret(Path(secret_file).expanduser()))
+        self._tickets = Tickets(secret)
+        self._quotas = Quotas()
         self._tracing = _tracing_of(config.tracing, name, self.model)
         self.answers = OpenAnswers()
         self.started = threading.Event()
@@ -199,7 +209,8 @@ class RouterServer:
             self.grpc_port = self._listen(server)
             for key, app in (("http_port", client_app), ("admin_port", admin_app)):
                 if port := getattr(self._config.router, key):
-                    listeners.append(HttpListener(app(self), self.client_patience_s))
+                    tls = self._tls.ssl_context() if self._tls is not None else None
+                    listeners.append(HttpListener(app(self), self.client_patience_s, tls))
                     listeners[-1].listen(f"router.{key}", host, port)
             await self._show_health(force=True)
             await server.start()
@@ -209,6 +220,10 @@ class RouterServer:
             log.info(
                 "model %s: gRPC on %s:%d, control on %s:%d", self.model, host, self.grpc_port, host, self.control_port
             )
+            if self.access.needs_key and self._tls is None and not is_loopback(host):
+                log.warning(
+                    "API keys cross the network as they are: set router.tls, or let what stands before it do TLS"
+                )
             self.started.set()
             await self._tick_until(stop)
             await self._drain()
@@ -234,7 +249,7 @@ class RouterServer:
             ("grpc.http2.max_ping_strikes", 0),
             ("grpc.keepalive_permit_without_calls", 1),
         ]
-        server = grpc.aio.server(options=options)
+        server = grpc.aio.server(options=options, interceptors=[Gate(self.access)] if self.access.needs_key else None)
         tandem_pb2_grpc.add_TandemServicer_to_server(_Servicer(self), server)
         add_to_server(VllmEngine(self, self.tokenizer, self._config.model.path, self._tickets), server)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
@@ -247,7 +262,10 @@ class RouterServer:
         shown = f"[{host}]" if ":" in host else host
         message = f"router.grpc_port: can't listen on {host}:{port}: it is in use, or the address is not this machine's"
         try:
-            bound = server.add_insecure_port(f"{shown}:{port}")
+            if self._tls is None:
+                bound = server.add_insecure_port(f"{shown}:{port}")
+            else:
+                bound = server.add_secure_port(f"{shown}:{port}", self._tls.grpc_credentials())
         except RuntimeError as error:
             raise ConfigError(message) from error
         if bound == 0:
@@ -263,7 +281,26 @@ class RouterServer:
             if time_s >= refresh_at_s:
                 refresh_at_s = time_s + REFRESH_S
                 self.metrics.refresh(self.core, time_s, self._tracing.counts if self._tracing is not None else None)
+                await self._reload()
             await asyncio.sleep(TICK_S)
+
+    async def _reload(self) -> None:
+        """Takes up the keys file and the certificate where they have changed; of wrong ones nothing, and those of before stay
+        good."""
+        loop = asyncio.get_running_loop()
+        if self._keys_file is not None and self._watched_keys.changed():
+            try:
+                keyring = await loop.run_in_executor(self._executor, self._keys_file.read)
+                self.access.use(keyring)
+                log.info("%d API keys are good from now on", len(keyring.keys))
+            except ConfigError as error:
+                log.error("the API keys stay as they were: %s", error)
+        if self._tls is not None and self._watched_tls.changed():
+            try:
+                self._tls.reload()
+                log.info("router.tls: there is another certificate")
+            except ConfigError as error:
+                log.error("the certificate stays as it was: %s", error)
 
     def _tick(self, time_s: float) -> None:
         try:
@@ -363,34 +400,37 @@ class RouterServer:
             raise Overloaded(
                 f"{len(self.answers) + self._num_opening} requests are active, the limit is {limits.max_active_requests}"
             )
-        self._num_opening += 1
-        try:
-            asked = self._validator.check(request)
-            prompt = await self._tokenize(request)
-        finally:
-            self._num_opening -= 1
-        budget_s = min(limits.default_deadline_s, budget_s) if budget_s is not None else limits.default_deadline_s
-        opened, submitted, answer = self._open(request, asked, prompt, arrived_s + budget_s, caller.tenant)
-        ended = False
-        try:
-            if submitted is not None and self._tracing is not None:
-                operation = "chat" if request.WhichOneof("input") == "chat" else "text_completion"
-                began = Began(arrived_s, operation, submitted.sampling, submitted.n, trace_context.current())
-                self._tracing.began(opened.request_id, began)
-            if submitted is not None:
-                self._do(self.core.submit(submitted, now_s()))
-            yield tandem_pb2.GenerateResponse(accepted=opened.accepted)
-            async for chunk in answer.chunks():
-                yield tandem_pb2.GenerateResponse(chunk=chunk)
-            assert answer.summary is not None
-            ended = True
-            message = completed(answer.summary, answer.num_generated_tokens)
-            yield tandem_pb2.GenerateResponse(completed=message)
-        finally:
-            if self.answers.leave(opened, answer):
-                self._do(self.core.cancel(opened.request_id, now_s()))
-            if self.answers.close(opened, remember=ended):
-                self._count(opened.request_id, answer)
+        with self._quotas.begin(caller.tenant, caller.rules, arrived_s, resumed=request.HasField("resume")) as use:
+            self._num_opening += 1
+            try:
+                asked = self._validator.check(request)
+                prompt = await self._tokenize(request)
+            finally:
+                self._num_opening -= 1
+            use.tokens(len(prompt), now_s())
+            budget_s = min(limits.default_deadline_s, budget_s) if budget_s is not None else limits.default_deadline_s
+            opened, submitted, answer = self._open(request, asked, prompt, arrived_s + budget_s, caller)
+            ended = False
+            try:
+                if submitted is not None and self._tracing is not None:
+                    operation = "chat" if request.WhichOneof("input") == "chat" else "text_completion"
+                    began = Began(arrived_s, operation, submitted.sampling, submitted.n, trace_context.current())
+                    self._tracing.began(opened.request_id, began)
+                if submitted is not None:
+                    self._do(self.core.submit(submitted, now_s()))
+                yield tandem_pb2.GenerateResponse(accepted=opened.accepted)
+                async for chunk in answer.chunks():
+                    use.tokens(len(chunk.token_ids), now_s())
+                    yield tandem_pb2.GenerateResponse(chunk=chunk)
+                assert answer.summary is not None
+                ended = True
+                message = completed(answer.summary, answer.num_generated_tokens)
+                yield tandem_pb2.GenerateResponse(completed=message)
+            finally:
+                if self.answers.leave(opened, answer):
+                    self._do(self.core.cancel(opened.request_id, now_s()))
+                if self.answers.close(opened, remember=ended):
+                    self._count(opened.request_id, answer)
 
     def _open(
         self,
@@ -398,11 +438,11 @@ class RouterServer:
         asked: Asked,
         prompt: tuple[int, ...],
         deadline_s: float,
-        tenant: str,
+        caller: Caller,
     ) -> tuple[Open, Request | None, Answer]:
         """A new answer with its reader, and what is to be submitted for it: nothing where a request of the same idempotency key
         is answered already. Raises InvalidRequest for what does not fit the ticket or the key that comes with it."""
-        digest = digest_of(tokens_as_bytes(prompt), asked.sampling, asked.n, asked.stop)
+        digest, tenant = digest_of(tokens_as_bytes(prompt), asked.sampling, asked.n, asked.stop), caller.tenant
         answer_to = functools.partial(
             Answer,
             tokenizer=self.tokenizer,
@@ -461,6 +501,7 @@ class RouterServer:
             asked.n,
             deadline_s,
             tenant=tenant,
+            tenant_salt=caller.salt,
             batch=request.batch,
             resumed=resumed,
         )
@@ -507,9 +548,9 @@ class RouterServer:
         """What runs where."""
         return cluster(self.core, self.model, now_s())
 
-    def explain(self, request_id: str) -> tandem_pb2.ExplainResponse:
-        """Why a request went where it went. Raises InvalidRequest for one that isn't remembered."""
-        return explain(self.core.journal, request_id)
+    def explain(self, request_id: str, caller: Caller) -> tandem_pb2.ExplainResponse:
+        """Why a request went where it went. Raises InvalidRequest for one that isn't remembered, or that `caller` may not see."""
+        return explain(self.core.journal, request_id, caller)
 
     async def audit(self) -> tandem_pb2.AuditResponse:
         """What the router believes against what its processes own: rounds until all agree, or `AUDIT_S` are over."""
@@ -543,7 +584,7 @@ class _Servicer(tandem_pb2_grpc.TandemServicer):
         request: tandem_pb2.GenerateRequest,
         context: grpc.aio.ServicerContext[tandem_pb2.GenerateRequest, tandem_pb2.GenerateResponse],
     ) -> None:
-        caller = caller_of(context, self._server.access)
+        caller = await caller_of(context, self._server.access)
         responses = self._server.generate(request, context.time_remaining(), caller)
         await write_all(context, responses, self._server.client_patience_s)
 
@@ -558,7 +599,8 @@ class _Servicer(tandem_pb2_grpc.TandemServicer):
         request: tandem_pb2.ExplainRequest,
         context: grpc.aio.ServicerContext[tandem_pb2.ExplainRequest, tandem_pb2.ExplainResponse],
     ) -> tandem_pb2.ExplainResponse:
+        caller = await caller_of(context, self._server.access)
         try:
-            return self._server.explain(request.request_id)
+            return self._server.explain(request.request_id, caller)
         except TandemError as error:
             await abort(context, error)

@@ -24,7 +24,7 @@ _VERSION = 1
 
 class Ticket(msgspec.Struct, frozen=True, array_like=True, kw_only=True):
     """`asked` is `digest_of` the request. `root` is that of the keys of the workers that were there when it was accepted, empty
-    if there were none: it stands for the weights and the numerics."""
+    if there were none: it stands for the weights and the numerics, and has no tenant's salt."""
 
     version: int = _VERSION
     request_id: Name

@@ -23,6 +23,7 @@ from protos.metadata import TENANT, TRACEPARENT
 from protos.rich_errors import STATUS_DETAILS, error_of
 from tandem.clock import now_s
 from tandem.continuation import Continuation
+from tandem.credentials import Credentials
 from tandem.errors import (
     Cancelled,
     DeadlineExceeded,
@@ -45,8 +46,9 @@ _OPTIONS = [
     ("grpc.enable_http_proxy", 0),
     # A router that is back is found again soon, and one that froze is noticed.
     ("grpc.initial_reconnect_backoff_ms", 100),
-    ("grpc.min_reconnect_backoff_ms", 100),
     ("grpc.max_reconnect_backoff_ms", 1000),
+    # Despite its name: how long a connection may take to stand. A handshake of TLS is several ways to the router and back.
+    ("grpc.min_reconnect_backoff_ms", 1000),
     ("grpc.keepalive_time_ms", 2000),
     ("grpc.keepalive_timeout_ms", 2000),
     ("grpc.http2.max_pings_without_data", 0),
@@ -75,15 +77,23 @@ class Client:
     """Speaks to the routers at `target` (`host:port`, or several with commas between). Use it as a context manager, or `close`
     it. Threads may share it.
 
-    `patience_s`: so long a router is looked for when the one of a call is lost, before `RouterLost` is raised.
+    `credentials`: the API key that goes with each call, and TLS. `patience_s`: so long a router is looked for when the one of a
+    call is lost, before `RouterLost` is raised.
     """
 
-    def __init__(self, target: str, *, patience_s: float = PATIENCE_S) -> None:
+    def __init__(
+        self, target: str, *, credentials: Credentials = Credentials(), patience_s: float = PATIENCE_S
+    ) -> None:
         self.target = target
         self._targets = targets_of(target)
         self._patience_s = patience_s
         self._rng = random.Random()
-        self._channels = [grpc.insecure_channel(one, options=_OPTIONS) for one in self._targets]
+        self._metadata = credentials.metadata()
+        if credentials.tls is None:
+            self._channels = [grpc.insecure_channel(one, options=_OPTIONS) for one in self._targets]
+        else:
+            secure = credentials.tls.channel_credentials()
+            self._channels = [grpc.secure_channel(one, secure, options=_OPTIONS) for one in self._targets]
         self._stubs = [tandem_pb2_grpc.TandemStub(channel) for channel in self._channels]
         self._preferred = self._rng.randrange(len(self._targets))
         self._reached = False
@@ -114,7 +124,8 @@ class Client:
         overload_retries: int = OVERLOAD_RETRIES,
         traceparent: str = "",
     ) -> Stream:
-        """Starts a request; the stream yields the answer's events. `tenant` is who shares fairly with others; `batch` requests
+        """Starts a request; the stream yields the answer's events. `tenant` is who shares fairly with others, where there are no
+        API keys; `batch` requests
         wait while others are due sooner. A request that is asked again with the same `idempotency_key` gets the first one's
         answer. What is refused for lack of room is asked again `overload_retries` times, after the time that the router says.
         `traceparent` is the caller's span (W3C Trace Context); those of all routers that serve the request are its children."""
@@ -125,20 +136,26 @@ class Client:
             overload_retries=overload_retries,
             rng=self._rng,
         )
-        return Stream(self, continuation, _metadata(tenant, traceparent))
+        return Stream(self, continuation, (*self._metadata, *_call_metadata(tenant, traceparent)))
 
     def cluster(self, timeout_s: float = 5.0) -> pb.GetClusterResponse:
         """What runs where. Raises RouterLost if no router answers."""
-        return self._ask(lambda stub: stub.GetCluster(pb.GetClusterRequest(), timeout=timeout_s))
+        return self._ask(
+            lambda stub: stub.GetCluster(pb.GetClusterRequest(), timeout=timeout_s, metadata=self._metadata)
+        )
 
     def explain(self, request_id: str = "", timeout_s: float = 5.0) -> pb.ExplainResponse:
         """Why a request that has ended went where it went; "" is the last one. Raises InvalidRequest for one that the router
         doesn't remember."""
-        return self._ask(lambda stub: stub.Explain(pb.ExplainRequest(request_id=request_id), timeout=timeout_s))
+        return self._ask(
+            lambda stub: stub.Explain(
+                pb.ExplainRequest(request_id=request_id), timeout=timeout_s, metadata=self._metadata
+            )
+        )
 
     def audit(self, timeout_s: float = 30.0) -> pb.AuditResponse:
         """The router's cross-check of what it believes against what its processes report."""
-        return self._ask(lambda stub: stub.Audit(pb.AuditRequest(), timeout=timeout_s))
+        return self._ask(lambda stub: stub.Audit(pb.AuditRequest(), timeout=timeout_s, metadata=self._metadata))
 
     def _ask(self, call: Callable[[tandem_pb2_grpc.TandemStub], _T]) -> _T:
         """Of the first router that answers."""
@@ -228,18 +245,25 @@ class Stream:
 class AsyncClient:
     """As `Client`, for asyncio. Use it as an async context manager within one running loop."""
 
-    def __init__(self, target: str, *, patience_s: float = PATIENCE_S) -> None:
+    def __init__(
+        self, target: str, *, credentials: Credentials = Credentials(), patience_s: float = PATIENCE_S
+    ) -> None:
         self.target = target
         self._targets = targets_of(target)
         self._patience_s = patience_s
         self._rng = random.Random()
+        self._metadata = credentials.metadata()
+        self._secure = None if credentials.tls is None else credentials.tls.channel_credentials()
         self._channels: list[grpc.aio.Channel] = []
         self._stubs: list[Any] = []
         self._preferred = self._rng.randrange(len(self._targets))
         self._reached = False
 
     async def __aenter__(self) -> AsyncClient:
-        self._channels = [grpc.aio.insecure_channel(one, options=_OPTIONS) for one in self._targets]
+        if self._secure is None:
+            self._channels = [grpc.aio.insecure_channel(one, options=_OPTIONS) for one in self._targets]
+        else:
+            self._channels = [grpc.aio.secure_channel(one, self._secure, options=_OPTIONS) for one in self._targets]
         self._stubs = [tandem_pb2_grpc.TandemStub(channel) for channel in self._channels]  # type: ignore[arg-type]
         return self
 
@@ -275,7 +299,7 @@ class AsyncClient:
             call = self._stubs[number].Generate(
                 continuation.next_request(),
                 timeout=continuation.remaining_s(now_s()),
-                metadata=_metadata(tenant, traceparent),
+                metadata=(*self._metadata, *_call_metadata(tenant, traceparent)),
             )
             try:
                 async for response in call:
@@ -296,15 +320,21 @@ class AsyncClient:
 
     async def cluster(self, timeout_s: float = 5.0) -> pb.GetClusterResponse:
         """What runs where. Raises RouterLost if no router answers."""
-        return await self._ask(lambda stub: stub.GetCluster(pb.GetClusterRequest(), timeout=timeout_s))
+        return await self._ask(
+            lambda stub: stub.GetCluster(pb.GetClusterRequest(), timeout=timeout_s, metadata=self._metadata)
+        )
 
     async def explain(self, request_id: str = "", timeout_s: float = 5.0) -> pb.ExplainResponse:
         """As `Client.explain`."""
-        return await self._ask(lambda stub: stub.Explain(pb.ExplainRequest(request_id=request_id), timeout=timeout_s))
+        return await self._ask(
+            lambda stub: stub.Explain(
+                pb.ExplainRequest(request_id=request_id), timeout=timeout_s, metadata=self._metadata
+            )
+        )
 
     async def audit(self, timeout_s: float = 30.0) -> pb.AuditResponse:
         """As `Client.audit`."""
-        return await self._ask(lambda stub: stub.Audit(pb.AuditRequest(), timeout=timeout_s))
+        return await self._ask(lambda stub: stub.Audit(pb.AuditRequest(), timeout=timeout_s, metadata=self._metadata))
 
     async def _ask(self, call: Callable[[Any], Awaitable[_T]]) -> _T:
         for tried in range(1, len(self._targets) + 1):
@@ -325,7 +355,7 @@ class AsyncClient:
             self._preferred = (number + 1) % len(self._targets)
 
 
-def _metadata(tenant: str, traceparent: str) -> tuple[tuple[str, str], ...]:
+def _call_metadata(tenant: str, traceparent: str) -> tuple[tuple[str, str], ...]:
     said = {TENANT: tenant, TRACEPARENT: traceparent}
     return tuple((name, value) for name, value in said.items() if value)
 

@@ -71,14 +71,14 @@ class VllmEngine(vllm_engine_pb2_grpc.VllmEngineServicer):  # type: ignore[misc]
         self._model_path = model_path
         self._tickets = tickets
         self._started_s = now_s()
-        self._active: dict[str, set[str]] = {}
-        """By a gateway's id of a request, ours: several, if the gateway uses one twice."""
+        self._active: dict[tuple[str, str], set[str]] = {}
+        """By tenant and a gateway's id of a request, ours: several, if the gateway uses one twice."""
         self._archive: bytes | None = None
 
     # --- requests ------------------------------------------------------------------------------------------------------
 
     async def Generate(self, request: vllm.GenerateRequest, context: Context) -> None:
-        caller = caller_of(context, self._front.access)
+        caller = await caller_of(context, self._front.access)
         responses = self._responses(request, context.time_remaining(), caller)
         await write_all(context, responses, self._front.client_patience_s)
 
@@ -95,12 +95,13 @@ class VllmEngine(vllm_engine_pb2_grpc.VllmEngineServicer):  # type: ignore[misc]
         responses = self._front.generate(asked, budget_s, caller)
         answers: Answers | None = None
         accepted: tandem_pb2.Accepted | None = None
+        named = (caller.tenant, request.request_id)
         try:
             async for response in responses:
                 match response.WhichOneof("event"):
                     case "accepted":
                         accepted = response.accepted
-                        self._active.setdefault(request.request_id, set()).add(accepted.request_id)
+                        self._active.setdefault(named, set()).add(accepted.request_id)
                         answers = Answers(accepted.num_prompt_tokens, asked.sampling.n or 1, self._stops(asked))
                     case "chunk":
                         assert answers is not None, "a chunk came before the request was accepted"
@@ -116,21 +117,22 @@ class VllmEngine(vllm_engine_pb2_grpc.VllmEngineServicer):  # type: ignore[misc]
         finally:
             await responses.aclose()
             if accepted is not None:
-                self._forget(request.request_id, accepted.request_id)
+                self._forget(named, accepted.request_id)
 
     def _stops(self, asked: tandem_pb2.GenerateRequest) -> frozenset[int]:
         ends = frozenset[int]() if asked.sampling.ignore_eos else self._tokenizer.eos_token_ids
         return ends | frozenset(asked.sampling.stop_token_ids)
 
-    def _forget(self, theirs: str, ours: str) -> None:
-        active = self._active[theirs]
+    def _forget(self, named: tuple[str, str], ours: str) -> None:
+        active = self._active[named]
         active.discard(ours)
         if not active:
-            del self._active[theirs]
+            del self._active[named]
 
     async def Abort(self, request: vllm.AbortRequest, context: Context) -> vllm.AbortResponse:
+        caller = await caller_of(context, self._front.access)
         for theirs in request.request_ids:
-            for ours in tuple(self._active.get(theirs, ())):
+            for ours in tuple(self._active.get((caller.tenant, theirs), ())):
                 self._front.cancel(ours)
         return vllm.AbortResponse()
 

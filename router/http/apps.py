@@ -1,6 +1,7 @@
 """The two HTTP apps of a router: one for clients, one for those who run the cluster.
 
-Owns which path is whose. Each path's handler is a module of its own.
+Owns which path is whose. Each path's handler is a module of its own. Once there are keys, every path but /health needs one
+(`router/http/gate.py`), on the admin port one of the role admin.
 
     client_app   router.http_port    /health, OpenAI's paths (router/http/openai/routes.py), the live page to read
     admin_app    router.admin_port   /health /metrics, the live page with what it can start
@@ -18,6 +19,7 @@ from starlette.routing import Route
 
 from router.front import Front
 from router.http.errors import on_bug, on_http_error, on_tandem_error
+from router.http.gate import Gate
 from router.http.live_page import page_routes
 from router.http.openai.routes import openai_routes
 from router.trace_context import TraceHeaders
@@ -28,8 +30,9 @@ HANDLERS = {TandemError: on_tandem_error, HTTPException: on_http_error, Exceptio
 
 def client_app(front: Front) -> Starlette:
     """What clients reach."""
+    gate = Middleware(Gate, front.access, admin=False)
     routes = [_health(front), *openai_routes(front), *page_routes(front, "client")]
-    return Starlette(routes=routes, middleware=[Middleware(TraceHeaders)], exception_handlers=HANDLERS)
+    return Starlette(routes=routes, middleware=[gate, Middleware(TraceHeaders)], exception_handlers=HANDLERS)
 
 
 def admin_app(front: Front) -> Starlette:
@@ -38,8 +41,9 @@ def admin_app(front: Front) -> Starlette:
     async def metrics(request: Request) -> Response:
         return Response(generate_latest(front.metrics.registry), media_type=CONTENT_TYPE_LATEST)
 
+    gate = Middleware(Gate, front.access, admin=True)
     routes = [_health(front), Route("/metrics", metrics), *page_routes(front, "admin")]
-    return Starlette(routes=routes, exception_handlers=HANDLERS)
+    return Starlette(routes=routes, middleware=[gate], exception_handlers=HANDLERS)
 
 
 def _health(front: Front) -> Route:

@@ -9,7 +9,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
-from tandem.errors import InvalidRequest, Overloaded, TandemError
+from tandem.errors import InvalidRequest, Overloaded, TandemError, Unauthenticated
 
 log = logging.getLogger(__name__)
 
@@ -35,7 +35,11 @@ def internal_error_body() -> dict[str, object]:
 
 def error_response(error: TandemError) -> Response:
     """The answer to a request that ends with `error`."""
-    headers = {"Retry-After": str(math.ceil(error.retry_after_s))} if isinstance(error, Overloaded) else {}
+    headers = {}
+    if isinstance(error, Overloaded):
+        headers["Retry-After"] = str(math.ceil(error.retry_after_s))
+    if isinstance(error, Unauthenticated):
+        headers["WWW-Authenticate"] = "Bearer"
     return JSONResponse(tandem_error_body(error), error.http_code, headers)
 
 

@@ -9,6 +9,7 @@ import pytest
 
 from kvpool.keys import Key
 from protos.control import Capacity, Endpoints, Fence, Hello, RoleReport, RoutingGroup, Sampling, Tokens
+from router.access import Caller
 from router.explain import explain, hindsight
 from router.journal import Journal, Request, Summary
 from router.metrics import Metrics
@@ -56,10 +57,10 @@ def test_predictions_and_regret_are_metrics() -> None:
 def test_what_is_not_remembered_is_an_error_that_says_so() -> None:
     journal = Journal()
     with pytest.raises(InvalidRequest, match="not among the last 0"):
-        explain(journal, "")
+        explain(journal, "", Caller())
     journal.open(Request("running", (1,), Sampling(max_tokens=1), 1, 9.0), 0.0)
     with pytest.raises(InvalidRequest, match="has not ended"):
-        explain(journal, "running")
+        explain(journal, "running", Caller())
 
 
 def test_a_request_through_the_core_is_explained() -> None:
@@ -81,7 +82,7 @@ def test_a_request_through_the_core_is_explained() -> None:
     core.on_message("p0", EPOCH, RoleReport(fence, 16, 0, 384, [], 0.0, 0.0, 0.25), 1.3)
     core.on_message("p0", EPOCH, Tokens(fence, 0, 0, [7], finish_reason="length"), 1.3)
 
-    answer = explain(core.journal, "")
+    answer = explain(core.journal, "", Caller())
     assert (answer.request_id, answer.outcome, answer.num_prompt_tokens) == ("q", "completed", 400)
     assert answer.ttft_s == pytest.approx(0.3)
     (decision,) = answer.decisions
