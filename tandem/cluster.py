@@ -26,9 +26,12 @@ from typing import Any
 
 import psutil
 
+from router.operator import operator_credentials
+from router.secret import secret_path, shared_secret
 from tandem.client import Client, targets_of
 from tandem.clock import now_s
 from tandem.config import Config, WorkerConfig, dump_config, load_config, router_name
+from tandem.credentials import Credentials
 from tandem.errors import Cancelled, ConfigError, DeadlineExceeded, TandemError, error_from_code
 from tandem.logs import configure
 from tandem.ports import busy_ports, with_free_ports
@@ -145,9 +148,18 @@ class Cluster:
     Raises ConfigError for a configuration that can never be ready.
     """
 
-    def __init__(self, config: Config, *, entry_points: Mapping[str, str] = ENTRY_POINTS) -> None:
+    def __init__(
+        self,
+        config: Config,
+        *,
+        credentials: Credentials = Credentials(),
+        entry_points: Mapping[str, str] = ENTRY_POINTS,
+    ) -> None:
         check_replicas(config)
         self.config = with_free_ports(config)
+        if config.router.keys_file:
+            shared_secret(secret_path(config))  # the key to our own routers follows from it
+        self._credentials = operator_credentials(config, credentials)
         self._entry_points = entry_points
         self._actors: dict[str, Any] = {}
         self._roles: dict[str, str] = {}
@@ -167,6 +179,9 @@ class Cluster:
     def log_dir(self) -> Path:
         """The folder of the roles' logs, one file a process."""
         return self.config.run_path / "logs"
+
+    def _client(self, target: str) -> Client:
+        return Client(target, credentials=self._credentials)
 
     def __enter__(self) -> Cluster:
         return self
@@ -203,7 +218,7 @@ class Cluster:
                 self._start_role(router_name(number), "router")
             progress(f"starting the router at {self.target}")
             with contextlib.ExitStack() as open_clients:
-                clients = [open_clients.enter_context(Client(target)) for target in targets_of(self.target)]
+                clients = [open_clients.enter_context(self._client(target)) for target in targets_of(self.target)]
                 self._wait(clients, deadline_s, progress, pause, set())
                 names = {}
                 for role in ("pool", "prefill", "decode"):
@@ -269,7 +284,7 @@ class Cluster:
 
     def _listed(self) -> dict[str, int] | None:
         """The pid of each process that the router lists; None if it does not answer."""
-        with Client(self.target) as client, contextlib.suppress(TandemError):
+        with self._client(self.target) as client, contextlib.suppress(TandemError):
             return {process.name: process.pid for process in client.cluster(timeout_s=1.0).processes}
         return None
 

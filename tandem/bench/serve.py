@@ -19,6 +19,7 @@ from tandem.bench.report import Metric, metric, percentile
 from tandem.client import Client
 from tandem.clock import now_s
 from tandem.config import WorkerConfig
+from tandem.credentials import Credentials
 from tandem.errors import TandemError
 
 _PREFIX_TOKENS = (0, 128, 256, 384)
@@ -67,7 +68,7 @@ def sources(clients: int) -> list[Prompts]:
     return [Prompts(seed=number + 1) for number in range(clients)]
 
 
-def load(target: str, prompts: Sequence[Prompts], seconds: float) -> Load:
+def load(target: str, prompts: Sequence[Prompts], seconds: float, credentials: Credentials = Credentials()) -> Load:
     """Runs one closed loop for each of `prompts` against `target` for `seconds`; requests that have begun are waited for."""
     result, lock = Load(), threading.Lock()
     began_s = now_s()
@@ -84,7 +85,7 @@ def load(target: str, prompts: Sequence[Prompts], seconds: float) -> Load:
             with lock:
                 _add(result, sent_s, seen)
 
-    with Client(target) as client:
+    with Client(target, credentials=credentials) as client:
         threads = [threading.Thread(target=loop, args=(own,), name="client") for own in prompts]
         for thread in threads:
             thread.start()
@@ -132,11 +133,13 @@ class Reference:
         return result
 
 
-def rounds(target: str, reference: Reference, clients: int, seconds: float) -> Iterator[tuple[Load, Load]]:
+def rounds(
+    target: str, reference: Reference, clients: int, seconds: float, credentials: Credentials = Credentials()
+) -> Iterator[tuple[Load, Load]]:
     """Cluster and reference in turns, `NUM_ROUNDS` times, `seconds` of the cluster in all. A round with errors is the last."""
     prompts = sources(clients)
     for _ in range(NUM_ROUNDS):
-        cluster = load(target, prompts, seconds / NUM_ROUNDS)
+        cluster = load(target, prompts, seconds / NUM_ROUNDS, credentials)
         yield cluster, reference.waves(max(clients, min(cluster.num_requests, 3 * clients)))
         if cluster.errors:
             return

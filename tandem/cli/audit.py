@@ -11,11 +11,17 @@ from pathlib import Path
 
 import typer
 
-from tandem.cli.common import ConfigOption, JsonOption, TargetOption, print_json, target_of
+from tandem.cli.common import (
+    ConfigOption,
+    JsonOption,
+    TargetOption,
+    print_json,
+)
+from tandem.cli.reach import connect_own, given, target_of
 from tandem.cli.run_file import RunFile
 from tandem.client import Client, targets_of
 from tandem.clock import now_s
-from tandem.config import load_config
+from tandem.config import Config, load_config
 
 _ARENA = "/memfd:tandem-arena"
 
@@ -35,7 +41,7 @@ def audit(config_path: ConfigOption = None, target: TargetOption = "", as_json: 
     the ledger, shared memory; and look for what dead processes left on this machine. Exit code 0 only if all agree."""
     config = load_config(config_path)
     ok = True
-    for check in (*_routers(target_of(target, config)), left_memory(), left_run_file(config.run_path)):
+    for check in (*_routers(target, config), left_memory(), left_run_file(config.run_path)):
         ok &= check.ok
         if as_json:
             print_json({"check": check.check, "ok": check.ok, "evidence": check.evidence, "seconds": check.seconds})
@@ -45,12 +51,12 @@ def audit(config_path: ConfigOption = None, target: TargetOption = "", as_json: 
         raise typer.Exit(1)
 
 
-def _routers(target: str) -> Iterator[Check]:
+def _routers(target: str, config: Config) -> Iterator[Check]:
     """Each router has its own beliefs."""
-    targets = targets_of(target)
+    targets = targets_of(target_of(target, config))
     for one in targets:
         began_s = now_s()
-        with Client(one) as client:
+        with Client(one, credentials=given()) if target else connect_own(config, one) as client:
             answer = client.audit()
         seconds = now_s() - began_s
         for check in answer.checks:

@@ -23,6 +23,7 @@ from tandem.bench.ladder.results import Step
 from tandem.bench.report import Metric, as_line, header
 from tandem.bench.serve import Load
 from tandem.cli.common import ConfigOption, JsonOption, print_json, stderr, stdout
+from tandem.cli.reach import given
 from tandem.cli.serve import stop_on_signals
 from tandem.config import Config, cache_dir, load_config
 from tandem.errors import ConfigError
@@ -173,7 +174,9 @@ def serve(
     reference = bench.Reference(path, config.model.dtype, config.decode, clients)
     measured: list[tuple[Load, Load]] = []
     with contextlib.nullcontext(target) if target else _own_cluster(config) as reached:
-        for number, (cluster, local) in enumerate(bench.rounds(reached, reference, clients, seconds or 60.0), 1):
+        for number, (cluster, local) in enumerate(
+            bench.rounds(reached, reference, clients, seconds or 60.0, given()), 1
+        ):
             measured.append((cluster, local))
             note = (
                 f"round {number} of {bench.NUM_ROUNDS}: {cluster.num_requests} requests, {len(cluster.errors)} errors"
@@ -488,8 +491,8 @@ def _own_cluster(config: Config, stop: threading.Event | None = None) -> Iterato
     from tandem.cluster import Cluster
 
     with tempfile.TemporaryDirectory(prefix="tandem-bench-") as folder:
-        ports = config.router.model_copy(update={"grpc_port": 0, "control_port": 0, "http_port": 0, "admin_port": 0})
-        with Cluster(config.model_copy(update={"run_dir": folder, "router": ports})) as cluster:
+        own = {"run_dir": folder, "router": config.router.private()}
+        with Cluster(config.model_copy(update=own)) as cluster:
             cluster.start(progress=_say, stop=stop)
             yield cluster.target
 

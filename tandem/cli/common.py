@@ -1,4 +1,4 @@
-"""What several subcommands share: options, where the cluster answers, JSON lines, tables.
+"""What several subcommands share: options, JSON lines, tables.
 
 Owns no command and keeps no state.
 """
@@ -20,8 +20,6 @@ from rich.measure import Measurement
 from rich.table import Table
 
 from protos import tandem_pb2 as pb
-from tandem.cli.run_file import RunFile
-from tandem.config import Config, load_config
 
 _PIPED_WIDTH = 200
 """Columns where stdout is no terminal: whatever reads it has no edge to fit."""
@@ -40,19 +38,6 @@ TargetOption = Annotated[
     ),
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="One JSON object a line, for programs.")]
-
-
-def target_of(target: str, config: Config) -> str:
-    """Where the router answers: `target` if given, else what the running cluster's run file says, else the configuration."""
-    if target:
-        return target
-    running = RunFile(config.run_path).read()
-    return running.target if running else config.router.grpc_target
-
-
-def configured_target(target: str, config_path: Path | None) -> str:
-    """As `target_of`, from the path of a configuration."""
-    return target or target_of("", load_config(config_path))
 
 
 def print_json(values: dict[str, Any]) -> None:

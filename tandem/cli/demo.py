@@ -38,8 +38,8 @@ def demo(
 
     check_prompt(prompt)
     with tempfile.TemporaryDirectory(prefix="tandem-demo-") as folder:
-        ports = {"grpc_port": 0, "control_port": 0, "http_port": 0, "admin_port": 0}
-        config = load_config(config_path, {"run_dir": folder, "router": ports})
+        config = load_config(config_path)
+        config = config.model_copy(update={"run_dir": folder, "router": config.router.private()})
         cluster = Cluster(config)
         if config.model.path in KNOWN_MODELS:
             pull_with_bar(config.model.path)

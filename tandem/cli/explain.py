@@ -12,8 +12,8 @@ from rich.box import SIMPLE
 from rich.table import Table
 
 from protos import tandem_pb2 as pb
-from tandem.cli.common import ConfigOption, JsonOption, TargetOption, as_dict, configured_target, print_json, stdout
-from tandem.client import Client
+from tandem.cli.common import ConfigOption, JsonOption, TargetOption, as_dict, print_json, stdout
+from tandem.cli.reach import connect
 
 
 def explain(
@@ -24,7 +24,7 @@ def explain(
 ) -> None:
     """Why a request went where it went: every worker that was weighed with its predicted seconds, the choice, what happened, and
     what the best choice would have been in hindsight."""
-    with Client(configured_target(target, config_path)) as client:
+    with connect(target, config_path) as client:
         answer = client.explain(request_id)
     if as_json:
         print_json(as_dict(answer))

@@ -14,11 +14,11 @@ from tandem.cli.common import (
     JsonOption,
     TargetOption,
     as_dict,
-    configured_target,
     print_json,
     report_lines,
     stderr,
 )
+from tandem.cli.reach import connect
 from tandem.client import Client, Prompt
 from tandem.clock import now_s
 from tandem.errors import DeadlineExceeded, InvalidRequest, TandemError
@@ -164,7 +164,7 @@ def generate(
         ignore_eos=ignore_eos,
     )
     whole: Prompt = text if raw else [*([("system", system)] if system else []), ("user", text)]
-    with Client(configured_target(target, config_path)) as client:
+    with connect(target, config_path) as client:
         began_s = now_s()
         try:
             answer = stream(
@@ -206,7 +206,7 @@ def chat(
     sampling = pb.SamplingParams(max_tokens=max_tokens, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
     messages: list[tuple[str, str]] = [("system", system)] if system else []
     prompt = "> " if sys.stdin.isatty() else ""
-    with Client(configured_target(target, config_path)) as client:
+    with connect(target, config_path) as client:
         client.cluster()  # a wrong address is said before the first question
         try:
             while True:

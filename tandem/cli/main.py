@@ -7,10 +7,13 @@ Ray is imported by the subcommand that needs it, so that `--help` is quick.
 from __future__ import annotations
 
 import sys
+from typing import Annotated
 
 import typer
 
-from tandem.cli import audit, bench, capacity, curve, demo, doctor, drill, explain, generate, models, serve, sim
+from tandem.cli import audit, bench, capacity, curve, demo, doctor, drill, explain, generate, keys, models, serve, sim
+from tandem.cli.reach import give
+from tandem.credentials import Credentials, Tls
 from tandem.errors import TandemError
 
 app = typer.Typer(
@@ -21,6 +24,29 @@ app = typer.Typer(
     help="Serve a language model on a cluster that runs prefill and decode on different workers.",
     epilog="Exit code 0 means that all is ok, always.",
 )
+
+
+@app.callback()
+def _credentials(
+    api_key: Annotated[
+        str, typer.Option(envvar="TANDEM_API_KEY", help="What goes with each call to a router that wants a key.")
+    ] = "",
+    tls_ca: Annotated[
+        str,
+        typer.Option(
+            envvar="TANDEM_TLS_CA", help="PEM file: the authority of the routers' certificates; turns TLS on."
+        ),
+    ] = "",
+    tls_cert: Annotated[
+        str,
+        typer.Option(envvar="TANDEM_TLS_CERT", help="PEM file: this client's certificate, where routers ask for one."),
+    ] = "",
+    tls_key: Annotated[str, typer.Option(envvar="TANDEM_TLS_KEY", help="PEM file: its key.")] = "",
+) -> None:
+    tls = Tls(tls_ca, tls_cert, tls_key) if tls_ca or tls_cert or tls_key else None
+    give(Credentials(api_key, tls))
+
+
 app.command()(models.pull)
 app.command()(serve.serve)
 app.command()(serve.down)
@@ -33,6 +59,7 @@ app.command()(doctor.doctor)
 app.command()(drill.drill)
 app.command()(demo.demo)
 app.command()(capacity.capacity)
+app.add_typer(keys.app, name="keys")
 app.add_typer(bench.app, name="bench")
 app.add_typer(sim.app, name="sim")
 app.add_typer(curve.app, name="curve")

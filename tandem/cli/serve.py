@@ -23,11 +23,11 @@ from tandem.cli.common import (
     TargetOption,
     as_dict,
     cluster_table,
-    configured_target,
     link_lines,
     print_json,
     stdout,
 )
+from tandem.cli.reach import connect, connect_own, given
 from tandem.cli.run_file import RunFile
 from tandem.client import Client
 from tandem.clock import now_s
@@ -82,7 +82,7 @@ def serve(
     try:
         if left_behind is not None:
             remove_stale_ray_dir(left_behind.ray_dir)
-        with stop_on_signals() as stop, Cluster(config) as cluster:
+        with stop_on_signals() as stop, Cluster(config, credentials=given()) as cluster:
             run_file.write(cluster.target)
             cluster.start(
                 progress=_say,
@@ -92,7 +92,7 @@ def serve(
                 address=address,
             )
             _say(f"ready: {cluster.target} serves {config.model.path}; logs are in {cluster.log_dir}")
-            with Client(cluster.target) as client, _live_table() as show:
+            with connect_own(config, cluster.target) as client, _live_table() as show:
                 while not stop.wait(_LOOK_S):
                     for line in cluster.supervise():
                         _say(line)
@@ -142,7 +142,7 @@ def down(config_path: ConfigOption = None) -> None:
 
 def status(config_path: ConfigOption = None, target: TargetOption = "", as_json: JsonOption = False) -> None:
     """Show what runs where. Exit code 0 only if the cluster is ready."""
-    with Client(configured_target(target, config_path)) as client:
+    with connect(target, config_path) as client:
         cluster = client.cluster()
     if as_json:
         print_json(as_dict(cluster))

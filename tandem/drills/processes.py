@@ -16,9 +16,12 @@ from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 from protos import tandem_pb2 as pb
+from router.operator import operator_credentials
+from router.secret import secret_path, shared_secret
 from tandem.client import Client
 from tandem.clock import now_s
 from tandem.config import Config, dump_config, load_config, merged
+from tandem.credentials import Credentials
 from tandem.errors import DeadlineExceeded, TandemError
 from tandem.ports import with_free_ports
 
@@ -65,7 +68,11 @@ class ProcessCluster:
     """Processes that share a configuration, `own` of one of them merged into it. Nothing runs before `start` or `spawn`."""
 
     def __init__(
-        self, folder: Path, overrides: Mapping[str, Any], own: Mapping[str, Mapping[str, Any]] | None = None
+        self,
+        folder: Path,
+        overrides: Mapping[str, Any],
+        own: Mapping[str, Mapping[str, Any]] | None = None,
+        credentials: Credentials = Credentials(),
     ) -> None:
         self.folder = folder
         ports = {"grpc_port": 0, "control_port": 0, "http_port": 0, "admin_port": 0}
@@ -76,7 +83,9 @@ class ProcessCluster:
         self.config_file = folder / "config.yaml"
         self.config_file.write_text(dump_config(self.config), encoding="utf-8")
         self.processes: dict[str, Process] = {}
-        self.client = Client(self.config.router.grpc_target)
+        if self.config.router.keys_file:
+            shared_secret(secret_path(self.config))
+        self.client = Client(self.config.router.grpc_target, credentials=operator_credentials(self.config, credentials))
 
     def start(self, names: Sequence[str]) -> None:
         """Starts these at once and waits until all are listed."""

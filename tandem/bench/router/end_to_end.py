@@ -76,10 +76,7 @@ class EndToEnd:
         cores = sorted(os.sched_getaffinity(0))
         others = cores[1:] or cores
         limits = config.limits.model_copy(update={"max_active_requests": max(1024, config.limits.max_active_requests)})
-        ports = config.router.model_copy(
-            update={"host": "127.0.0.1", "grpc_port": 0, "control_port": 0, "http_port": 0, "admin_port": 0}
-        )
-        served = config.model_copy(update={"router": ports, "limits": limits})
+        served = config.model_copy(update={"router": config.router.private(), "limits": limits})
         with ExitStack() as running:
             self._router = running.enter_context(children.child("the router", "router_process"))
             self._workers = running.enter_context(children.child("the workers", "fake_workers"))
