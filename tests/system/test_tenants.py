@@ -1,0 +1,133 @@
+"""What one tenant can find out of another's prompts by asking: nothing, measured on a real cluster.
+
+The second tenant sends prompts that the first one has sent and prompts that nobody has. If it could tell them apart, by hits or
+by the time to its first token, it could try out what others ask. That the same measure tells a tenant's own hits from its misses
+shows that it would see a difference if there were one.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+import time
+from collections.abc import Iterator, Sequence
+
+import pytest
+
+from protos import tandem_pb2 as pb
+from router.keyring import api_key
+from router.keys_file import KeysFile
+from tandem.client import Client
+from tandem.credentials import Credentials
+from tests.system.harness import RunningCluster
+
+NUM_PROMPTS = 200
+PROMPT_TOKENS = 192
+SIGNIFICANT = 0.01
+VOCABULARY = (1_000, 40_000)
+
+
+def ks_p_value(one: Sequence[float], other: Sequence[float]) -> float:
+    """Of the two-sided Kolmogorov–Smirnov test that both are drawn from one distribution, by its asymptotic series (Smirnov,
+    *Table for estimating the goodness of fit of empirical distributions*, Ann. Math. Stat. 1948)."""
+    values = sorted([(value, 1 / len(one)) for value in one] + [(value, -1 / len(other)) for value in other])
+    distance = height = 0.0
+    for number, (value, step) in enumerate(values):
+        height += step
+        if number + 1 == len(values) or values[number + 1][0] != value:
+            distance = max(distance, abs(height))
+    x = distance * math.sqrt(len(one) * len(other) / (len(one) + len(other)))
+    if x < 0.2:
+        return 1.0  # where the series converges slowly, and p is 1 to twelve digits
+    series = sum((-1) ** (k - 1) * math.exp(-2 * (k * x) ** 2) for k in range(1, 101))
+    return min(1.0, max(0.0, 2 * series))
+
+
+def test_the_measure_knows_equal_from_different() -> None:
+    rng = random.Random(1)
+    same = [[rng.gauss(0, 1) for _ in range(200)] for _ in range(100)]
+    p_values = [ks_p_value(one, other) for one, other in zip(same[:50], same[50:], strict=True)]
+    assert 0.2 < sum(p_values) / len(p_values) < 0.8
+    assert sum(p < 0.05 for p in p_values) < 10
+    assert ks_p_value(same[0], [value + 1.0 for value in same[1]]) < 1e-6
+    assert ks_p_value(same[0], same[0]) == 1.0
+    # Tables have 1.949 * sqrt(2 / 200) = 0.1949 for two samples of 200 at 0.1 %: this is 39 / 200.
+    ranks = [float(rank) for rank in range(200)]
+    assert ks_p_value(ranks, [rank + 38.5 for rank in ranks]) == pytest.approx(0.001, rel=0.01)
+
+
+@pytest.fixture(scope="module")
+def tenants(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Client, Client]]:
+    """Clients of two tenants of one cluster, that decodes and prefills in one worker, with a pool."""
+    folder = tmp_path_factory.mktemp("tenants")
+    file = KeysFile(folder / "keys.yaml")
+    for name in ("first", "second"):
+        file.update(lambda keyring, name=name: keyring.with_key(api_key(name, name, "client", f"tdm_{name}")))
+    running = RunningCluster(folder, {"router": {"keys_file": str(file.path)}, "prefill": {"replicas": 0}})
+    try:
+        running.start(("router", "pool-0", "decode-0"))
+        target = running.config.router.grpc_target
+        with (
+            Client(target, credentials=Credentials("tdm_first")) as first,
+            Client(target, credentials=Credentials("tdm_second")) as second,
+        ):
+            yield first, second
+    finally:
+        codes = running.stop()
+    assert set(codes.values()) == {0}, f"{codes}\n{running.logs()}"
+
+
+def ask(client: Client, prompt: list[int]) -> tuple[float, int, str]:
+    """Seconds to the first token as its client sees them, tokens that were found, and the text."""
+    sent_s, ttft_s, text, cached = time.perf_counter(), math.nan, "", -1
+    for event in client.generate(prompt, pb.SamplingParams(max_tokens=2, ignore_eos=True), timeout_s=60):
+        if event.HasField("chunk"):
+            ttft_s = ttft_s if text or not math.isnan(ttft_s) else time.perf_counter() - sent_s
+            text += event.chunk.text
+        elif event.HasField("completed"):
+            cached = event.completed.num_cached_tokens
+    return ttft_s, cached, text
+
+
+class Measured:
+    """One round: times to first token of each kind, in seconds."""
+
+    def __init__(self, first: Client, second: Client, seed: int) -> None:
+        rng = random.Random(seed)
+        self.missed: list[float] = []
+        self.hit: list[float] = []
+        self.asked_by_first: list[float] = []
+        self.asked_by_nobody: list[float] = []
+        for _ in range(NUM_PROMPTS):
+            prompt, fresh = ([rng.randint(*VOCABULARY) for _ in range(PROMPT_TOKENS)] for _ in range(2))
+            ttft_s, cached, text = ask(first, prompt)
+            self.missed.append(ttft_s)
+            assert cached == 0
+            ttft_s, cached, again = ask(first, prompt)
+            self.hit.append(ttft_s)
+            assert cached >= PROMPT_TOKENS // 2
+            assert again == text
+            # In either order: what one request does to the next must not show as a difference between the two kinds.
+            kinds = [(prompt, self.asked_by_first), (fresh, self.asked_by_nobody)]
+            rng.shuffle(kinds)
+            for tokens, times_s in kinds:
+                ttft_s, cached, other = ask(second, tokens)
+                times_s.append(ttft_s)
+                assert cached == 0, "the second tenant has a hit on what the first one asked"
+                assert tokens is fresh or other == text
+
+
+@pytest.mark.slow
+def test_the_second_tenant_can_not_tell_what_the_first_one_asked(tenants: tuple[Client, Client]) -> None:
+    for client in tenants:
+        ask(client, list(range(*VOCABULARY))[:PROMPT_TOKENS])  # whatever is slower once
+    # Even where there is no difference, one round of a hundred shows one at this level; two in a row are one of ten thousand.
+    for seed in (1, 2):
+        measured = Measured(*tenants, seed)
+        told = ks_p_value(measured.missed, measured.hit)
+        p_value = ks_p_value(measured.asked_by_first, measured.asked_by_nobody)
+        print(f"own misses and hits: p = {told:.2g}; asked by the first or by nobody: p = {p_value:.2g}")
+        assert told < SIGNIFICANT, "the measure is too coarse: it doesn't tell a tenant's own hits from its misses"
+        if p_value > SIGNIFICANT:
+            return
+    pytest.fail(f"times to first token tell what the first tenant asked: p = {p_value:.2g}")
