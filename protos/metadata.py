@@ -4,7 +4,7 @@ AUTHORIZATION = "authorization"
 """`Bearer` and a key, as in HTTP's header."""
 
 TENANT = "tandem-tenant"
-"""By which the line for room is shared fairly. Who may call may claim any: it decides nothing else."""
+"""By which the line for room is shared fairly where there are no API keys: who calls may claim any. With keys nobody reads it."""
 MAX_TENANT_CHARS = 128
 
 TRACEPARENT = "traceparent"
