@@ -59,7 +59,7 @@ class Access:
         callers = [(digest_of(operator_key(self._secret)), Caller())]
         for key in keyring.keys:
             rules = keyring.rules(key.tenant)
-            salt = b"" if rules.shared else tenant_salt(self._secret, key.tenant)
+            salt = b"" if rules.shared else tenant_salt(self._secret, key.tenant, rules.generation)
             callers.append((key.sha256, Caller(key.tenant, key.role == "admin", salt, rules)))
         self._callers = callers
 

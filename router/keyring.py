@@ -39,6 +39,8 @@ class TenantRules(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_
 
     shared: bool = False
     """It uses the prefix cache that all shared tenants have together, instead of one of its own."""
+    generation: Limit = 0
+    """Of its salt: when it changes, nothing that was cached for it is found any more."""
     requests_per_minute: Limit = 0
     tokens_per_minute: Limit = 0
     """Of prompts and answers together."""

@@ -56,9 +56,10 @@ def secret_path(config: Config) -> Path:
     return Path(config.router.secret_file or config.run_path / "router.secret").expanduser()
 
 
-def tenant_salt(secret: bytes, tenant: str) -> bytes:
-    """What makes a tenant's KV blocks its own: the same at every router, and nobody can tell it who doesn't know the secret."""
-    return hmac.digest(secret, b"tandem/tenant-salt/1" + tenant.encode(), "sha256")[:SALT_BYTES]
+def tenant_salt(secret: bytes, tenant: str, generation: int = 0) -> bytes:
+    """What makes a tenant's KV blocks its own: the same at every router, and nobody can tell it who doesn't know the secret.
+    Another `generation` is another salt."""
+    return hmac.digest(secret, f"tandem/tenant-salt/1/{generation}/{tenant}".encode(), "sha256")[:SALT_BYTES]
 
 
 def operator_key(secret: bytes) -> str:

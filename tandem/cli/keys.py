@@ -6,7 +6,6 @@ Owns the commands; the file is `router/keys_file.py`'s. A key is printed once, w
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
 
@@ -15,7 +14,7 @@ import typer
 from rich.box import SIMPLE
 from rich.table import Table
 
-from router.keyring import Keyring, TenantRules, api_key, new_key
+from router.keyring import Keyring, api_key, new_key
 from router.keys_file import KeysFile
 from tandem.cli.common import ConfigOption, JsonOption, print_json, stdout
 from tandem.config import load_config
@@ -73,6 +72,9 @@ def tenant(
         bool | None,
         typer.Option("--shared/--not-shared", help="It shares one prefix cache with all others that do."),
     ] = None,
+    forget_cache: Annotated[
+        bool, typer.Option("--forget-cache", help="Nothing that was cached for it until now is found any more.")
+    ] = False,
     file: FileOption = None,
     config_path: ConfigOption = None,
 ) -> None:
@@ -83,15 +85,14 @@ def tenant(
         "max_concurrent": max_concurrent,
         "shared": shared,
     }
-    _file(file, config_path).update(_with(name, {key: value for key, value in given.items() if value is not None}))
 
-
-def _with(name: str, given: dict[str, int | bool]) -> Callable[[Keyring], Keyring]:
     def change(keyring: Keyring) -> Keyring:
-        rules: TenantRules = msgspec.structs.replace(keyring.rules(name), **given)
-        return keyring.with_rules(name, rules)
+        rules = keyring.rules(name)
+        changed = {key: value for key, value in given.items() if value is not None}
+        changed["generation"] = rules.generation + forget_cache
+        return keyring.with_rules(name, msgspec.structs.replace(rules, **changed))
 
-    return change
+    _file(file, config_path).update(change)
 
 
 @app.command("list")

@@ -12,7 +12,7 @@ import trustme
 import yaml
 from typer.testing import CliRunner, Result
 
-from router.keyring import digest_of
+from router.keyring import TenantRules, digest_of
 from router.keys_file import KeysFile
 from tandem.cli.main import app
 from tandem.errors import InvalidRequest, PermissionDenied, TandemError, Unauthenticated
@@ -55,6 +55,7 @@ def test_a_tenants_rules_are_changed_one_by_one_and_outlive_its_keys(keys_file: 
         "tenant": "acme",
         "role": "admin",
         "shared": True,
+        "generation": 0,
         "requests_per_minute": 60,
         "tokens_per_minute": 0,
         "max_concurrent": 4,
@@ -65,6 +66,9 @@ def test_a_tenants_rules_are_changed_one_by_one_and_outlive_its_keys(keys_file: 
     tandem("keys", "tenant", "acme", "--not-shared", "--requests-per-minute", "0", "-f", file)
     assert KeysFile(keys_file).read().rules("acme").max_concurrent == 4
     assert not KeysFile(keys_file).read().rules("acme").shared
+    for _ in range(2):
+        tandem("keys", "tenant", "acme", "--forget-cache", "-f", file)
+    assert KeysFile(keys_file).read().rules("acme") == TenantRules(generation=2, max_concurrent=4)
 
 
 @pytest.mark.parametrize(

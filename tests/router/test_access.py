@@ -73,6 +73,9 @@ def test_each_tenant_has_a_salt_that_all_routers_agree_on_and_shared_ones_have_n
     assert salts["c"] == b""
     assert Access(b"t" * 32, KEYRING).caller("Bearer tdm_a", "").salt != salts["a"]
     assert tenant_salt(SECRET, "acme") == salts["a"]
+    access.use(KEYRING.with_rules("acme", TenantRules(generation=1)))
+    assert access.caller("Bearer tdm_a", "").salt == tenant_salt(SECRET, "acme", 1) != salts["a"]
+    assert access.caller("Bearer tdm_b", "").salt == salts["b"]
 
 
 def test_keys_that_are_taken_up_replace_those_of_before() -> None:

@@ -189,6 +189,22 @@ def test_tenants_have_roots_of_their_own_and_shared_ones_have_that_without_a_sal
     assert len({salted("acme"), salted("bolt"), ROOT}) == 3
 
 
+def test_a_tenants_cache_can_be_forgotten_and_its_answers_stay_exact(door: Door) -> None:
+    events = door.ask("acme")
+    access = door.router.server.access
+    before = access.caller(f"Bearer {key_of('acme')}", "").salt
+    door.set_rules("acme", generation=1)
+    wait_for(lambda: access.caller(f"Bearer {key_of('acme')}", "").salt != before)
+    request = pb.GenerateRequest(prompt=LONG, sampling=pb.SamplingParams(max_tokens=5))
+    request.resume.ticket = events[0].accepted.ticket
+    request.resume.samples.add(token_ids=events[1].chunk.token_ids)
+    metadata = (("authorization", f"Bearer {key_of('acme')}"),)
+    resumed = list(door.router.stub.Generate(request, timeout=20, metadata=metadata))
+    assert resumed[-1].completed.exact
+    first, second = door.roots()
+    assert first == salted("acme") != second
+
+
 def test_without_keys_roots_have_no_salt_and_tenants_are_as_claimed(router: Router) -> None:
     decode = router.add("decode-0", "decode")
     metadata = ((TENANT, "acme"), ("authorization", "Bearer tdm_of-bolt"))
