@@ -47,16 +47,19 @@ def key_of(name: str) -> str:
 class Door:
     """A router with keys, one decode worker, and clients with their keys."""
 
-    def __init__(self, make_router: Callable[..., Router], folder: Path, **router: Any) -> None:
+    def __init__(
+        self, make_router: Callable[..., Router], folder: Path, secret: Path | None = None, **router: Any
+    ) -> None:
         self._clients: dict[str, Client] = {}
         self.file = KeysFile(folder / "keys.yaml")
         for name, (tenant, role) in KEYS.items():
             entry = api_key(name, tenant, role, key_of(name))
             self.file.update(lambda keyring, entry=entry: keyring.with_key(entry))
         self.set_rules("common", shared=True)
-        secret = folder / "secret"
+        secret = secret or folder / "secret"
         secret.write_bytes(SECRET)
-        self.router = make_router(router={"keys_file": str(self.file.path), "secret_file": str(secret), **router})
+        settings = {"keys_file": str(self.file.path), "secret_file": str(secret), **router}
+        self.router = make_router(router=settings, drain_s=0.1)
         self.target = f"127.0.0.1:{self.router.server.grpc_port}"
         self.decode: FakeWorker = self.router.add("decode-0", "decode")
 
@@ -187,6 +190,25 @@ def test_tenants_have_roots_of_their_own_and_shared_ones_have_that_without_a_sal
         door.ask(name)
     assert door.roots() == [salted("acme"), salted("acme"), salted("bolt"), ROOT]
     assert len({salted("acme"), salted("bolt"), ROOT}) == 3
+
+
+def test_an_answer_goes_on_at_another_router_with_the_key_and_from_the_tenants_own_blocks(
+    make_router: Callable[..., Router], tmp_path: Path
+) -> None:
+    doors = [Door(make_router, tmp_path / name, secret=tmp_path / "secret") for name in ("one", "two")]
+    for one in doors:
+        one.decode.step_s = 0.03
+    with Client(",".join(one.target for one in doors), credentials=Credentials(key_of("acme"))) as client:
+        stream = client.generate(LONG, pb.SamplingParams(max_tokens=60), timeout_s=60)
+        events = []
+        for event in stream:
+            events.append(event)
+            if event.chunk.position >= 10 and stream.num_resumes == 0:
+                doors[client._preferred].router.stop.set()
+    assert stream.num_resumes == 1
+    assert text_of(events) == reference(LONG, 60)
+    assert events[-1].completed.exact
+    assert [one.roots() for one in doors] == [[salted("acme")]] * 2
 
 
 def test_a_tenants_cache_can_be_forgotten_and_its_answers_stay_exact(door: Door) -> None:
