@@ -27,7 +27,7 @@ class Gate:
         self._admin = admin
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["path"] not in OPEN_PATHS:
+        if scope["type"] != "lifespan" and scope["path"] not in OPEN_PATHS:
             try:
                 caller = _caller(self._access, Headers(scope=scope))
                 if self._admin:
