@@ -6,7 +6,6 @@ Owns which paths are open. A path that is added later is behind it from the firs
 from __future__ import annotations
 
 from starlette.datastructures import Headers
-from starlette.requests import HTTPConnection
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from protos.metadata import AUTHORIZATION, TENANT
@@ -14,8 +13,10 @@ from router.access import Access, Caller
 from router.http.errors import error_response
 from tandem.errors import TandemError
 
-OPEN_PATHS = frozenset({"/health"})
-"""What they say is no secret, and who watches over a router has no key."""
+OPEN_PATHS = frozenset({"/health", "/"})
+"""What they say is no secret, and neither who watches over a router nor a browser that opens the live page has a key."""
+OPEN_FOLDER = "/page/"
+"""Of the live page's own files. What the page shows needs a key, which it asks for."""
 
 
 class Gate:
@@ -27,9 +28,9 @@ class Gate:
         self._admin = admin
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "lifespan" and scope["path"] not in OPEN_PATHS:
+        if scope["type"] != "lifespan" and not _is_open(scope["path"]):
             try:
-                caller = _caller(self._access, Headers(scope=scope))
+                caller = caller_by(Headers(scope=scope), self._access)
                 if self._admin:
                     caller.check_admin(scope["path"])
             except TandemError as error:
@@ -38,10 +39,10 @@ class Gate:
         await self._app(scope, receive, send)
 
 
-def caller_of(access: Access, request: HTTPConnection) -> Caller:
-    """Who asks. Raises Unauthenticated if that must be said and isn't."""
-    return _caller(access, request.headers)
+def _is_open(path: str) -> bool:
+    return path in OPEN_PATHS or path.startswith(OPEN_FOLDER)
 
 
-def _caller(access: Access, headers: Headers) -> Caller:
+def caller_by(headers: Headers, access: Access) -> Caller:
+    """Who sends these. Raises Unauthenticated if that must be said and isn't."""
     return access.caller(headers.get(AUTHORIZATION, ""), headers.get(TENANT, ""))

@@ -25,9 +25,9 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
-from protos.metadata import AUTHORIZATION, TENANT
 from router.access import Caller
 from router.front import Front
+from router.http.gate import caller_by
 from router.live_feed import Audience, LiveFeed, Watcher
 
 FILES = Path(__file__).parent / "page"
@@ -58,13 +58,13 @@ class _File:
 
 
 def page_routes(front: Front, audience: Audience) -> list[Route]:
-    """The page as it is for those who may do everything, or for all others."""
+    """The page as it is for those who may do everything, or for all others. It shows all tenants' requests and what they had
+    cached: where there are keys, to those of the role admin alone, on either port."""
     files = {path.name: _read(path) for path in sorted(FILES.iterdir()) if path.suffix in TYPES}
 
     def caller(request: Request) -> Caller:
-        asks = front.access.caller(request.headers.get(AUTHORIZATION, ""), request.headers.get(TENANT, ""))
-        if audience == "admin" and not asks.is_admin:
-            raise HTTPException(403, "this needs the role admin")
+        asks = caller_by(request.headers, front.access)
+        asks.check_admin("the live page")
         return asks
 
     async def index(request: Request) -> Response:
@@ -81,8 +81,7 @@ def page_routes(front: Front, audience: Audience) -> list[Route]:
         return _EventStream(front.live, front.live.watch(audience), front.client_patience_s)
 
     async def explain(request: Request) -> Response:
-        caller(request)
-        explained = front.explain(request.path_params["request_id"])
+        explained = front.explain(request.path_params["request_id"], caller(request))
         if audience != "admin":
             explained.ClearField("error")
         return _json(explained)

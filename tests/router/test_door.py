@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import grpc
+import openai
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
@@ -353,7 +354,7 @@ def test_http_asks_for_keys_too_and_the_admin_port_for_those_of_admins(
     make_router: Callable[..., Router], tmp_path: Path
 ) -> None:
     ports = free_port(), free_port()
-    Door(make_router, tmp_path, http_port=ports[0], admin_port=ports[1])
+    door = Door(make_router, tmp_path, http_port=ports[0], admin_port=ports[1])
     client, admin = (f"http://127.0.0.1:{port}" for port in ports)
     for url in (client, admin):
         wait_for(lambda url=url: get(f"{url}/health")[0] == 200)
@@ -369,6 +370,13 @@ def test_http_asks_for_keys_too_and_the_admin_port_for_those_of_admins(
     assert status == 403
     assert "permission_error" in body
     assert get(f"{admin}/metrics", key_of("ops"))[0] == 200
+    asked = {"model": "fake", "prompt": LONG, "max_tokens": 5}
+    with openai.OpenAI(base_url=f"{client}/v1", api_key="none", max_retries=0, timeout=60.0) as stranger:
+        with pytest.raises(openai.AuthenticationError):
+            stranger.completions.create(**asked)
+    with openai.OpenAI(base_url=f"{client}/v1", api_key=key_of("acme"), max_retries=0, timeout=60.0) as known:
+        assert known.completions.create(**asked).choices[0].text == reference(LONG, 5)
+    assert door.roots() == [salted("acme")]
 
 
 def test_a_tenants_quota_is_kept_and_the_client_told_when_to_come_back(door: Door) -> None:

@@ -22,10 +22,10 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.types import Receive, Scope, Send
 
 from protos import tandem_pb2 as pb
-from protos.metadata import TENANT
 from router.access import Caller
 from router.front import Front
 from router.http.errors import internal_error_body, tandem_error_body
+from router.http.gate import caller_by
 from router.http.openai.answers import Answered, Heading
 from router.http.openai.requests import Asked
 from tandem.errors import Cancelled, InvalidRequest, TandemError
@@ -92,7 +92,7 @@ def budget_of(request: Request) -> float | None:
 
 def caller_of(request: Request, front: Front) -> Caller:
     """Who asks."""
-    return front.access.caller(request.headers.get("authorization", ""), request.headers.get(TENANT, ""))
+    return caller_by(request.headers, front.access)
 
 
 @dataclass(frozen=True, slots=True)
