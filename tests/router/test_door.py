@@ -371,9 +371,9 @@ def test_http_asks_for_keys_too_and_the_admin_port_for_those_of_admins(
     assert "permission_error" in body
     assert get(f"{admin}/metrics", key_of("ops"))[0] == 200
     asked = {"model": "fake", "prompt": LONG, "max_tokens": 5}
-    with openai.OpenAI(base_url=f"{client}/v1", api_key="none", max_retries=0, timeout=60.0) as stranger:
-        with pytest.raises(openai.AuthenticationError):
-            stranger.completions.create(**asked)
+    stranger = openai.OpenAI(base_url=f"{client}/v1", api_key="none", max_retries=0, timeout=60.0)
+    with stranger, pytest.raises(openai.AuthenticationError):
+        stranger.completions.create(**asked)
     with openai.OpenAI(base_url=f"{client}/v1", api_key=key_of("acme"), max_retries=0, timeout=60.0) as known:
         assert known.completions.create(**asked).choices[0].text == reference(LONG, 5)
     assert door.roots() == [salted("acme")]

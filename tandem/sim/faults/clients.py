@@ -64,8 +64,8 @@ class Clients:
         self._shape = shape
         self._rng: random.Random = world.generator("clients")
         self.waiting: dict[str, Waiting] = {}
-        self._over: dict[str, RouterNode | None] = {}
-        """Ended requests, and who ended them."""
+        self._over: dict[str, tuple[RouterNode | None, int]] = {}
+        """Ended requests: who ended them, in which call."""
         self.totals = Totals()
         prefixes = [self._tokens(self._rng.choice((4, 8, 12))) for _ in range(6)]
         self._prefixes = prefixes
@@ -153,23 +153,24 @@ class Clients:
         """The router has been silent for long: clients go elsewhere, and it learns that their connections are closed."""
         for waiting in self.waiting.values():
             if waiting.router is router:
-                request_id = waiting.asked.request_id
-                router.run(lambda request_id=request_id: router.cancel(request_id))  # type: ignore[misc]
+                call = waiting.asked.request_id, waiting.resume_no
+                router.run(lambda call=call: router.cancel(*call))  # type: ignore[misc]
                 self._go_elsewhere(waiting)
 
     # --- what comes -----------------------------------------------------------------------------------------------------
 
-    def show(self, router: RouterNode, request_id: str, event: RequestEvent) -> None:
-        """A router has something for a client, whom it reaches a moment later if the router lives so long."""
-        self._world.after(STREAM_S, lambda: self._see(router, request_id, event))
+    def show(self, router: RouterNode, request_id: str, resume_no: int, event: RequestEvent) -> None:
+        """A router has something for a client, whom it reaches a moment later if the router lives so long and the client still
+        reads that call."""
+        self._world.after(STREAM_S, lambda: self._see(router, request_id, resume_no, event))
 
-    def _see(self, router: RouterNode, request_id: str, event: RequestEvent) -> None:
+    def _see(self, router: RouterNode, request_id: str, resume_no: int, event: RequestEvent) -> None:
         waiting = self.waiting.get(request_id)
         if waiting is None:
-            if self._over.get(request_id) is router:
+            if self._over.get(request_id) == (router, resume_no):
                 raise Violation(f"{request_id} was sent {event} after its terminal message")
             return
-        if waiting.router is not router or not router.alive:
+        if waiting.router is not router or waiting.resume_no != resume_no or not router.alive:
             return
         if isinstance(event, TokensEvent):
             self._take(waiting, event)
@@ -195,13 +196,14 @@ class Clients:
             waiting.cancelled = True
             router = waiting.router
             assert router is not None
-            router.run(lambda: router.cancel(asked.request_id))
+            resume_no = waiting.resume_no
+            router.run(lambda: router.cancel(asked.request_id, resume_no))
 
     def _end(self, waiting: Waiting, event: RequestEvent) -> None:
         asked = waiting.asked
         request_id = asked.request_id
         del self.waiting[request_id]
-        self._over[request_id] = waiting.router
+        self._over[request_id] = (waiting.router, waiting.resume_no)
         match event:
             case CompletedEvent():
                 self.totals.num_completed += 1

@@ -29,7 +29,7 @@ class Cluster:
         self,
         world: World,
         shape: Shape,
-        show: Callable[[RouterNode, str, RequestEvent], None],
+        show: Callable[[RouterNode, str, int, RequestEvent], None],
         died: Callable[[RouterNode], None],
     ) -> None:
         self.world = world

@@ -38,7 +38,8 @@ class _Replaying:
 
 
 class RouterNode(Process):
-    """One incarnation of a router. `show(request_id, event)` is told what a request's client is to see."""
+    """One incarnation of a router. `show(router, request_id, resume_no, event)` is told what a request's client is to see, in
+    which of its calls."""
 
     def __init__(
         self,
@@ -50,7 +51,7 @@ class RouterNode(Process):
         liveness_s: float,
         offset_s: float,
         truth: Truth,
-        show: Callable[[RouterNode, str, RequestEvent], None],
+        show: Callable[[RouterNode, str, int, RequestEvent], None],
     ) -> None:
         super().__init__(world, name, name, offset_s)
         rng = world.generator(f"{name} {world.now_s}")
@@ -70,6 +71,8 @@ class RouterNode(Process):
         self._tick_at_s = 0.0
         self.stops: dict[str, frozenset[int]] = {}
         """Request → the tokens that end a sample and are not shown."""
+        self._calls: dict[str, int] = {}
+        """Request → the `resume_no` of the call that it is answered in."""
         self.wake()
 
     # --- requests -------------------------------------------------------------------------------------------------------
@@ -81,12 +84,14 @@ class RouterNode(Process):
             actions = self.core.submit(request, self.world.local_now_s())
         except TandemError as error:
             return error
+        self._calls[request.request_id] = request.resumed.resume_no if request.resumed is not None else 0
         self._do(actions)
         return None
 
-    def cancel(self, request_id: str) -> None:
-        """Its client left."""
-        self._do(self.core.cancel(request_id, self.world.local_now_s()))
+    def cancel(self, request_id: str, resume_no: int) -> None:
+        """Its client left that call."""
+        if self._calls.get(request_id) == resume_no:
+            self._do(self.core.cancel(request_id, self.world.local_now_s()))
 
     # --- turns ----------------------------------------------------------------------------------------------------------
 
@@ -146,11 +151,11 @@ class RouterNode(Process):
             at = next((i for i, token in enumerate(event.token_ids) if token in stop), None)
             if at is not None:
                 shown = TokensEvent(event.index, event.position, event.token_ids[:at], (), "stop")
-                self._show(self, request_id, shown)
+                self._show(self, request_id, self._calls[request_id], shown)
                 now_s = self.world.local_now_s()
                 self._do(self.core.stop_sample(request_id, event.index, event.position + at, now_s))
                 return
-        self._show(self, request_id, event)
+        self._show(self, request_id, self._calls[request_id], event)
 
     # --- events ---------------------------------------------------------------------------------------------------------
 
