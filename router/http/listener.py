@@ -41,8 +41,10 @@ class _Connection(HttpToolsProtocol):
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
-        # Whatever the kernel does not take at once counts as unread; nothing more is written until it is.
-        transport.set_write_buffer_limits(high=0)
+        # Whatever the kernel does not take at once counts as unread; nothing more is written until it is. Not with TLS: uvloop does
+        # not always say there that all is written.
+        if transport.get_extra_info("sslcontext") is None:
+            transport.set_write_buffer_limits(high=0)
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._unwatch()
