@@ -9,6 +9,7 @@ even extreme temperatures neither overflow nor lose the best token.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import NamedTuple
 
 import numpy as np
@@ -65,13 +66,17 @@ def clean(row: Row) -> Row:
 
 
 def sample_rows(
-    native: Native | None, logits: NDArray[np.float32], draws: Sequence[Draw], adjusted: Mapping[int, Row]
+    native: Native | None,
+    logits: NDArray[np.float32],
+    draws: Sequence[Draw],
+    adjusted: Mapping[int, Row],
+    masked: Mapping[int, Row] = MappingProxyType({}),
 ) -> list[Drawn]:
     """A token for each row of `logits` ([n, vocab], C-contiguous, not modified) by the draw of the same index, in one call.
 
-    Row i is drawn from `adjusted[i]` ([vocab], C-contiguous) where there is one; log-probabilities are always of `logits[i]`.
-    Total: NaN counts as -inf, +inf as the largest number; an adjusted row with nothing left gives the best token of
-    `logits[i]`. Among equal values the lowest id wins.
+    `masked[i]` stands for `logits[i]` where there is one; log-probabilities are of that. Row i is drawn from `adjusted[i]` where
+    there is one. (Rows are [vocab], C-contiguous.) Total: NaN counts as -inf, +inf as the largest number; an adjusted row with
+    nothing left gives the best token of the row that it was made of. Among equal values the lowest id wins.
     """
     assert logits.ndim == 2, logits.shape
     assert logits.dtype == np.float32, logits.dtype
@@ -79,22 +84,25 @@ def sample_rows(
     assert len(logits) == len(draws), (len(logits), len(draws))
     assert 1 <= logits.shape[1] <= MAX_VOCAB, logits.shape
     if native is None:
-        return [sample_row_ref(adjusted.get(i, logits[i]), logits[i], draw) for i, draw in enumerate(draws)]
-    return _sample_rows(native, logits, draws, adjusted)
+        raws = [masked.get(i, logits[i]) for i in range(len(draws))]
+        return [sample_row_ref(adjusted.get(i, raws[i]), raws[i], draw) for i, draw in enumerate(draws)]
+    return _sample_rows(native, logits, draws, adjusted, masked)
 
 
 def _sample_rows(
-    native: Native, logits: NDArray[np.float32], draws: Sequence[Draw], adjusted: Mapping[int, Row]
+    native: Native,
+    logits: NDArray[np.float32],
+    draws: Sequence[Draw],
+    adjusted: Mapping[int, Row],
+    masked: Mapping[int, Row],
 ) -> list[Drawn]:
     num, vocab = logits.shape
     base, stride = logits.ctypes.data, logits.strides[0]
-    sources = [base + i * stride for i in range(num)]
-    for i, row in adjusted.items():
-        assert row.shape == (vocab,), row.shape
-        assert row.dtype == np.float32, row.dtype
-        assert row.flags.c_contiguous
-        sources[i] = row.ctypes.data
-    structs = np.array([(sources[i], base + i * stride, *draw) for i, draw in enumerate(draws)], dtype=_DRAW_STRUCT)
+    raws = [base + i * stride for i in range(num)]
+    _point_at(masked, vocab, raws)
+    sources = raws.copy()
+    _point_at(adjusted, vocab, sources)
+    structs = np.array([(sources[i], raws[i], *draw) for i, draw in enumerate(draws)], dtype=_DRAW_STRUCT)
     most = min(max((draw.num_logprobs for draw in draws), default=0), vocab)
     token_ids = np.empty(num, dtype=np.int64)
     logprobs = np.empty(num, dtype=np.float64)
@@ -116,6 +124,15 @@ def _sample_rows(
         best = zip(best_ids[i, :count].tolist(), best_logprobs[i, :count].tolist(), strict=True)
         drawn.append(Drawn(ids[i], logprob, [pair for pair in best if pair[0] >= 0]))  # -1: an empty row has none
     return drawn
+
+
+def _point_at(rows: Mapping[int, Row], vocab: int, addresses: list[int]) -> None:
+    """Replaces the addresses of those rows."""
+    for i, row in rows.items():
+        assert row.shape == (vocab,), row.shape
+        assert row.dtype == np.float32, row.dtype
+        assert row.flags.c_contiguous
+        addresses[i] = row.ctypes.data
 
 
 # The reference

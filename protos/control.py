@@ -10,11 +10,14 @@ from __future__ import annotations
 from typing import Annotated, Literal, TypeVar
 
 import msgspec
-from msgspec import Meta, Struct
+from msgspec import UNSET, Meta, Struct, UnsetType
 
 PROTOCOL_VERSION = 1
 MAX_MESSAGE_BYTES = 16 * 1024 * 1024
 """A larger frame is dropped before it is decoded (the ZeroMQ sockets are set to it too)."""
+
+MAX_GRAMMAR_BYTES = 2**20
+"""No configuration allows a larger grammar."""
 
 Name = Annotated[str, Meta(min_length=1, max_length=128)]
 Endpoint = Annotated[str, Meta(max_length=512)]
@@ -247,6 +250,13 @@ class Heartbeat(Struct, tag="heartbeat", tag_field="t"):
     """Number of the last list of peers that it has from this router."""
 
 
+class Grammar(Struct, frozen=True):
+    """What an answer's text must match as a whole (`tandem/grammar`)."""
+
+    kind: Literal["json_schema", "regex", "lark"]
+    text: Annotated[str, Meta(min_length=1, max_length=MAX_GRAMMAR_BYTES)]
+
+
 class Sampling(Struct, frozen=True):
     """Everything that decides which token is drawn; validated by the router, trusted inside.
 
@@ -270,6 +280,8 @@ class Sampling(Struct, frozen=True):
     """Tokens that end the stream and are not part of it; the model's end-of-sequence ids included unless ignored."""
     min_tokens: Count = 0
     """Stop tokens can't be drawn before this many tokens."""
+    grammar: Grammar | UnsetType = UNSET
+    """Absent where there is none, so that nothing travels and no digest changes."""
 
 
 class Dispatch(Struct, tag="dispatch", tag_field="t"):

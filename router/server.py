@@ -2,7 +2,7 @@
 
 Owns the event loop, the front door's life (listen, serve, drain, stop) and the way of each request between a client and the
 core. Decides nothing about requests: the core's actions are carried out in order. One thread, but for tokenisation of long
-prompts.
+prompts and the trials of grammars.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from grpc_reflection.v1alpha import reflection
 
 from kvpool.keys import tokens_as_bytes
 from protos import tandem_pb2, tandem_pb2_grpc
-from protos.control import Owned, ToRouter
+from protos.control import Grammar, Owned, ToRouter
 from protos.kv_events import EventBatch
 from router import request_log, trace_context
 from router.access import Access, Caller
@@ -185,6 +185,7 @@ class RouterServer:
         self._stopping = False
         self._serving = False
         self._executor = ThreadPoolExecutor(1, thread_name_prefix="tokenize")
+        self._trials = ThreadPoolExecutor(1, thread_name_prefix="grammars")
         self._health = health.aio.HealthServicer()
         self._control: ControlPlane | None = None
         self._keys = load_keyring(config.control.curve, name, "router")
@@ -236,6 +237,7 @@ class RouterServer:
             if self._tracing is not None:
                 await asyncio.to_thread(self._tracing.close)
             self._executor.shutdown(cancel_futures=True)
+            self._trials.shutdown(wait=False, cancel_futures=True)
 
     def _grpc_server(self) -> grpc.aio.Server:
         # Token ids take up to five bytes each on the wire where the limit counts four: leave the verdict to the validation.
@@ -405,6 +407,7 @@ class RouterServer:
             try:
                 asked = self._validator.check(request)
                 prompt = await self._tokenize(request)
+                await self._check_grammar(asked)
             finally:
                 self._num_opening -= 1
             use.tokens(len(prompt), now_s())
@@ -513,6 +516,11 @@ class RouterServer:
             return self._validator.tokenize(request, max_model_len)
         loop = asyncio.get_running_loop()
         return await loop.run_in_executor(self._executor, self._validator.tokenize, request, max_model_len)
+
+    async def _check_grammar(self, asked: Asked) -> None:
+        if isinstance(asked.sampling.grammar, Grammar):
+            loop = asyncio.get_running_loop()
+            await loop.run_in_executor(self._trials, self._validator.check_grammar, asked.sampling.grammar)
 
     def _count(self, request_id: str, answer: Answer) -> None:
         summary: Summary | None = answer.summary or next(

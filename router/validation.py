@@ -1,7 +1,7 @@
 """What a client may ask for: a GenerateRequest becomes sampling parameters and tokens, or an InvalidRequest.
 
 Owns the limits' messages: each names the value and the limit. Runs no model and touches no socket; the caller decides on which
-thread `tokenize` runs.
+thread `tokenize` and `check_grammar` run.
 """
 
 from __future__ import annotations
@@ -10,11 +10,14 @@ import math
 import secrets
 from dataclasses import dataclass
 
+from msgspec import UNSET, UnsetType
+
 from protos import tandem_pb2
-from protos.control import FinishReason, Sampling
+from protos.control import FinishReason, Grammar, Sampling
 from router.journal import SoFar
 from tandem.config import LimitsConfig
 from tandem.errors import InvalidRequest
+from tandem.grammar.trial import Trials
 from tandem.tokenizer.chat_template import Message, ToolCall
 from tandem.tokenizer.tokenizer import Tokenizer
 
@@ -47,6 +50,7 @@ class Validator:
         self._limits = limits
         self._tokenizer = tokenizer
         self._model = model
+        self._trials = Trials(tokenizer)
 
     def check(self, request: tandem_pb2.GenerateRequest) -> Asked:
         """Everything that can be said before the prompt is tokenised. Raises InvalidRequest."""
@@ -70,8 +74,6 @@ class Validator:
             )
         if given.HasField("seed") and given.seed >= 2**63:
             raise InvalidRequest(f"seed is {given.seed}, must be below 2**63", "seed")
-        if given.HasField("grammar"):
-            raise InvalidRequest("grammar is given, and answers can't be held to one yet")
         self._check_stop(given)
         stop_token_ids = set(self._ids("stop_token_ids", list(given.stop_token_ids)))
         if not given.ignore_eos:
@@ -96,6 +98,7 @@ class Validator:
             seed=given.seed if given.HasField("seed") else secrets.randbits(63),
             stop_token_ids=sorted(stop_token_ids),
             min_tokens=given.min_tokens,
+            grammar=self._grammar(given),
         )
         self._check_prompt_size(request)
         return Asked(sampling, n, tuple(given.stop))
@@ -118,6 +121,25 @@ class Validator:
                 )
             found.append(SoFar(token_ids, _FINISH_REASONS[sample.finish_reason]))
         return found
+
+    def check_grammar(self, grammar: Grammar) -> None:
+        """Tries a request's grammar, in a process of its own. Raises InvalidRequest with the reason if no answer can be held to
+        it. For one thread."""
+        self._trials.check(grammar)
+
+    def _grammar(self, given: tandem_pb2.SamplingParams) -> Grammar | UnsetType:
+        if not given.HasField("grammar"):
+            return UNSET
+        kind = given.grammar.WhichOneof("kind")
+        if kind is None:
+            raise InvalidRequest("grammar is empty: give a json_schema, a regex or lark", "grammar")
+        text: str = getattr(given.grammar, kind)
+        size = len(text.encode())
+        if not 1 <= size <= self._limits.max_grammar_bytes:
+            raise InvalidRequest(
+                f"the {kind} has {size} bytes, must be in [1, {self._limits.max_grammar_bytes}]", "grammar"
+            )
+        return Grammar(kind, text)
 
     def _check_stop(self, given: tandem_pb2.SamplingParams) -> None:
         limits = self._limits

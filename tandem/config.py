@@ -123,6 +123,7 @@ class LimitsConfig(_Section):
     max_stop_strings: int = Field(16, ge=0)
     max_stop_bytes: int = Field(256, ge=1, description="UTF-8 bytes of one stop string")
     max_logprobs: int = Field(20, ge=0, le=100)
+    max_grammar_bytes: int = Field(65_536, ge=0, le=2**20, description="UTF-8 bytes of a grammar; 0: none is taken")
     max_active_requests: int = Field(1024, ge=1, description="accepted and not finished")
     default_deadline_s: float = Field(600.0, gt=0)
     client_patience_s: float = Field(30.0, gt=0, description="a client that reads nothing for so long is cut off")

@@ -118,6 +118,7 @@ class WorkerLoop:
             self._config, parts, engine_thread, self._role, self._name, model_name, epoch, keys=keys
         )
         engine_thread.connect(transfer)
+        parts.compiling.on_ready = lambda: engine_thread.post(lambda: None)
         cores = claim_cores(self._worker.threads)
         thread = threading.Thread(target=transfer.run, name="transfer")
         thread.start()
@@ -130,6 +131,7 @@ class WorkerLoop:
             transfer.stop(goodbye=ended_well)
             thread.join()
             transfer.close()
+            parts.compiling.close()
             parts.arena.close()
             if cores is not None:
                 cores.close()

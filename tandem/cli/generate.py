@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -140,6 +141,10 @@ def generate(
     logprobs: Annotated[
         int | None, typer.Option(min=0, help="With --json: log-probabilities, and so many alternatives.")
     ] = None,
+    json_schema: Annotated[
+        Path | None, typer.Option(help="A file with a JSON Schema that the answer must match.", dir_okay=False)
+    ] = None,
+    regex: Annotated[str, typer.Option(help="A regular expression that the answer must match as a whole.")] = "",
     ignore_eos: Annotated[bool, typer.Option("--ignore-eos", help="Go on past the end of the answer.")] = False,
     timeout_s: Annotated[float | None, typer.Option(min=0.001, help="Give up after so many seconds.")] = None,
     report: Annotated[bool, typer.Option("--report", help="Say on stderr where it ran and what it reused.")] = False,
@@ -162,6 +167,7 @@ def generate(
         n=samples,
         num_logprobs=logprobs,
         ignore_eos=ignore_eos,
+        grammar=_grammar(json_schema, regex),
     )
     whole: Prompt = text if raw else [*([("system", system)] if system else []), ("user", text)]
     with connect(target, config_path) as client:
@@ -187,6 +193,18 @@ def generate(
         say_cut(answer)
     if report:
         print_report(answer)
+
+
+def _grammar(json_schema: Path | None, regex: str) -> pb.Grammar | None:
+    """Raises InvalidRequest if both are given, or the file can't be read."""
+    if json_schema is None:
+        return pb.Grammar(regex=regex) if regex else None
+    if regex:
+        raise InvalidRequest("--json-schema and --regex are given, an answer is held to one of them")
+    try:
+        return pb.Grammar(json_schema=json_schema.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise InvalidRequest(f"--json-schema: {json_schema} can't be read: {error}") from error
 
 
 def chat(

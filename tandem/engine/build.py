@@ -17,13 +17,16 @@ from kvpool.block_pool import BlockPool
 from kvpool.layout import KVLayout
 from protos.control import NOBODY, RoutingGroup
 from tandem.config import WorkerConfig, packed_dir
+from tandem.engine.compiling import Compiling
 from tandem.engine.engine import Engine
 from tandem.engine.limits import EngineLimits
 from tandem.engine.memory import SlabMemory
 from tandem.engine.numerics import NumericsReport, numerics_class
 from tandem.engine.runner import Runner, layout_for
 from tandem.errors import ConfigError
+from tandem.grammar.matcher import Grammars
 from tandem.models.loader import LoadedModel, load_model
+from tandem.tokenizer.tokenizer import load_tokenizer
 
 log = logging.getLogger(__name__)
 
@@ -42,6 +45,7 @@ class EngineParts:
     group: RoutingGroup
     numerics: NumericsReport
     native: Native | None
+    compiling: Compiling
 
 
 def build_engine(
@@ -100,6 +104,7 @@ def build_engine(
         if kernels is not None:
             reason = f"none are made for {model.config.num_heads} heads of {model.config.head_dim} dimensions"
         log.warning("no native kernels (%s): torch computes, several times slower", reason)
+    compiling = Compiling(Grammars(lambda: load_tokenizer(model_path), model.config.vocab_size))
     engine = Engine(
         pool=pool,
         memory=memory,
@@ -107,6 +112,7 @@ def build_engine(
         limits=limits,
         new_fetch_id=lambda: uuid.uuid4().bytes,
         writer=epoch,
+        matchers=compiling,
     )
     group = RoutingGroup(
         model_fingerprint=model.fingerprint,
@@ -114,4 +120,4 @@ def build_engine(
         numerics_class=numerics.digest,
         block_size=worker.block_size,
     )
-    return EngineParts(engine, runner, model, layout, arena, pool, limits, group, numerics, kernels)
+    return EngineParts(engine, runner, model, layout, arena, pool, limits, group, numerics, kernels, compiling)

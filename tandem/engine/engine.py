@@ -41,6 +41,7 @@ from tandem.engine.sequence import Sequence as Seq
 from tandem.engine.sequence import State
 from tandem.engine.streams import Streams
 from tandem.errors import WorkerLost
+from tandem.grammar.matcher import MatcherSource
 
 
 class Runner(Protocol):
@@ -56,7 +57,8 @@ class Engine:
     Every dispatch ends in exactly one of: `Tokens` with a finish reason for each sample, `Failed`, `Aborted`. `Started` is said
     of it before the step that first computes something of it runs. With
     `has_work` False a `step` computes nothing, but it looks after deadlines and admits what there is room for: call it some
-    times a second. `writer` is the epoch of this process: blocks that it computes carry it.
+    times a second. `writer` is the epoch of this process: blocks that it computes carry it. Without `matchers` it refuses
+    requests that have a grammar.
     """
 
     def __init__(
@@ -69,6 +71,7 @@ class Engine:
         new_fetch_id: Callable[[], bytes],
         writer: bytes = NOBODY,
         sampler: Sampler = sample,
+        matchers: MatcherSource | None = None,
     ) -> None:
         self._pool = pool
         self._memory = memory
@@ -91,7 +94,7 @@ class Engine:
         )
         self._tables = BlockTables(pool, memory, block_size=limits.block_size, writer=writer)
         self._durability = Durability(pool, limits.block_size)
-        self._jobs = Jobs(limits, self.scheduler, self._fetches, self._outbox)
+        self._jobs = Jobs(limits, self.scheduler, self._fetches, self._outbox, matchers)
         self._streams = Streams(
             vocab_size=limits.vocab_size,
             jobs=self._jobs,
@@ -191,6 +194,7 @@ class Engine:
     def step(self, now_s: float, clock: Callable[[], float]) -> Output:
         """One iteration: expire, admit, compute, postprocess. `clock` only measures how long the computation took."""
         self._jobs.expire(now_s)
+        self._jobs.line_up()
         self._onboarding.admit(now_s)
         self._durability.update(self._decoding(), now_s)
         plan = self.scheduler.plan()

@@ -8,22 +8,25 @@ into is not given back before that fetch has ended: till then the end of its job
 from __future__ import annotations
 
 import logging
+from concurrent.futures import Future
 
 from kvpool.block_pool import BlockId
 from kvpool.keys import Key, KeyChain
-from protos.control import MAX_AUDITED_FENCES, Aborted, Dispatch, Failed, Fence, Owned, RoleReport
+from protos.control import MAX_AUDITED_FENCES, Aborted, Dispatch, Failed, Fence, Grammar, Owned, RoleReport
 from tandem.engine.fetching import Fetches
 from tandem.engine.limits import EngineLimits
 from tandem.engine.output import Outbox
 from tandem.engine.scheduler import Scheduler
 from tandem.engine.sequence import Job, Sequence, State
 from tandem.errors import DeadlineExceeded, Draining, InvalidRequest, TandemError
+from tandem.grammar.matcher import Matcher, MatcherSource
 from tandem.logs import about
 
 log = logging.getLogger(__name__)
 
 MAX_OVER = 4096
 """So many dispatches that are over are remembered."""
+_LEAVING = "this worker is leaving"
 _ENDS = ("finished", "aborted_waiting", "aborted_fetching", "aborted_prefill", "aborted_decode", "released_holds")
 
 
@@ -34,12 +37,22 @@ class Jobs:
     `finish_abort` completes it. Once it is `leaving`, new dispatches are refused.
     """
 
-    def __init__(self, limits: EngineLimits, scheduler: Scheduler, fetches: Fetches, outbox: Outbox) -> None:
+    def __init__(
+        self,
+        limits: EngineLimits,
+        scheduler: Scheduler,
+        fetches: Fetches,
+        outbox: Outbox,
+        matchers: MatcherSource | None,
+    ) -> None:
         self._limits = limits
         self._scheduler = scheduler
         self._fetches = fetches
         self._outbox = outbox
+        self._matchers = matchers
         self._jobs: dict[tuple[int, Fence], Job] = {}
+        self._compiling: dict[tuple[int, Fence], Future[Matcher]] = {}
+        """What those jobs wait for that are not in line yet."""
         self._over: dict[tuple[int, Fence], None] = {}
         self._num_arrivals = 0
         self.leaving = False
@@ -74,12 +87,12 @@ class Jobs:
             return
         self.num_dispatches[router] = self.num_dispatches.get(router, 0) + 1
         if self.leaving:
-            self._outbox.reply(router, _given_back(dispatch.fence))
+            self._outbox.reply(router, _failed(dispatch.fence, Draining(_LEAVING)))
             return
         try:
             tokens = self._limits.checked_tokens(dispatch)
         except InvalidRequest as error:
-            self._outbox.reply(router, Failed(dispatch.fence, error.code, str(error)))
+            self._outbox.reply(router, _failed(dispatch.fence, error))
             return
         job = Job(dispatch, router, self._num_arrivals, now_s, now_s + dispatch.deadline_s, now_s + dispatch.due_s)
         self._num_arrivals += 1
@@ -88,9 +101,36 @@ class Jobs:
         job.samples[dispatch.index] = Sequence(job, dispatch.index, tokens, chain, draws)
         self._jobs[router, dispatch.fence] = job
         log.debug("%s taken in: %d tokens", dispatch.fence.role, len(tokens), extra=_about(dispatch.fence))
-        self._scheduler.add(job.trunk)
         if dispatch.fence.role == "prefill":
             self._outbox.promise(job.arrival, _keys(chain))
+        grammar = dispatch.sampling.grammar
+        if not isinstance(grammar, Grammar):
+            self._scheduler.add(job.trunk)
+        elif self._matchers is None:
+            self.fail(
+                job, InvalidRequest("a grammar is given, and this worker's model has no vocabulary to hold it to")
+            )
+        else:
+            self._compiling[router, dispatch.fence] = self._matchers.begin(
+                grammar, tokens[dispatch.num_prompt_tokens :]
+            )
+
+    def line_up(self) -> None:
+        """Those whose grammar has been compiled get in line."""
+        for key, future in list(self._compiling.items()):
+            if not future.done():
+                continue
+            del self._compiling[key]
+            job = self._jobs[key]
+            try:
+                job.trunk.matcher = future.result()
+            except TandemError as error:
+                self.fail(job, error)
+            except Exception as error:  # nobody waits for ever, and others go on
+                log.exception("%s: its grammar could not be compiled", job.dispatch.fence)
+                self.fail(job, TandemError(f"the grammar could not be compiled: {error}"))
+            else:
+                self._scheduler.add(job.trunk)
 
     def report(self, job: Job, now_s: float) -> None:
         """Says once how the job came to its KV, which is complete."""
@@ -154,7 +194,12 @@ class Jobs:
             self._remove(sequence)
         self._forget(job)
         log.info("%s failed, %s", job.dispatch.fence.role, error.code, extra=_about(job.dispatch.fence))
-        self._outbox.reply(job.router, Failed(job.dispatch.fence, error.code, str(error)[:4096]))
+        self._outbox.reply(job.router, _failed(job.dispatch.fence, error))
+
+    def break_off(self, job: Job, error: TandemError) -> None:
+        """Ends a job with `Failed` as soon as nothing of it is in a fetch; its samples don't go on."""
+        job.error = error
+        self._drop(job)
 
     def abort(self, router: int, fence: Fence, reason: str) -> None:
         """Drops a dispatch; `Aborted` follows when nothing of it is held any more (at once for an unknown fence)."""
@@ -172,8 +217,7 @@ class Jobs:
         """Drops every dispatch with `Failed` `draining`, by which its router knows that somebody else is to go on with it."""
         for job in list(self._jobs.values()):
             if not job.aborting:
-                job.given_back = True
-                self._drop(job)
+                self.break_off(job, Draining(_LEAVING))
 
     def _drop(self, job: Job) -> None:
         job.aborting = True
@@ -192,7 +236,7 @@ class Jobs:
             self.num_ended[job.aborted_in] += 1
             self._forget(job)
             fence = job.dispatch.fence
-            self._outbox.reply(job.router, _given_back(fence) if job.given_back else Aborted(fence))
+            self._outbox.reply(job.router, Aborted(fence) if job.error is None else _failed(fence, job.error))
 
     def drop_router(self, router: int) -> None:
         """Aborts everything that this router dispatched, and forgets it."""
@@ -227,6 +271,8 @@ class Jobs:
 
     def _forget(self, job: Job) -> None:
         del self._jobs[job.router, job.dispatch.fence]
+        if (compiling := self._compiling.pop((job.router, job.dispatch.fence), None)) is not None:
+            compiling.cancel()
         self.refuse(job.router, job.dispatch.fence)
         if job.dispatch.fence.role == "prefill":
             self._outbox.withdraw(job.arrival)
@@ -241,8 +287,8 @@ def _keys(chain: KeyChain) -> tuple[Key, ...]:
     return (*chain.keys, *([partial] if partial else []))
 
 
-def _given_back(fence: Fence) -> Failed:
-    return Failed(fence, Draining.code, "this worker is leaving")
+def _failed(fence: Fence, error: TandemError) -> Failed:
+    return Failed(fence, error.code, str(error)[:4096])
 
 
 def _abort_counter(job: Job) -> str:

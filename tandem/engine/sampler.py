@@ -1,7 +1,8 @@
 """The sampler: logits of each row to one token, as that row's request asks.
 
-Owns the order of operations, which is vLLM's: min_tokens, logit_bias, penalties (repetition, frequency, presence), temperature,
-then top-k, top-p and min-p, then the draw; log-probabilities are those of the raw logits. Masks, bias and penalties are here;
+Owns the order of operations, which is vLLM's: what the grammar allows, min_tokens, logit_bias, penalties (repetition, frequency,
+presence), temperature, then top-k, top-p and min-p, then the draw; log-probabilities are those of the raw logits, of the allowed
+tokens alone where there is a grammar. Masks, bias and penalties are here;
 `kernels.sampling` does the rest, one call a step. Owns no state: what was generated so far is an argument, and noise is a
 function of (seed, sample index, position, token id), so a stream's tokens are the same in any batch, in any process of the
 same numerics class, and after any crash.
@@ -9,6 +10,7 @@ same numerics class, and after any crash.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -19,6 +21,7 @@ from numpy.typing import NDArray
 from kernels import cpu
 from kernels.sampling import Draw, Drawn, Row, clean, sample_rows
 from protos.control import Sampling, TokenLogprobs
+from tandem.grammar.matcher import Mask
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,6 +34,8 @@ class SampleRequest:
     position: int
     prompt_token_ids: Sequence[int]
     output_token_ids: Sequence[int]
+    allowed: Mask | None = None
+    """What the request's grammar allows, at least one token; None without one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,9 +53,9 @@ Sampler = Callable[[torch.Tensor, Sequence[SampleRequest]], list[Sampled]]
 def sample(logits: torch.Tensor, requests: Sequence[SampleRequest]) -> list[Sampled]:
     """One token for each row of `logits` ([n, vocab], fp32; not modified) by the request of the same index.
 
-    Total: NaN counts as -inf, +inf as the largest number; if masks leave nothing, the best raw token is taken. Among equal
-    values the lowest id wins. Token ids outside the vocabulary in a request are ignored. Native or not by the same choice as
-    the model (`kernels.cpu.native`).
+    Total: NaN counts as -inf, +inf as the largest number; if masks leave nothing, the best raw token is taken, of the `allowed`
+    ones. Among equal values the lowest id wins. Token ids outside the vocabulary in a request are ignored. Native or not by the
+    same choice as the model (`kernels.cpu.native`).
     """
     assert logits.ndim == 2, logits.shape
     assert logits.dtype == torch.float32, logits.dtype
@@ -59,8 +64,12 @@ def sample(logits: torch.Tensor, requests: Sequence[SampleRequest]) -> list[Samp
         return []
     rows = logits.detach().to("cpu").contiguous().numpy()
     draws = [_draw_of(request) for request in requests]
-    adjusted = {i: _adjusted(rows[i], request) for i, request in enumerate(requests) if _adjusts(request)}
-    return [_sampled(drawn) for drawn in sample_rows(cpu.native(), rows, draws, adjusted)]
+    masked = {i: _masked(rows[i], request.allowed) for i, request in enumerate(requests) if request.allowed is not None}
+    adjusted = {
+        i: _adjusted(masked.get(i, rows[i]), request) for i, request in enumerate(requests) if _adjusts(request)
+    }
+    drawn = sample_rows(cpu.native(), rows, draws, adjusted, masked)
+    return [_sampled(found, i in masked) for i, found in enumerate(drawn)]
 
 
 def _draw_of(request: SampleRequest) -> Draw:
@@ -70,8 +79,21 @@ def _draw_of(request: SampleRequest) -> Draw:
     )
 
 
-def _sampled(drawn: Drawn) -> Sampled:
-    return Sampled(drawn.token_id, None if drawn.logprob is None else TokenLogprobs(drawn.logprob, drawn.best))
+def _sampled(drawn: Drawn, is_masked: bool) -> Sampled:
+    if drawn.logprob is None:
+        return Sampled(drawn.token_id, None)
+    best = [pair for pair in drawn.best if pair[1] > -math.inf] if is_masked else drawn.best
+    return Sampled(drawn.token_id, TokenLogprobs(drawn.logprob, best))
+
+
+def _masked(raw: Row, allowed: Mask) -> Row:
+    """A copy of the row in which what is not allowed is -inf. Should all that is allowed be so too, it counts as equal."""
+    size = min(len(raw), len(allowed))
+    row = np.full(len(raw), -np.inf, dtype=np.float32)
+    np.copyto(row[:size], clean(raw)[:size], where=allowed[:size])
+    if row.max() == -np.inf:
+        row[:size][allowed[:size]] = 0.0
+    return row
 
 
 def _adjusts(request: SampleRequest) -> bool:

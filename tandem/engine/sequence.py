@@ -13,6 +13,8 @@ from kvpool.block_pool import BlockId
 from kvpool.keys import KeyChain
 from kvpool.sink import FetchedBatch
 from protos.control import Dispatch, FetchedFrom, ReadyBlock
+from tandem.errors import TandemError
+from tandem.grammar.matcher import Matcher
 
 
 class State(Enum):
@@ -49,8 +51,8 @@ class Job:
     samples: dict[int, Sequence] = field(default_factory=dict)
     aborting: bool = False
     """It ends as soon as its fetches are over."""
-    given_back: bool = False
-    """It ends so that somebody else goes on with it."""
+    error: TandemError | None = None
+    """It ends with this, not because somebody asked for its end."""
     aborted_in: str = ""
     """The counter of what it was doing when the abort came."""
     first_tokens: list[int] | None = None
@@ -114,6 +116,8 @@ class Sequence:
     """It sits this step out, until the pool has what it generated."""
     unprotected: bool = False
     """It goes on although the pool doesn't."""
+    matcher: Matcher | None = None
+    """Its place in the request's grammar, if it has one; it follows the tokens when it is asked."""
 
     @property
     def num_tokens(self) -> int:

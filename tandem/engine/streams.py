@@ -19,6 +19,8 @@ from tandem.engine.output import Outbox
 from tandem.engine.sampler import Sampled, Sampler, SampleRequest
 from tandem.engine.scheduler import Scheduler
 from tandem.engine.sequence import Job, Sequence, State
+from tandem.errors import InvalidRequest
+from tandem.grammar.matcher import Mask
 from tandem.logs import about
 
 log = logging.getLogger(__name__)
@@ -51,10 +53,13 @@ class Streams:
 
     def draw(self, drawing: Many[Sequence], logits: torch.Tensor, now_s: float) -> None:
         """Draws the next token of each of `drawing`, whose logits are the rows of `logits`; an unforked one draws `n`."""
+        masks = [self._mask(sequence) for sequence in drawing]
         rows: list[int] = []
         requests: list[SampleRequest] = []
         for row, sequence in enumerate(drawing):
             job = sequence.job
+            if job.aborting:
+                continue
             num_samples = 1 if job.forked else job.dispatch.n
             prompt, output = _history(sequence)
             for index in range(sequence.index, sequence.index + num_samples):
@@ -66,11 +71,14 @@ class Streams:
                         position=sequence.num_generated_tokens,
                         prompt_token_ids=prompt,
                         output_token_ids=output,
+                        allowed=masks[row],
                     )
                 )
-        drawn = iter(self._sample(logits if len(rows) == len(drawing) else logits[rows], requests))
+        drawn = iter(self._sample(logits if rows == list(range(len(logits))) else logits[rows], requests))
         for sequence in drawing:
             job = sequence.job
+            if job.aborting:
+                continue
             first = not job.forked
             samples = self._fork(job) if first else [sequence]
             if first:
@@ -80,6 +88,19 @@ class Streams:
             if first and job.dispatch.fence.role == "prefill" and job.samples:
                 self._hold(job, now_s)
 
+    def _mask(self, sequence: Sequence) -> Mask | None:
+        """What the request's grammar allows next, if it has one; the job breaks off if that can't be said."""
+        if sequence.matcher is None:
+            return None
+        job = sequence.job
+        generated = sequence.tokens[job.dispatch.num_prompt_tokens :]
+        try:
+            return sequence.matcher.allowed(generated, job.dispatch.sampling.stop_token_ids)
+        except InvalidRequest as error:
+            if not job.aborting:
+                self._jobs.break_off(job, error)
+            return None
+
     def _take_token(self, sequence: Sequence, drawn: Sampled) -> None:
         job = sequence.job
         sampling = job.dispatch.sampling
@@ -87,7 +108,8 @@ class Streams:
         reason: FinishReason | None = None
         token_ids = [drawn.token_id]
         logprobs = [drawn.logprobs] if drawn.logprobs is not None else []
-        if drawn.token_id in sampling.stop_token_ids and position >= sampling.min_tokens:
+        stops = drawn.token_id in sampling.stop_token_ids and position >= sampling.min_tokens
+        if stops or (sequence.matcher is not None and drawn.token_id in sequence.matcher.eos_token_ids):
             reason, token_ids, logprobs = "stop", [], []
         else:
             sequence.append(drawn.token_id)
@@ -159,6 +181,7 @@ class Streams:
         samples = [trunk]
         for index in range(trunk.index + 1, trunk.index + job.dispatch.n):
             sibling = self._tables.fork(trunk, index)
+            sibling.matcher = None if trunk.matcher is None else trunk.matcher.fork()
             job.samples[index] = sibling
             self._scheduler.adopt(sibling)
             samples.append(sibling)

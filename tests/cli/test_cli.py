@@ -154,6 +154,27 @@ def test_the_prompt_may_be_raw_and_come_from_stdin(router: Any) -> None:
     assert router.requests[0].prompt == "once upon"
 
 
+def test_an_answer_can_be_held_to_a_schema_or_a_regular_expression(router: Any, tmp_path: Path) -> None:
+    schema = tmp_path / "answer.json"
+    schema.write_text('{"type": "object", "description": "größer"}', encoding="utf-8")
+    assert tandem("generate", "hello", "--json-schema", str(schema), "--target", router.target).returncode == 0
+    assert tandem("generate", "hello", "--regex", "(yes|no)", "--target", router.target).returncode == 0
+    assert tandem("generate", "hello", "--target", router.target).returncode == 0
+    held, matched, free = (request.sampling for request in router.requests)
+    assert held.grammar.json_schema == schema.read_text(encoding="utf-8")
+    assert matched.grammar.regex == "(yes|no)"
+    assert not free.HasField("grammar")
+
+
+def test_one_grammar_at_most_and_only_one_that_can_be_read(router: Any, tmp_path: Path) -> None:
+    missing = str(tmp_path / "missing.json")
+    result = tandem("generate", "hello", "--json-schema", missing, "--target", router.target)
+    assert (result.returncode, missing in result.stderr) == (1, True)
+    result = tandem("generate", "hello", "--json-schema", missing, "--regex", "a", "--target", router.target)
+    assert (result.returncode, "one of them" in result.stderr) == (1, True)
+    assert not router.requests
+
+
 def test_samples_are_told_apart(router: Any) -> None:
     result = tandem("generate", "hello", "-n", "2", "--target", router.target)
     assert result.stdout == "--- 0\ngood day\n--- 1\ngood day\n"

@@ -30,6 +30,7 @@ from protos.control import (
     FirstTokens,
     FollowedHoldings,
     Goodbye,
+    Grammar,
     Heartbeat,
     Hello,
     Kept,
@@ -79,6 +80,7 @@ FROM_ROUTER = [
     Dispatch(
         FENCE, KEY, b"\1\0\0\0", 1, Sampling(max_tokens=5, logit_bias=[(1, 2.0)]), 2, [SOURCE], 60.0, wait_source="p"
     ),
+    Dispatch(FENCE, KEY, b"", 1, Sampling(5, grammar=Grammar("regex", "ä+")), 1, [], 60.0),
     FirstTokens(FENCE, [1, -1]),
     Ack(FENCE, 0, 5, True),
     Resend(FENCE, 0, 5),
@@ -104,7 +106,8 @@ def plain(value: Any) -> Any:
     """What an independent decoder should see: structs as maps or, where they are `array_like`, arrays."""
     if isinstance(value, msgspec.Struct):
         config = value.__struct_config__
-        fields = {name: plain(getattr(value, name)) for name in value.__struct_fields__}
+        given = {name: getattr(value, name) for name in value.__struct_fields__}
+        fields = {name: plain(inner) for name, inner in given.items() if inner is not msgspec.UNSET}
         if config.array_like:
             return list(fields.values())
         return fields if config.tag is None else {config.tag_field: config.tag, **fields}
@@ -153,6 +156,20 @@ def test_a_message_of_another_family_is_refused(message: Any, decode: Decode) ->
 def test_bounds_hold_at_the_decoder(wrong: Any) -> None:
     with pytest.raises(msgspec.ValidationError):
         control.decode_to_source(control.encode(wrong))
+
+
+def test_a_grammar_is_bounded_and_of_a_known_kind_and_costs_nothing_where_there_is_none() -> None:
+    plainly, held = (control.encode(message) for message in FROM_ROUTER if isinstance(message, Dispatch))
+    assert b"grammar" not in plainly
+    for changed in (
+        held.replace(b"regex", b"xeger"),
+        control.encode(
+            Dispatch(FENCE, KEY, b"", 1, Sampling(5, grammar=Grammar("lark", "x" * (2**20 + 1))), 1, [], 60.0)
+        ),
+        control.encode(Dispatch(FENCE, KEY, b"", 1, Sampling(5, grammar=Grammar("lark", "")), 1, [], 60.0)),
+    ):
+        with pytest.raises(msgspec.ValidationError):
+            control.decode_from_router(changed)
 
 
 @settings(max_examples=300)

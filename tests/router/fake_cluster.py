@@ -73,6 +73,9 @@ class ByteTokenizer:
     def token_bytes(self, token_id: int, *, skip_special: bool = True) -> bytes:
         return bytes([token_id]) if token_id < 256 else b""
 
+    def is_special(self, token_id: int) -> bool:
+        return token_id >= 256
+
     def render_chat(self, messages: list[Message], tools_json: str = "") -> str:
         tools = f"tools: {tools_json}\n" if tools_json else ""
         return tools + "".join(f"{message.role}: {message.content}\n" for message in messages)

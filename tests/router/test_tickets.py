@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from msgspec import structs
 
-from protos.control import Sampling
+from protos.control import Grammar, Sampling
 from router.tickets import Ticket, Tickets, digest_of
 from tandem.errors import InvalidRequest
 
@@ -53,5 +54,8 @@ def test_the_digest_covers_all_that_decides_an_answer_but_the_seed() -> None:
         digest_of(b"prompt", Sampling(max_tokens=6, temperature=0.5), 1, ("a", "b")),
         digest_of(b"prompt", SAMPLING, 2, ("a", "b")),
         digest_of(b"prompt", SAMPLING, 1, ("ab",)),
+        digest_of(b"prompt", structs.replace(SAMPLING, grammar=Grammar("regex", "a")), 1, ("a", "b")),
+        digest_of(b"prompt", structs.replace(SAMPLING, grammar=Grammar("regex", "b")), 1, ("a", "b")),
+        digest_of(b"prompt", structs.replace(SAMPLING, grammar=Grammar("lark", "b")), 1, ("a", "b")),
     ]
-    assert len({base, *others}) == 5
+    assert len({base, *others}) == 8

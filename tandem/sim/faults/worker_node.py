@@ -131,6 +131,7 @@ class WorkerNode(Process):
             group=GROUP,
             numerics=nothing,
             native=None,
+            compiling=nothing,
         )
         self._context = Context(network, self)
         self._step_s = 0.0
