@@ -38,7 +38,7 @@ def trials() -> Trials:
         ("lark", "start: <|nope|>", "nope"),
         ("lark", "start: s\ns: s", "no token can follow"),
         ("lark", "start: " + "(" * 3000 + '"a"' + ")" * 3000, "nested"),
-        # What llguidance would compile for minutes, or in gigabytes.
+        # What llguidance would go on compiling.
         ("json_schema", '{"type":"integer","multipleOf":9999991}', "takes more than"),
         ("lark", "start: X\nX: " + " & ".join(f"/(.{{{i}}}a)*/" for i in range(1, 40)), "takes more than"),
     ],
