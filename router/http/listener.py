@@ -41,8 +41,8 @@ class _Connection(HttpToolsProtocol):
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
-        # Whatever the kernel does not take at once counts as unread; nothing more is written until it is. Not with TLS: uvloop does
-        # not always say there that all is written.
+        # Whatever the kernel does not take at once counts as unread; nothing more is written until it is. Not with TLS: uvloop
+        # does not always say there that all is written.
         if transport.get_extra_info("sslcontext") is None:
             transport.set_write_buffer_limits(high=0)
 
