@@ -26,6 +26,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from protos.control import Capacity, Fence, Link, Load, Role, StepPrices
+from router.traffic import Traffic
 
 TOUCHED_AT, SEQUENCES, CONTEXT, FREE_BLOCKS, MAX_RUNNING = range(5)
 BASE_S, TOKEN_S, PAIR_S, SEQUENCE_S, CONTEXT_S, STEP_TOKENS, FETCH_RATE, SENDS_UNTIL = range(5, 13)
@@ -152,6 +153,7 @@ class Fleet:
         self._group: object = None
         self._filled_in_s = -math.inf
         self._arrivals = _Decayed()
+        self.traffic = Traffic()
         self.overhead_s = 0.0
         """What messages take until the first token is there, smoothed."""
         self.answer_tokens = 0.0
@@ -352,6 +354,8 @@ class Fleet:
         row[UNCOMPUTED] += work.num_tokens
         if work.num_tokens:
             self._arrivals.add(now_s, compute_s)
+            if account.role == "decode":
+                self.traffic.computed_here(work.num_tokens, work.num_pairs)
         if work.source >= 0 and work.num_bytes:
             rate = self.rates[number, work.source] or row[FETCH_RATE]
             sender = self.table[:, work.source]

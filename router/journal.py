@@ -172,6 +172,8 @@ class Record:
     num_deaths: int = 0
     """Workers that died while they computed it."""
     planned: bool = False
+    counted: bool = False
+    """It is in the traffic's totals."""
     prefill_here_only: bool = False
     avoid: set[tuple[str, bytes]] = field(default_factory=set)
     waiting_since_s: float | None = None

@@ -41,6 +41,9 @@ class Line:
     def enter(self, record: Record, group: RoutingGroup, now_s: float) -> None:
         """It waits from now on. One that was dispatched before keeps its place."""
         uncached = self._planner.uncached_tokens(record, group)
+        if not record.counted:
+            record.counted = True
+            self._fleet.traffic.arrived(len(record.request.prompt), uncached, record.request.n)
         slo = self._slo(record)
         record.tpot_s = slo.tpot_s
         record.promised_ttft_s = record.promised_ttft_s or slo.first_token_s(uncached)

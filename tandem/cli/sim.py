@@ -16,10 +16,24 @@ from rich.table import Table
 
 from tandem.cli.common import JsonOption, print_json, stderr, stdout
 from tandem.errors import ConfigError
+from tandem.scaling.scaler import Counts, Limits, Scaler
 from tandem.sim.compare import REMOVABLE, Result, compare, contenders, sanity
+from tandem.sim.load import jobs_of
 from tandem.sim.picture import draw
 from tandem.sim.policies.registry import POLICIES
 from tandem.sim.presets import PRESETS, preset_named
+from tandem.sim.scaled import (
+    HOLD_S,
+    RAMP_S,
+    SETTLE_S,
+    START_S,
+    Scaled,
+    ScaledReplay,
+    scaler_of,
+    shaped,
+    summary_of,
+    waves_of,
+)
 from tandem.sim.trace import read_trace
 
 PROGRESS_SEEDS = 10
@@ -96,6 +110,89 @@ def trace(
         return
     for asked in dict.fromkeys(result.rate for result in found):
         _print([result for result in found if result.rate == asked])
+
+
+@app.command()
+def planner(
+    file: Annotated[
+        Path, typer.Argument(help="Requests in Mooncake's format, .gz or not: what comes is made of them.")
+    ],
+    rate: Annotated[float, typer.Option(min=0.01, max=1e4, help="Requests a second before the load doubles.")] = 2.0,
+    waves: Annotated[int, typer.Option(min=1, max=100, help="So often the load doubles and halves.")] = 2,
+    hold: Annotated[float, typer.Option(min=10, max=1e5, help="Seconds between one ramp and the next.")] = HOLD_S,
+    ramp: Annotated[float, typer.Option(min=1, max=1e5, help="Seconds in which it doubles, or halves.")] = RAMP_S,
+    start: Annotated[float, typer.Option(min=0, max=3600, help="Seconds in which a worker starts.")] = START_S,
+    settle: Annotated[
+        float, typer.Option(min=1, max=1e5, help="Seconds without need before workers are taken away.")
+    ] = SETTLE_S,
+    preset: Annotated[str, typer.Option(help=f"{' or '.join(PRESETS)}.")] = "h100-llama-70b",
+    seed: Annotated[int, typer.Option(min=0)] = 1,
+    why: Annotated[bool, typer.Option("--why", help="Also each change, with its reasons.")] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """A load that doubles and halves, with as many workers as the planner wants, beside fixed numbers of them: the most that it
+    had, all the time, and as many as it had on average.
+
+    The planner is the production one, and so is the router. Promises are those of `tandem sim trace`. The first minutes, in which
+    the planner has two workers of each role and knows nothing, count as well.
+    """
+    chosen = preset_named(preset)
+    points = waves_of(waves, hold, ramp)
+    jobs = shaped(jobs_of(read_trace(file), rate, seed=seed), rate, points)
+    runs: list[tuple[str, Scaled]] = []
+
+    def run(name: str, wanted: Counts, scaler: Scaler | None) -> Scaled:
+        _say(f"{name}: {wanted.prefill} prefill and {wanted.decode} decode workers" + (" at first" if scaler else ""))
+        found = ScaledReplay(chosen, wanted, jobs, scaler, start_s=start, seed=seed).run_scaled()
+        runs.append((name, found))
+        return found
+
+    planned = run("planner", Counts(2, 2), scaler_of(Limits(), start_s=start, settle_s=settle))
+    run("its most", planned.most, None)
+    run("its mean", planned.mean, None)
+    if as_json:
+        print_json({"trace": file.name, "requests": len(jobs), "rate": rate, "waves": waves, "preset": chosen.name})
+        for name, found in runs:
+            print_json({"workers": name} | summary_of(found))
+        return
+    stdout.print(
+        f"{len(jobs):,} requests in {points[-1][0]:,.0f} s: {rate:g}/s, {waves} times doubled within {ramp:g} s and halved after "
+        f"{hold:g} s",
+        highlight=False,
+    )
+    table = Table(box=SIMPLE, pad_edge=False)
+    columns = (
+        "workers",
+        "prefill",
+        "decode",
+        "as promised",
+        "TTFT p50",
+        "p90",
+        "TPOT p90",
+        "worker-hours",
+        "changes",
+        "moved",
+    )
+    for column in columns:
+        table.add_column(column, justify="left" if column == "workers" else "right", no_wrap=True)
+    for name, found in runs:
+        said = summary_of(found)
+        table.add_row(
+            name,
+            *(f"{said[key]}" for key in ("prefill", "decode")),
+            f"{said['as_promised']:.1%}",
+            *(f"{said[key]:.2f} s" for key in ("ttft_p50_s", "ttft_p90_s")),
+            f"{1000 * said['tpot_p90_s']:.0f} ms",
+            f"{said['worker_hours']:.2f}",
+            *(f"{said[key]}" for key in ("changes", "moved")),
+        )
+    stdout.print(table)
+    for change in planned.changes if why else ():
+        stdout.print(
+            f"{change.at_s:,.0f} s: {change.wanted.prefill} prefill, {change.wanted.decode} decode", highlight=False
+        )
+        for reason in change.reasons:
+            stdout.print(f"    {reason}", highlight=False, style="dim")
 
 
 @app.command()

@@ -149,7 +149,6 @@ class Replay:
         # Roles are spread over the machines, so that each pool node has both.
         spread = sorted(range(num_workers), key=lambda i: (i * num_prefill) % num_workers)
         prefills = set(spread[:num_prefill])
-        capacity = Capacity(num_blocks=preset.device_blocks, slab_bytes=preset.block_bytes)
         for first in range(0, num_workers, preset.machine_workers):
             machine = f"machine-{first // preset.machine_workers}"
             pool = self._fleet.join(f"pool-{machine}", "pool", machine, Capacity(), _GROUP, 0.0)
@@ -157,28 +156,32 @@ class Replay:
             self._join(pool, "HOST")
             self._fleet.reported(self._fleet.names[pool], Load(disk_bytes_per_s=preset.disk_bytes_per_s), (), 0.0, 0.0)
             for worker in range(first, min(first + preset.machine_workers, num_workers)):
-                prefill = worker in prefills
-                steps = preset.prefill_step_tokens if prefill else preset.decode_step_tokens
-                said = Capacity(
-                    num_blocks=capacity.num_blocks,
-                    slab_bytes=capacity.slab_bytes,
-                    max_running=preset.max_running,
-                    max_step_tokens=steps,
-                )
-                role: Role = "prefill" if prefill else "decode"
-                number = self._fleet.join(f"{role}-{worker}", role, machine, said, _GROUP, 0.0)
-                self._join(number, "DEVICE")
-                self._home[number] = pool
-                cache = new_cache(preset.device_blocks)
-                if prefill:
-                    self._prefills[number] = PrefillWorker(number, preset.prices, steps, cache)
-                else:
-                    self._decodes[number] = DecodeWorker(
-                        number, preset.prices, steps, preset.max_running, cache, preset.device_blocks
-                    )
+                self._add_worker(worker, "prefill" if worker in prefills else "decode", machine, pool, 0.0)
         self._fleet.serve(_GROUP)
         for at, number in enumerate([*self._prefills, *self._decodes]):
             self._push(self._heartbeat_s * at / num_workers, REPORT, number)
+
+    def _add_worker(self, worker: int, role: Role, machine: str, pool: int, now_s: float) -> int:
+        """Worker `worker` of all that there ever were joins; returns its number in the fleet."""
+        preset = self._preset
+        steps = preset.prefill_step_tokens if role == "prefill" else preset.decode_step_tokens
+        said = Capacity(
+            num_blocks=preset.device_blocks,
+            slab_bytes=preset.block_bytes,
+            max_running=preset.max_running,
+            max_step_tokens=steps,
+        )
+        number = self._fleet.join(f"{role}-{worker}", role, machine, said, _GROUP, now_s)
+        self._join(number, "DEVICE")
+        self._home[number] = pool
+        cache = new_cache(preset.device_blocks)
+        if role == "prefill":
+            self._prefills[number] = PrefillWorker(number, preset.prices, steps, cache)
+        else:
+            self._decodes[number] = DecodeWorker(
+                number, preset.prices, steps, preset.max_running, cache, preset.device_blocks
+            )
+        return number
 
     def _join(self, number: int, tier: Tier) -> None:
         name = self._fleet.names[number]
@@ -234,8 +237,14 @@ class Replay:
             elif kind == WAKE and self._wake_at_s is not None and now_s >= self._wake_at_s:
                 self._wake_at_s = None
                 self._release(now_s)
+            elif kind > WAKE:
+                self._on_other(kind, what, now_s)
         say(self._num_ended - num_said)
         return self._outcome(now_s)
+
+    def _on_other(self, kind: int, what: int, now_s: float) -> None:
+        """An event that is not of a replay with workers that stay."""
+        raise AssertionError(f"nobody pushed events of kind {kind}")
 
     # --- the router's side -------------------------------------------------------------------------------------------------
 
@@ -248,6 +257,7 @@ class Replay:
             self._dispatch(number, self._place(number, now_s, now_s), now_s, now_s)
             return
         uncached = max(1, job.num_tokens - self._hits(job).longest * BLOCK_TOKENS)
+        self._fleet.traffic.arrived(job.num_tokens, uncached)
         prices = self._preset.prices
         work_s = uncached * prices.token_s + prices.pair_s * uncached * (job.num_tokens - uncached / 2)
         slo_s = self._slo.first_token_s(uncached)
