@@ -497,6 +497,12 @@ class Owned(Struct, tag="owned", tag_field="t"):
     mapped: Annotated[list[Count], Meta(max_length=8192)] = []
 
 
+class Leave(Struct, tag="leave", tag_field="t"):
+    """Router → worker: finish what you have, and end, as after SIGTERM. Idempotent."""
+
+    reason: Annotated[str, Meta(max_length=256)] = ""
+
+
 class Goodbye(Struct, tag="goodbye", tag_field="t"):
     """Worker → router: a clean stop; everything it owned is gone."""
 
@@ -505,7 +511,7 @@ class Goodbye(Struct, tag="goodbye", tag_field="t"):
 
 
 ToRouter = Hello | Heartbeat | Started | Tokens | RoleReport | Failed | Aborted | Owned | Goodbye
-FromRouter = Welcome | Refused | Dispatch | FirstTokens | Ack | Resend | Abort | Peers | Audit
+FromRouter = Welcome | Refused | Dispatch | FirstTokens | Ack | Resend | Abort | Peers | Audit | Leave
 
 
 # --- between a sink and a source (design §5) ---------------------------------------------------------------------------

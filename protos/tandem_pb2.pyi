@@ -6,6 +6,80 @@ from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 
 DESCRIPTOR: _descriptor.FileDescriptor
 
+class Replicas(_message.Message):
+    __slots__ = ("prefill", "decode", "revision", "reason")
+    PREFILL_FIELD_NUMBER: _ClassVar[int]
+    DECODE_FIELD_NUMBER: _ClassVar[int]
+    REVISION_FIELD_NUMBER: _ClassVar[int]
+    REASON_FIELD_NUMBER: _ClassVar[int]
+    prefill: int
+    decode: int
+    revision: int
+    reason: str
+    def __init__(self, prefill: _Optional[int] = ..., decode: _Optional[int] = ..., revision: _Optional[int] = ..., reason: _Optional[str] = ...) -> None: ...
+
+class SetReplicasRequest(_message.Message):
+    __slots__ = ("prefill", "decode", "reason", "revision")
+    PREFILL_FIELD_NUMBER: _ClassVar[int]
+    DECODE_FIELD_NUMBER: _ClassVar[int]
+    REASON_FIELD_NUMBER: _ClassVar[int]
+    REVISION_FIELD_NUMBER: _ClassVar[int]
+    prefill: int
+    decode: int
+    reason: str
+    revision: int
+    def __init__(self, prefill: _Optional[int] = ..., decode: _Optional[int] = ..., reason: _Optional[str] = ..., revision: _Optional[int] = ...) -> None: ...
+
+class DrainRequest(_message.Message):
+    __slots__ = ("process",)
+    PROCESS_FIELD_NUMBER: _ClassVar[int]
+    process: str
+    def __init__(self, process: _Optional[str] = ...) -> None: ...
+
+class DrainResponse(_message.Message):
+    __slots__ = ("num_dispatches", "wanted")
+    NUM_DISPATCHES_FIELD_NUMBER: _ClassVar[int]
+    WANTED_FIELD_NUMBER: _ClassVar[int]
+    num_dispatches: int
+    wanted: Replicas
+    def __init__(self, num_dispatches: _Optional[int] = ..., wanted: _Optional[_Union[Replicas, _Mapping]] = ...) -> None: ...
+
+class Traffic(_message.Message):
+    __slots__ = ("num_requests", "num_samples", "prompt_tokens", "uncached_tokens", "uncached_pairs", "uncached_squares", "here_tokens", "here_pairs", "answer_tokens")
+    NUM_REQUESTS_FIELD_NUMBER: _ClassVar[int]
+    NUM_SAMPLES_FIELD_NUMBER: _ClassVar[int]
+    PROMPT_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    UNCACHED_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    UNCACHED_PAIRS_FIELD_NUMBER: _ClassVar[int]
+    UNCACHED_SQUARES_FIELD_NUMBER: _ClassVar[int]
+    HERE_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    HERE_PAIRS_FIELD_NUMBER: _ClassVar[int]
+    ANSWER_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    num_requests: int
+    num_samples: int
+    prompt_tokens: int
+    uncached_tokens: int
+    uncached_pairs: float
+    uncached_squares: float
+    here_tokens: int
+    here_pairs: float
+    answer_tokens: float
+    def __init__(self, num_requests: _Optional[int] = ..., num_samples: _Optional[int] = ..., prompt_tokens: _Optional[int] = ..., uncached_tokens: _Optional[int] = ..., uncached_pairs: _Optional[float] = ..., uncached_squares: _Optional[float] = ..., here_tokens: _Optional[int] = ..., here_pairs: _Optional[float] = ..., answer_tokens: _Optional[float] = ...) -> None: ...
+
+class StepPrices(_message.Message):
+    __slots__ = ("base_s", "token_s", "pair_s", "sequence_s", "context_s")
+    BASE_S_FIELD_NUMBER: _ClassVar[int]
+    TOKEN_S_FIELD_NUMBER: _ClassVar[int]
+    PAIR_S_FIELD_NUMBER: _ClassVar[int]
+    SEQUENCE_S_FIELD_NUMBER: _ClassVar[int]
+    CONTEXT_S_FIELD_NUMBER: _ClassVar[int]
+    base_s: float
+    token_s: float
+    pair_s: float
+    sequence_s: float
+    context_s: float
+    def __init__(self, base_s: _Optional[float] = ..., token_s: _Optional[float] = ..., pair_s: _Optional[float] = ..., sequence_s: _Optional[float] = ..., context_s: _Optional[float] = ...) -> None: ...
+
 class ToolCall(_message.Message):
     __slots__ = ("id", "name", "arguments")
     ID_FIELD_NUMBER: _ClassVar[int]
@@ -278,7 +352,7 @@ class Link(_message.Message):
     def __init__(self, source: _Optional[str] = ..., transport: _Optional[str] = ..., num_bytes: _Optional[int] = ..., bytes_per_s: _Optional[float] = ...) -> None: ...
 
 class ProcessStatus(_message.Message):
-    __slots__ = ("name", "role", "epoch", "pid", "heartbeat_age_s", "num_blocks", "free_blocks", "cached_blocks", "leased_blocks", "slab_bytes", "num_running", "num_waiting", "prefill_tokens", "decode_tokens", "prefix_hit_tokens", "fetched_blocks", "fetched_bytes", "prefill_tokens_per_s", "decode_step_s", "indexed_blocks", "preemptions", "recomputed_tokens", "served_blocks", "counters", "fetch_endpoint", "shm_endpoint", "links", "events_endpoint", "step_age_s")
+    __slots__ = ("name", "role", "epoch", "pid", "heartbeat_age_s", "num_blocks", "free_blocks", "cached_blocks", "leased_blocks", "slab_bytes", "num_running", "num_waiting", "prefill_tokens", "decode_tokens", "prefix_hit_tokens", "fetched_blocks", "fetched_bytes", "prefill_tokens_per_s", "decode_step_s", "indexed_blocks", "preemptions", "recomputed_tokens", "served_blocks", "counters", "fetch_endpoint", "shm_endpoint", "links", "events_endpoint", "step_age_s", "draining", "waiting_tokens", "waiting_pairs", "prices", "max_running", "max_step_tokens")
     class CountersEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -315,6 +389,12 @@ class ProcessStatus(_message.Message):
     LINKS_FIELD_NUMBER: _ClassVar[int]
     EVENTS_ENDPOINT_FIELD_NUMBER: _ClassVar[int]
     STEP_AGE_S_FIELD_NUMBER: _ClassVar[int]
+    DRAINING_FIELD_NUMBER: _ClassVar[int]
+    WAITING_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    WAITING_PAIRS_FIELD_NUMBER: _ClassVar[int]
+    PRICES_FIELD_NUMBER: _ClassVar[int]
+    MAX_RUNNING_FIELD_NUMBER: _ClassVar[int]
+    MAX_STEP_TOKENS_FIELD_NUMBER: _ClassVar[int]
     name: str
     role: str
     epoch: str
@@ -344,10 +424,16 @@ class ProcessStatus(_message.Message):
     links: _containers.RepeatedCompositeFieldContainer[Link]
     events_endpoint: str
     step_age_s: float
-    def __init__(self, name: _Optional[str] = ..., role: _Optional[str] = ..., epoch: _Optional[str] = ..., pid: _Optional[int] = ..., heartbeat_age_s: _Optional[float] = ..., num_blocks: _Optional[int] = ..., free_blocks: _Optional[int] = ..., cached_blocks: _Optional[int] = ..., leased_blocks: _Optional[int] = ..., slab_bytes: _Optional[int] = ..., num_running: _Optional[int] = ..., num_waiting: _Optional[int] = ..., prefill_tokens: _Optional[int] = ..., decode_tokens: _Optional[int] = ..., prefix_hit_tokens: _Optional[int] = ..., fetched_blocks: _Optional[int] = ..., fetched_bytes: _Optional[int] = ..., prefill_tokens_per_s: _Optional[float] = ..., decode_step_s: _Optional[float] = ..., indexed_blocks: _Optional[int] = ..., preemptions: _Optional[int] = ..., recomputed_tokens: _Optional[int] = ..., served_blocks: _Optional[int] = ..., counters: _Optional[_Mapping[str, int]] = ..., fetch_endpoint: _Optional[str] = ..., shm_endpoint: _Optional[str] = ..., links: _Optional[_Iterable[_Union[Link, _Mapping]]] = ..., events_endpoint: _Optional[str] = ..., step_age_s: _Optional[float] = ...) -> None: ...
+    draining: bool
+    waiting_tokens: int
+    waiting_pairs: int
+    prices: StepPrices
+    max_running: int
+    max_step_tokens: int
+    def __init__(self, name: _Optional[str] = ..., role: _Optional[str] = ..., epoch: _Optional[str] = ..., pid: _Optional[int] = ..., heartbeat_age_s: _Optional[float] = ..., num_blocks: _Optional[int] = ..., free_blocks: _Optional[int] = ..., cached_blocks: _Optional[int] = ..., leased_blocks: _Optional[int] = ..., slab_bytes: _Optional[int] = ..., num_running: _Optional[int] = ..., num_waiting: _Optional[int] = ..., prefill_tokens: _Optional[int] = ..., decode_tokens: _Optional[int] = ..., prefix_hit_tokens: _Optional[int] = ..., fetched_blocks: _Optional[int] = ..., fetched_bytes: _Optional[int] = ..., prefill_tokens_per_s: _Optional[float] = ..., decode_step_s: _Optional[float] = ..., indexed_blocks: _Optional[int] = ..., preemptions: _Optional[int] = ..., recomputed_tokens: _Optional[int] = ..., served_blocks: _Optional[int] = ..., counters: _Optional[_Mapping[str, int]] = ..., fetch_endpoint: _Optional[str] = ..., shm_endpoint: _Optional[str] = ..., links: _Optional[_Iterable[_Union[Link, _Mapping]]] = ..., events_endpoint: _Optional[str] = ..., step_age_s: _Optional[float] = ..., draining: _Optional[bool] = ..., waiting_tokens: _Optional[int] = ..., waiting_pairs: _Optional[int] = ..., prices: _Optional[_Union[StepPrices, _Mapping]] = ..., max_running: _Optional[int] = ..., max_step_tokens: _Optional[int] = ...) -> None: ...
 
 class GetClusterResponse(_message.Message):
-    __slots__ = ("router", "model", "max_model_len", "block_size", "model_fingerprint", "numerics_class", "kv_format", "processes", "num_active_requests", "num_requests_finished", "num_requests_failed", "num_requests_cancelled", "ready", "num_waiting_requests", "num_requests_left_waiting")
+    __slots__ = ("router", "model", "max_model_len", "block_size", "model_fingerprint", "numerics_class", "kv_format", "processes", "num_active_requests", "num_requests_finished", "num_requests_failed", "num_requests_cancelled", "ready", "num_waiting_requests", "num_requests_left_waiting", "router_epoch", "traffic", "wanted")
     ROUTER_FIELD_NUMBER: _ClassVar[int]
     MODEL_FIELD_NUMBER: _ClassVar[int]
     MAX_MODEL_LEN_FIELD_NUMBER: _ClassVar[int]
@@ -363,6 +449,9 @@ class GetClusterResponse(_message.Message):
     READY_FIELD_NUMBER: _ClassVar[int]
     NUM_WAITING_REQUESTS_FIELD_NUMBER: _ClassVar[int]
     NUM_REQUESTS_LEFT_WAITING_FIELD_NUMBER: _ClassVar[int]
+    ROUTER_EPOCH_FIELD_NUMBER: _ClassVar[int]
+    TRAFFIC_FIELD_NUMBER: _ClassVar[int]
+    WANTED_FIELD_NUMBER: _ClassVar[int]
     router: str
     model: str
     max_model_len: int
@@ -378,7 +467,10 @@ class GetClusterResponse(_message.Message):
     ready: bool
     num_waiting_requests: int
     num_requests_left_waiting: int
-    def __init__(self, router: _Optional[str] = ..., model: _Optional[str] = ..., max_model_len: _Optional[int] = ..., block_size: _Optional[int] = ..., model_fingerprint: _Optional[str] = ..., numerics_class: _Optional[str] = ..., kv_format: _Optional[str] = ..., processes: _Optional[_Iterable[_Union[ProcessStatus, _Mapping]]] = ..., num_active_requests: _Optional[int] = ..., num_requests_finished: _Optional[int] = ..., num_requests_failed: _Optional[int] = ..., num_requests_cancelled: _Optional[int] = ..., ready: _Optional[bool] = ..., num_waiting_requests: _Optional[int] = ..., num_requests_left_waiting: _Optional[int] = ...) -> None: ...
+    router_epoch: str
+    traffic: Traffic
+    wanted: Replicas
+    def __init__(self, router: _Optional[str] = ..., model: _Optional[str] = ..., max_model_len: _Optional[int] = ..., block_size: _Optional[int] = ..., model_fingerprint: _Optional[str] = ..., numerics_class: _Optional[str] = ..., kv_format: _Optional[str] = ..., processes: _Optional[_Iterable[_Union[ProcessStatus, _Mapping]]] = ..., num_active_requests: _Optional[int] = ..., num_requests_finished: _Optional[int] = ..., num_requests_failed: _Optional[int] = ..., num_requests_cancelled: _Optional[int] = ..., ready: _Optional[bool] = ..., num_waiting_requests: _Optional[int] = ..., num_requests_left_waiting: _Optional[int] = ..., router_epoch: _Optional[str] = ..., traffic: _Optional[_Union[Traffic, _Mapping]] = ..., wanted: _Optional[_Union[Replicas, _Mapping]] = ...) -> None: ...
 
 class ExplainRequest(_message.Message):
     __slots__ = ("request_id",)

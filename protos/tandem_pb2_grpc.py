@@ -54,6 +54,16 @@ class TandemStub:
                 request_serializer=protos_dot_tandem__pb2.ExplainRequest.SerializeToString,
                 response_deserializer=protos_dot_tandem__pb2.ExplainResponse.FromString,
                 _registered_method=True)
+        self.SetReplicas = channel.unary_unary(
+                '/tandem.v1.Tandem/SetReplicas',
+                request_serializer=protos_dot_tandem__pb2.SetReplicasRequest.SerializeToString,
+                response_deserializer=protos_dot_tandem__pb2.Replicas.FromString,
+                _registered_method=True)
+        self.Drain = channel.unary_unary(
+                '/tandem.v1.Tandem/Drain',
+                request_serializer=protos_dot_tandem__pb2.DrainRequest.SerializeToString,
+                response_deserializer=protos_dot_tandem__pb2.DrainResponse.FromString,
+                _registered_method=True)
 
 
 class TandemServicer:
@@ -87,6 +97,21 @@ class TandemServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def SetReplicas(self, request, context):
+        """How many workers of each role are wanted from now on. Whoever keeps the cluster (`tandem serve`, `tandem up`) sees it in
+        GetCluster and starts and ends workers; without one nothing else happens.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Drain(self, request, context):
+        """A worker is to finish what it has, and to leave: it takes nothing more. Where replicas are wanted, one fewer of its role is.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_TandemServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -109,6 +134,16 @@ def add_TandemServicer_to_server(servicer, server):
                     servicer.Explain,
                     request_deserializer=protos_dot_tandem__pb2.ExplainRequest.FromString,
                     response_serializer=protos_dot_tandem__pb2.ExplainResponse.SerializeToString,
+            ),
+            'SetReplicas': grpc.unary_unary_rpc_method_handler(
+                    servicer.SetReplicas,
+                    request_deserializer=protos_dot_tandem__pb2.SetReplicasRequest.FromString,
+                    response_serializer=protos_dot_tandem__pb2.Replicas.SerializeToString,
+            ),
+            'Drain': grpc.unary_unary_rpc_method_handler(
+                    servicer.Drain,
+                    request_deserializer=protos_dot_tandem__pb2.DrainRequest.FromString,
+                    response_serializer=protos_dot_tandem__pb2.DrainResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -219,6 +254,60 @@ class Tandem:
             '/tandem.v1.Tandem/Explain',
             protos_dot_tandem__pb2.ExplainRequest.SerializeToString,
             protos_dot_tandem__pb2.ExplainResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def SetReplicas(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/tandem.v1.Tandem/SetReplicas',
+            protos_dot_tandem__pb2.SetReplicasRequest.SerializeToString,
+            protos_dot_tandem__pb2.Replicas.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Drain(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/tandem.v1.Tandem/Drain',
+            protos_dot_tandem__pb2.DrainRequest.SerializeToString,
+            protos_dot_tandem__pb2.DrainResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -120,6 +120,24 @@ def cluster(core: RouterCore, model: str, now_s: float) -> tandem_pb2.GetCluster
         ready=core.ready,
         num_waiting_requests=core.num_waiting,
         num_requests_left_waiting=core.num_left_waiting,
+        router_epoch=core.settings.epoch.hex(),
+        traffic=_traffic(core),
+        wanted=core.wanted.as_message(),
+    )
+
+
+def _traffic(core: RouterCore) -> tandem_pb2.Traffic:
+    traffic = core.fleet.traffic
+    return tandem_pb2.Traffic(
+        num_requests=traffic.num_requests,
+        num_samples=traffic.num_samples,
+        prompt_tokens=traffic.prompt_tokens,
+        uncached_tokens=traffic.uncached_tokens,
+        uncached_pairs=traffic.uncached_pairs,
+        uncached_squares=traffic.uncached_squares,
+        here_tokens=traffic.here_tokens,
+        here_pairs=traffic.here_pairs,
+        answer_tokens=core.fleet.answer_tokens,
     )
 
 
@@ -136,10 +154,18 @@ def _process(core: RouterCore, member: Member, now_s: float) -> tandem_pb2.Proce
         fetch_endpoint=member.hello.endpoints.fetch,
         shm_endpoint=member.hello.endpoints.shm,
         events_endpoint=member.hello.endpoints.events,
+        max_running=member.hello.capacity.max_running,
+        max_step_tokens=member.hello.capacity.max_step_tokens,
     )
     if member.heartbeat is not None:
         load, counters = member.heartbeat.load, member.heartbeat.counters
         status.step_age_s = member.heartbeat.step_age_s
+        status.draining = member.heartbeat.draining
+        status.waiting_tokens = load.waiting_tokens
+        status.waiting_pairs = load.waiting_pairs
+        prices = load.prices
+        status.prices.base_s, status.prices.token_s, status.prices.pair_s = prices.base_s, prices.token_s, prices.pair_s
+        status.prices.sequence_s, status.prices.context_s = prices.sequence_s, prices.context_s
         status.free_blocks = load.free_blocks
         status.cached_blocks = load.cached_blocks
         status.leased_blocks = load.leased_blocks

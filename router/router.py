@@ -50,6 +50,7 @@ from protos.control import (
     Goodbye,
     Heartbeat,
     Hello,
+    Leave,
     Owned,
     Peers,
     Refused,
@@ -83,6 +84,7 @@ from router.poison import Poison
 from router.policy.base import Policy
 from router.policy.seconds import PredictedSeconds
 from router.prefix_index import MAX_KEYS, PrefixIndex
+from router.wanted import Wanted
 from tandem.errors import (
     Cancelled,
     DeadlineExceeded,
@@ -191,6 +193,9 @@ class RouterCore:
             self._planner, self.fleet, self.journal, interactive=settings.interactive, batch=settings.batch
         )
         self.poison = Poison()
+        self.wanted = Wanted()
+        self._told_to_leave: dict[str, str] = {}
+        """Why, by process, of those that have not said yet that they do."""
         self._rng = rng
         self._waiting: dict[str, None] = {}
         self._closing: dict[Fence, _Closing] = {}
@@ -319,6 +324,21 @@ class RouterCore:
             case Owned():
                 return []  # an audit's (`router/auditor.py`)
 
+    def drain(self, process: str, reason: str) -> tuple[int, list[Action]]:
+        """A worker is to finish what it has and to leave. Returns how many dispatches of ours it has. Where replicas are wanted,
+        one fewer of its role is from now on.
+
+        Raises InvalidRequest for one that is no worker of ours.
+        """
+        member = self.membership.get(process)
+        if member is None or member.role == "pool":
+            here = ", ".join(sorted(one.name for one in self.membership if one.role != "pool")) or "none"
+            raise InvalidRequest(f"{process!r} is no worker that is connected to this router; those are: {here}")
+        if self.fleet.drain(process):
+            self.wanted.without_one(member.role, f"{process} was told to leave: {reason}")
+        self._told_to_leave[process] = reason[:256]
+        return self.fleet.dispatched_to(process), [Send(process, member.epoch, Leave(reason=reason[:256]))]
+
     def on_closed(self, process: str, epoch: bytes, now_s: float) -> list[Action]:
         """A process can't be reached any more."""
         return self._on_left(process, epoch, now_s, goodbye=False)
@@ -438,6 +458,7 @@ class RouterCore:
 
     def _on_lost(self, lost: Lost, now_s: float) -> list[Action]:
         self.num_lost[lost.role, lost.cause] += 1
+        self._told_to_leave.pop(lost.name, None)
         self._forget_process(lost.name)
         # Others may have noticed before us, and what it had was called off because of that: it died of it all the same.
         closed = [(fence, one) for fence, one in self._closing.items() if one.process == lost.name]
@@ -492,15 +513,19 @@ class RouterCore:
 
     def _on_heartbeat(self, message: Heartbeat, now_s: float) -> list[Action]:
         self.membership.heartbeat(message, now_s)
+        again: list[Action] = []
         if message.draining:
             self.fleet.drain(message.process)
+            self._told_to_leave.pop(message.process, None)
+        elif (reason := self._told_to_leave.get(message.process)) is not None:
+            again = [Send(message.process, message.epoch, Leave(reason=reason))]  # it has not heard it, or not yet
         self.fleet.reported(message.process, message.load, message.links, message.step_age_s, now_s)
         from_seq = self.index.on_announced(message.process, message.epoch, message.events_seq, now_s)
         actions = self._replay(message.process, from_seq)
         member = self.membership.get(message.process)
         if member is not None and self._has_missed_peers(member, message, now_s):
             actions.append(Send(member.name, member.epoch, self._peers()))
-        return [*actions, *self._release(now_s)]
+        return [*again, *actions, *self._release(now_s)]
 
     def _replay(self, process: str, from_seq: int | None) -> list[Action]:
         member = self.membership.get(process)

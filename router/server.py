@@ -560,6 +560,19 @@ class RouterServer:
         """Why a request went where it went. Raises InvalidRequest for one that isn't remembered, or that `caller` may not see."""
         return explain(self.core.journal, request_id, caller)
 
+    def set_replicas(self, request: tandem_pb2.SetReplicasRequest, caller: Caller) -> tandem_pb2.Replicas:
+        """What is wanted from now on. Raises PermissionDenied unless the caller is an admin, InvalidRequest for what can't be."""
+        caller.check_admin("SetReplicas")
+        self.core.wanted.set(request)
+        return self.core.wanted.as_message()
+
+    def drain(self, process: str, caller: Caller) -> tandem_pb2.DrainResponse:
+        """Tells a process to finish what it has and to leave. Raises as `set_replicas`."""
+        caller.check_admin("Drain")
+        num_dispatches, actions = self.core.drain(process, "an operator asked for it")
+        self._do(actions)
+        return tandem_pb2.DrainResponse(num_dispatches=num_dispatches, wanted=self.core.wanted.as_message())
+
     async def audit(self) -> tandem_pb2.AuditResponse:
         """What the router believes against what its processes own: rounds until all agree, or `AUDIT_S` are over."""
         auditor = Auditor(self.core)
@@ -598,6 +611,26 @@ class _Servicer(tandem_pb2_grpc.TandemServicer):
 
     async def GetCluster(self, request: tandem_pb2.GetClusterRequest, context: object) -> tandem_pb2.GetClusterResponse:
         return self._server.cluster()
+
+    async def SetReplicas(
+        self,
+        request: tandem_pb2.SetReplicasRequest,
+        context: grpc.aio.ServicerContext[tandem_pb2.SetReplicasRequest, tandem_pb2.Replicas],
+    ) -> tandem_pb2.Replicas:
+        try:
+            return self._server.set_replicas(request, await caller_of(context, self._server.access))
+        except TandemError as error:
+            await abort(context, error)
+
+    async def Drain(
+        self,
+        request: tandem_pb2.DrainRequest,
+        context: grpc.aio.ServicerContext[tandem_pb2.DrainRequest, tandem_pb2.DrainResponse],
+    ) -> tandem_pb2.DrainResponse:
+        try:
+            return self._server.drain(request.process, await caller_of(context, self._server.access))
+        except TandemError as error:
+            await abort(context, error)
 
     async def Audit(self, request: tandem_pb2.AuditRequest, context: object) -> tandem_pb2.AuditResponse:
         return await self._server.audit()

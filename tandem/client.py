@@ -153,6 +153,24 @@ class Client:
             )
         )
 
+    def set_replicas(
+        self,
+        prefill: int | None = None,
+        decode: int | None = None,
+        reason: str = "",
+        *,
+        revision: int = 0,
+        timeout_s: float = 5.0,
+    ) -> pb.Replicas:
+        """So many workers are wanted from now on; None: as many as were. Returns what is wanted. Whoever keeps the cluster starts
+        and ends workers for it. `revision` is for those who pass on what another router knows."""
+        request = pb.SetReplicasRequest(prefill=prefill, decode=decode, reason=reason, revision=revision)
+        return self._ask(lambda stub: stub.SetReplicas(request, timeout=timeout_s))
+
+    def drain(self, process: str, timeout_s: float = 5.0) -> pb.DrainResponse:
+        """Tells a worker to finish what it has and to leave. Raises InvalidRequest for one that the router doesn't know."""
+        return self._ask(lambda stub: stub.Drain(pb.DrainRequest(process=process), timeout=timeout_s))
+
     def audit(self, timeout_s: float = 30.0) -> pb.AuditResponse:
         """The router's cross-check of what it believes against what its processes report."""
         return self._ask(lambda stub: stub.Audit(pb.AuditRequest(), timeout=timeout_s, metadata=self._metadata))

@@ -38,6 +38,7 @@ from protos.control import (
     Goodbye,
     Heartbeat,
     Hello,
+    Leave,
     Load,
     Owned,
     Peers,
@@ -119,6 +120,7 @@ class WorkerLoop:
         )
         engine_thread.connect(transfer)
         parts.compiling.on_ready = lambda: engine_thread.post(lambda: None)
+        transfer.on_leave = stop.set
         cores = claim_cores(self._worker.threads)
         thread = threading.Thread(target=transfer.run, name="transfer")
         thread.start()
@@ -271,6 +273,9 @@ class TransferThread:
         self._peer_lists = PeerLists()
         self._peers: set[tuple[str, bytes]] = set()
         self.error: BaseException | None = None
+
+        self.on_leave: Callable[[], None] = lambda: None
+        """A router asked this worker to leave."""
 
     # --- from other threads ------------------------------------------------------------------------------------------
 
@@ -543,6 +548,9 @@ class TransferThread:
                     post(lambda: engine.on_stop_sample(router, fence, index))
             case Peers():
                 self._take_peers(self._peer_lists.said(router, message, now), now)
+            case Leave(reason=reason):
+                log.info("a router asked this worker to leave: %s", reason)
+                self.on_leave()
             case Audit(number=number):
                 post(lambda: engine.on_audit(router, number))
             case Resend(fence=fence, index=index, position=position):

@@ -34,6 +34,7 @@ from protos.control import (
     Heartbeat,
     Hello,
     Kept,
+    Leave,
     Load,
     Lost,
     Miss,
@@ -87,6 +88,7 @@ FROM_ROUTER = [
     Abort(FENCE, "why"),
     Peers([SOURCE], GROUP, 4096),
     Audit(3),
+    Leave("why"),
 ]
 TO_SOURCE = [Fetch(KEY, "request", [KEY], True, 5.0), Done(KEY, 1), Cancel(KEY), Kept([KEY]), Lost([KEY])]
 TO_SINK = [Ready(KEY, 0, EPOCH, 5.0, [ReadyBlock(KEY, 2**40, 16, EPOCH, KEY)], 1.5), Miss(KEY, [KEY, KEY]), Parked(KEY)]
