@@ -256,6 +256,40 @@ def _with_port(address: str, port: int) -> str:
     return f"{_bracketed(address)}:{port}"
 
 
+class PlannerConfig(_Section):
+    """How many workers there are to be, where that follows from the load (`tandem.scaling`)."""
+
+    enabled: bool = Field(False, description="the numbers of workers follow the load, within these bounds")
+    ttft_s: float = Field(0.3, gt=0, le=3600, description="to the first token, for 9 requests in 10")
+    ttft_per_1k_tokens_s: float = Field(
+        0.3, ge=0, le=3600, description="more for each thousand prompt tokens that nobody holds"
+    )
+    tpot_s: float = Field(0.05, gt=0, le=3600, description="each token after the first")
+    min_prefill: int = Field(1, ge=1, le=64)
+    max_prefill: int = Field(8, ge=1, le=64)
+    min_decode: int = Field(1, ge=1, le=64)
+    max_decode: int = Field(8, ge=1, le=64)
+    max_workers: int = Field(0, ge=0, le=128, description="of both roles together; 0: no limit of its own")
+    settle_s: float = Field(
+        120.0, ge=5, le=86_400, description="workers that were not needed for so long are taken away"
+    )
+    start_s: float = Field(20.0, ge=0, le=3600, description="what a worker takes to start: so far it looks ahead")
+
+
+class RayConfig(_Section):
+    """What each role takes of a node's resources, by Ray's names: `{GPU: 1}`. A worker goes only where there is so much."""
+
+    router: dict[str, Annotated[float, Field(ge=0, le=1e6)]] = {}
+    prefill: dict[str, Annotated[float, Field(ge=0, le=1e6)]] = {}
+    decode: dict[str, Annotated[float, Field(ge=0, le=1e6)]] = {}
+    pool: dict[str, Annotated[float, Field(ge=0, le=1e6)]] = {}
+
+    def needs(self, role: str) -> dict[str, float]:
+        """Of a role."""
+        found: dict[str, float] = getattr(self, role)
+        return found
+
+
 class TlsConfig(_Section):
     """What the tcp transport proves itself with, PEM files; all three or none. Both sides must have a certificate of `ca`."""
 
@@ -345,6 +379,8 @@ class Config(BaseSettings):
     tracing: TracingConfig = TracingConfig()
     log: LogConfig = LogConfig()
     control: ControlConfig = ControlConfig()
+    planner: PlannerConfig = PlannerConfig()
+    ray: RayConfig = RayConfig()
 
     @classmethod
     def settings_customise_sources(
@@ -399,6 +435,16 @@ def load_config(path: str | Path | None = None, overrides: dict[str, Any] | None
         raise ConfigError(
             f"{where}: prefill.block_size is {config.prefill.block_size} and decode.block_size is "
             f"{config.decode.block_size}; they must be equal"
+        )
+    planner = config.planner
+    for role in ("prefill", "decode"):
+        least, most = getattr(planner, f"min_{role}"), getattr(planner, f"max_{role}")
+        if least > most:
+            raise ConfigError(f"{where}: planner.min_{role} is {least}, planner.max_{role} is {most}")
+    if 0 < planner.max_workers < planner.min_prefill + planner.min_decode:
+        raise ConfigError(
+            f"{where}: planner.max_workers is {planner.max_workers}, the fewest of both roles are "
+            f"{planner.min_prefill + planner.min_decode}"
         )
     tls = config.transfer.tls
     if any((tls.cert, tls.key, tls.ca)) and not all((tls.cert, tls.key, tls.ca)):

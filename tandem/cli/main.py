@@ -11,7 +11,23 @@ from typing import Annotated
 
 import typer
 
-from tandem.cli import audit, bench, capacity, curve, demo, doctor, drill, explain, generate, keys, models, serve, sim
+from tandem.cli import (
+    audit,
+    bench,
+    capacity,
+    curve,
+    demo,
+    doctor,
+    drill,
+    explain,
+    generate,
+    keys,
+    models,
+    scale,
+    serve,
+    sim,
+    up,
+)
 from tandem.cli.reach import give
 from tandem.credentials import Credentials, Tls
 from tandem.errors import TandemError
@@ -49,8 +65,11 @@ def _credentials(
 
 app.command()(models.pull)
 app.command()(serve.serve)
+app.command()(up.up)
 app.command()(serve.down)
 app.command()(serve.status)
+app.command()(scale.scale)
+app.command()(scale.drain)
 app.command()(audit.audit)
 app.command()(explain.explain)
 app.command()(generate.generate)

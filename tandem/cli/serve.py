@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.live import Live
@@ -29,10 +29,12 @@ from tandem.cli.common import (
 )
 from tandem.cli.reach import connect, connect_own, given
 from tandem.cli.run_file import RunFile
-from tandem.client import Client
 from tandem.clock import now_s
 from tandem.config import Config, load_config
 from tandem.errors import DeadlineExceeded, TandemError, Unavailable
+
+if TYPE_CHECKING:
+    from tandem.cluster import Cluster
 
 _LOOK_S = 1.0
 _DOWN_S = 45.0
@@ -85,48 +87,69 @@ def serve(
         with stop_on_signals() as stop, Cluster(config, credentials=given()) as cluster:
             run_file.write(cluster.target)
             cluster.start(
-                progress=_say,
+                progress=say,
                 timeout_s=timeout_s,
                 stop=stop,
                 on_ray_dir=lambda path: run_file.write(cluster.target, str(path)),
                 address=address,
             )
-            _say(f"ready: {cluster.target} serves {config.model.path}; logs are in {cluster.log_dir}")
-            with connect_own(config, cluster.target) as client, _live_table() as show:
-                while not stop.wait(_LOOK_S):
-                    for line in cluster.supervise():
-                        _say(line)
-                    show(client)
-            _say("stopping")
-        _say("stopped")
+            say(f"ready: {cluster.target} serves {config.model.path}; logs are in {cluster.log_dir}")
+            supervise_until(stop, cluster, run_file)
+            say("stopping")
+        say("stopped")
     finally:
         run_file.release()
 
 
-def _say(line: str) -> None:
+def supervise_until(stop: threading.Event, cluster: Cluster, run_file: RunFile) -> None:
+    """Keeps a cluster as it is wanted until `stop`, says what happens, and shows its state where stdout is a terminal."""
+    target = cluster.target
+    with _live_table(cluster.config) as show:
+        while not stop.wait(_LOOK_S):
+            for line in cluster.supervise():
+                say(line)
+            if cluster.target != target:  # a router is on another node
+                target = cluster.target
+                run_file.write(target)
+            show(target)
+
+
+def say(line: str) -> None:
     stdout.print(line, highlight=False, markup=False, soft_wrap=True)
 
 
 @contextmanager
-def _live_table() -> Iterator[Callable[[Client], None]]:
+def _live_table(config: Config) -> Iterator[Callable[[str], None]]:
     """What shows the cluster's state below the lines said so far; nothing where stdout is no terminal."""
     if not stdout.is_terminal:
-        yield lambda client: None
+        yield lambda target: None
         return
     with Live(console=stdout, auto_refresh=False) as live:
 
-        def show(client: Client) -> None:
+        def show(target: str) -> None:
             try:
-                live.update(cluster_table(client.cluster(timeout_s=_LOOK_S)), refresh=True)
+                with connect_own(config, target) as client:
+                    live.update(cluster_table(client.cluster(timeout_s=_LOOK_S)), refresh=True)
             except TandemError:
                 return  # the router is being started again; supervise says so
 
         yield show
 
 
-def down(config_path: ConfigOption = None) -> None:
-    """Stop the cluster that `tandem serve` runs in the configured run folder, and wait until it is gone."""
+def down(
+    config_path: ConfigOption = None,
+    address: Annotated[str, typer.Option(help="Of a Ray: stop the cluster that `tandem up` runs there.")] = "",
+) -> None:
+    """Stop the cluster that `tandem serve` runs in the configured run folder, or that `tandem up` runs on a Ray, and wait until
+    it is gone."""
     config = load_config(config_path)
+    if address:
+        from tandem.cluster import stop_lasting
+
+        if not (stopped := stop_lasting(config, address)):
+            raise Unavailable(f"no cluster {config.cluster!r} runs on the Ray at {address}")
+        print(f"stopped {', '.join(stopped)}")
+        return
     run_file = RunFile(config.run_path)
     running = run_file.read()
     if running is None:
@@ -155,5 +178,8 @@ def status(config_path: ConfigOption = None, target: TargetOption = "", as_json:
             f"{cluster.num_requests_finished} requests finished, {cluster.num_requests_failed} failed, "
             f"{cluster.num_requests_cancelled} cancelled"
         )
+        if cluster.wanted.revision:
+            wanted = cluster.wanted
+            print(f"wanted: {wanted.prefill} prefill and {wanted.decode} decode workers ({wanted.reason})")
     if not cluster.ready:
         raise typer.Exit(1)

@@ -50,7 +50,7 @@ class Leave:
 
 
 def reconcile(wanted: Counts, workers: Sequence[Worker]) -> list[Start | Leave]:
-    """What is to be done now. Those that do not serve yet leave first, then the least busy ones."""
+    """What is to be done now. Those that do not serve yet leave first, then the least busy ones, of equals the youngest."""
     after: dict[str, Name | None] = {worker.name: worker.then for worker in workers if worker.state is State.LEAVING}
     missing: dict[Name, int] = {}
     leaving: list[str] = []
@@ -61,7 +61,7 @@ def reconcile(wanted: Counts, workers: Sequence[Worker]) -> list[Start | Leave]:
         missing[role] = max(0, -over)
         for name in coming[: max(0, over)]:
             after[name] = None
-        staying.sort(key=lambda worker: (worker.state is State.RUNNING, worker.load, worker.name))
+        staying.sort(key=lambda worker: (worker.state is State.RUNNING, worker.load, -_age(worker.name)))
         leaving += [worker.name for worker in staying[: max(0, over - len(coming))]]
     free = [*leaving, *(name for name, then in after.items() if then is None)]
     for role in ROLES:
@@ -77,3 +77,9 @@ def reconcile(wanted: Counts, workers: Sequence[Worker]) -> list[Start | Leave]:
     actions += [Leave(name, after[name]) for name, then in known.items() if after[name] != then]
     actions += [Start(role) for role in ROLES for _ in range(missing[role])]
     return actions
+
+
+def _age(name: str) -> int:
+    """The number of `ROLE-N`: free numbers are taken from below, so higher ones are younger, about."""
+    number = name.rpartition("-")[2]
+    return int(number) if number.isdecimal() else 0

@@ -12,6 +12,7 @@ import grpc
 
 from protos import tandem_pb2 as pb
 from protos import tandem_pb2_grpc
+from router.wanted import Wanted
 from tandem.config import Config, router_number
 from tandem.errors import ModelError
 
@@ -19,9 +20,14 @@ from tandem.errors import ModelError
 class _Router(tandem_pb2_grpc.TandemServicer):
     def __init__(self, config: Config) -> None:
         self._config = config
+        self._wanted = Wanted()
+
+    def SetReplicas(self, request: pb.SetReplicasRequest, context: Any) -> pb.Replicas:
+        self._wanted.set(request)
+        return self._wanted.as_message()
 
     def GetCluster(self, request: pb.GetClusterRequest, context: Any) -> pb.GetClusterResponse:
-        answer = pb.GetClusterResponse(router="router", ready=True, model="fake")
+        answer = pb.GetClusterResponse(router="router", ready=True, model="fake", wanted=self._wanted.as_message())
         for file in sorted(self._config.run_path.glob("*.worker")):
             answer.processes.add(name=file.stem, role=file.stem.split("-")[0], pid=int(file.read_text()))
         return answer
@@ -39,6 +45,7 @@ def run_router(config: Config, name: str, stop: threading.Event) -> None:
 
 def run_worker(config: Config, name: str, stop: threading.Event) -> None:
     file = config.run_path / f"{name}.worker"
+    (config.run_path / f"{name}.host").write_text(config.transfer.host)
     file.write_text(str(os.getpid()))
     stop.wait()
     file.unlink()

@@ -17,11 +17,14 @@ from pathlib import Path
 import psutil
 import pytest
 
+from protos import tandem_pb2 as pb
 from tandem.client import Client
-from tandem.cluster import Cluster, _nodes_for_roles, _Restarts, check_replicas, ray_module, remove_stale_ray_dir
+from tandem.cluster import Cluster, _Restarts, check_replicas, remove_stale_ray_dir
 from tandem.config import Config, dump_config, load_config
 from tandem.errors import Cancelled, ConfigError, DeadlineExceeded, ModelError, TandemError
 from tandem.ports import with_free_ports
+from tandem.ray_role import ray_module
+from tandem.scaling.scaler import Counts
 
 HERE = Path(__file__).parent
 FAKES = {
@@ -124,8 +127,8 @@ def test_a_role_that_never_appears_is_named_at_the_deadline_and_one_that_will_no
     with Cluster(config, entry_points=FAKES | {"decode": "fake_roles:run_stubborn_worker"}) as cluster:
         cluster.start(timeout_s=60)
         pids = [process.pid for process in cluster.processes()]
-        with Client(cluster.target) as client, pytest.raises(DeadlineExceeded, match="waiting for nobody-0"):
-            cluster._wait([client], 0.0, print, threading.Event(), {"nobody-0"})
+        with pytest.raises(DeadlineExceeded, match="waiting for nobody-0"):
+            cluster._wait(0.0, print, threading.Event(), {"nobody-0"})
     assert not any(living(pid) for pid in pids)
 
 
@@ -250,10 +253,60 @@ def test_a_role_that_dies_at_once_is_never_called_back_and_is_started_ever_more_
     assert said == [again, f"{again} in 1 s", f"{again} in 2 s"]
 
 
-def test_roles_go_to_living_nodes_and_to_the_head_only_where_it_is_alone() -> None:
-    def node(name: str, alive: bool = True, **resources: float) -> dict[str, object]:
-        return {"NodeName": name, "NodeID": f"id-{name}", "Alive": alive, "Resources": resources}
+def test_as_many_workers_run_as_are_wanted_and_one_changes_its_role_in_its_place(
+    config: Config, tmp_path: Path, nothing_left_behind: None
+) -> None:
+    with Cluster(config, entry_points=FAKES) as cluster:
+        cluster.start(timeout_s=60)
+        said: list[str] = []
 
-    head = node("a-head", **{"node:__internal_head__": 1.0})
-    assert _nodes_for_roles([node("n2"), head, node("n1"), node("n0", alive=False)]) == ["id-n1", "id-n2"]
-    assert _nodes_for_roles([head, node("n0", alive=False)]) == ["id-a-head"]
+        def workers() -> dict[str, int]:
+            said.extend(cluster.supervise())
+            return {p.name: p.pid for p in cluster.processes() if p.role in ("prefill", "decode")}
+
+        before = workers()
+        assert set(before) == {"prefill-0", "decode-0"}
+        with Client(cluster.target) as client:
+            shown = [Client(target).cluster().wanted for target in cluster.target.split(",")]
+            assert [(each.prefill, each.decode, each.revision) for each in shown] == [(1, 1, 1)] * 2
+            client.set_replicas(prefill=2)
+            wait_for(lambda: set(workers()) == {"prefill-0", "prefill-1", "decode-0"}, "another prefill worker")
+            wait_for(lambda: "prefill-1 is up" in said, "it is up")
+            place = cluster._kept["prefill-1"].place
+
+            client.set_replicas(prefill=1, decode=2, reason="long answers")
+            wait_for(lambda: set(workers()) == {"prefill-0", "decode-0", "decode-1"}, "a worker changes its role")
+            assert cluster._kept["decode-1"].place == place
+            assert not (tmp_path / "prefill-1.worker").exists()  # it was asked to stop, and did
+            wait_for(lambda: "decode-1 is up" in said, "it is up in its new role")
+
+            client.set_replicas(decode=1)
+            wait_for(lambda: set(workers()) == {"prefill-0", "decode-0"}, "one leaves")
+        after = workers()
+        assert cluster.supervise() == []
+    assert after == before  # the others were left alone
+    assert [line for line in said if line.startswith("wanted")] == [
+        "wanted: 2 prefill and 1 decode workers (no reason given)",
+        "wanted: 1 prefill and 2 decode workers (long answers)",
+        "wanted: 1 prefill and 1 decode workers (no reason given)",
+    ]
+    assert "prefill-1 leaves: 2 prefill workers are too many, and decode starts in its place" in said
+
+
+def test_a_router_that_forgot_is_told_and_two_that_disagree_end_with_one_word(config: Config) -> None:
+    cluster = Cluster(config)
+    told: list[tuple[Counts, int]] = []
+    cluster._tell = lambda targets: told.append((cluster.wanted, cluster._revision))  # type: ignore[method-assign]
+
+    def said(prefill: int, decode: int, revision: int) -> pb.GetClusterResponse:
+        return pb.GetClusterResponse(wanted=pb.Replicas(prefill=prefill, decode=decode, revision=revision))
+
+    assert cluster._follow([said(3, 2, 7), said(0, 0, 0)]) == [
+        "wanted: 3 prefill and 2 decode workers (no reason given)"
+    ]
+    assert told == [(Counts(3, 2), 7)]
+    assert cluster._follow([said(3, 2, 7), said(3, 2, 7)]) == []
+    assert len(told) == 1
+    cluster._follow([said(1, 2, 8), said(3, 4, 8)])
+    assert told[1:] == [(cluster.wanted, 9)]
+    assert cluster.wanted in (Counts(1, 2), Counts(3, 4))

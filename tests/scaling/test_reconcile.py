@@ -24,6 +24,11 @@ def test_the_least_busy_leaves_and_one_that_does_not_serve_yet_before_it() -> No
     assert reconcile(Counts(1, 1), workers) == [Leave("decode-2"), Leave("decode-1")]
 
 
+def test_of_equally_busy_ones_the_youngest_leaves() -> None:
+    workers = [Worker(f"decode-{number}", "decode", RUNNING, 1.0) for number in (2, 10, 9)]
+    assert reconcile(Counts(1, 2), [*workers, Worker("prefill-0", "prefill", RUNNING)]) == [Leave("decode-10")]
+
+
 def test_a_worker_changes_its_role_where_one_role_has_too_many_and_the_other_too_few() -> None:
     workers = [Worker("prefill-0", "prefill", RUNNING, 9.0), Worker("prefill-1", "prefill", RUNNING)]
     assert reconcile(Counts(1, 2), workers) == [Leave("prefill-1", "decode"), Start("decode")]
