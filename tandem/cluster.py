@@ -455,7 +455,7 @@ class Cluster:
             lifetime="detached" if self._lasting else None,
             _soft_target_node_id=node.node_id,
         )
-        if not group.wait(_PLACE_S):
+        if not group.wait(int(_PLACE_S)):
             ray.util.remove_placement_group(group)
             raise TandemError(f"Ray found no place for {dict(needs)} within {_PLACE_S:.0f} s")
         self._places[name] = group
