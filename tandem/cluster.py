@@ -180,9 +180,6 @@ class Cluster:
         """The folder of the roles' logs, one file a process."""
         return self.config.run_path / "logs"
 
-    def _client(self, target: str) -> Client:
-        return Client(target, credentials=self._credentials)
-
     def __enter__(self) -> Cluster:
         return self
 
@@ -552,7 +549,7 @@ class Cluster:
 
     def _client(self, target: str) -> Client:
         if target not in self._clients:
-            self._clients[target] = self._client(target)
+            self._clients[target] = Client(target, credentials=self._credentials)
         return self._clients[target]
 
     # --- as many as are wanted -------------------------------------------------------------------------------------------

@@ -129,7 +129,6 @@ def ray_module() -> Any:
         os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
     import ray
     import ray._private.worker
-
     import ray.util.scheduling_strategies
 
     # What Ray tells its driver of killed processes would land in the middle of what a command writes to stdout.
