@@ -47,6 +47,7 @@ from tandem.config import Config
 from tandem.curve import load_keyring
 from tandem.errors import ConfigError, ProtocolError
 from tandem.machine import check_memory, machine_id
+from tandem.state_file import StateFile
 from tandem.stop import ends_at_once
 from tandem.zap import Zap
 from tandem.zmq_io import RouterLink, identity
@@ -112,21 +113,26 @@ class PoolNode:
         directories can't be had."""
         check_memory("pool.host_bytes", self._config.pool.host_bytes)
         os.setpriority(os.PRIO_PROCESS, 0, max(NICENESS, os.getpriority(os.PRIO_PROCESS, 0)))
+        with StateFile(self._config.run_path, self._name) as state_file:
+            self._run(stop, state_file)
+
+    def _run(self, stop: threading.Event, state_file: StateFile) -> None:
         try:
             self.open()
-            self._turn_while(lambda: not stop.is_set())
+            self._turn_while(lambda: not stop.is_set(), state_file)
             self._leave()
             end_s = now_s() + self._config.pool.drain_s
-            self._turn_while(lambda: now_s() < end_s and not ends_at_once(stop) and self._is_owing())
+            self._turn_while(lambda: now_s() < end_s and not ends_at_once(stop) and self._is_owing(), state_file)
             self._link.send_all(Goodbye(self._name, self._epoch))
         finally:
             self._close(stop)
 
-    def _turn_while(self, condition: Callable[[], bool]) -> None:
+    def _turn_while(self, condition: Callable[[], bool], state_file: StateFile) -> None:
         due_s = 0.0
         while condition():
             timeout_s = min(max(0.0, due_s - now_s()), _STOP_CHECK_S)
             due_s = self.turn(dict(self._poller.poll(int(timeout_s * 1000))))
+            state_file.show("leaving" if self._leaving else "joined" if self._link.welcomed else "alone", now_s())
 
     def _leave(self) -> None:
         """Nothing more is fetched for keeping, and routers are told."""

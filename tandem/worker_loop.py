@@ -57,6 +57,7 @@ from tandem.engine.runner import Runner
 from tandem.errors import ConfigError
 from tandem.machine import check_memory, machine_id
 from tandem.model_files import default_model_name, resolve_model
+from tandem.state_file import StateFile
 from tandem.stop import ends_at_once
 from tandem.unacknowledged import Unacknowledged
 from tandem.zap import Zap
@@ -91,6 +92,10 @@ class WorkerLoop:
         """Serves until `stop`, then finishes what it has, or gives it back after `drain_s`.
 
         Raises TandemError if the model can't be loaded or a router refuses this worker."""
+        with StateFile(self._config.run_path, self._name) as state_file:
+            self._run(stop, state_file)
+
+    def _run(self, stop: threading.Event, state_file: StateFile) -> None:
         check_memory(f"{self._role}.arena_bytes", self._worker.arena_bytes)
         sys.setswitchinterval(SWITCH_INTERVAL_S)
         keys = load_keyring(self._config.control.curve, self._name, self._role)
@@ -116,7 +121,15 @@ class WorkerLoop:
         model_name = self._config.model.name or default_model_name(path)
         engine_thread = EngineThread(parts)
         transfer = TransferThread(
-            self._config, parts, engine_thread, self._role, self._name, model_name, epoch, keys=keys
+            self._config,
+            parts,
+            engine_thread,
+            self._role,
+            self._name,
+            model_name,
+            epoch,
+            keys=keys,
+            state_file=state_file,
         )
         engine_thread.connect(transfer)
         parts.compiling.on_ready = lambda: engine_thread.post(lambda: None)
@@ -245,9 +258,11 @@ class TransferThread:
         epoch: bytes,
         new_epoch: Callable[[], bytes] = lambda: secrets.token_bytes(8),
         keys: Keyring | None = None,
+        state_file: StateFile | None = None,
     ) -> None:
         self._config = config
         self._parts = parts
+        self._state_file = state_file
         self._new_epoch = new_epoch
         self._keys = keys
         self._zap: Zap | None = None
@@ -450,6 +465,14 @@ class TransferThread:
             if ready.pop(self._wake_fd, 0):
                 os.eventfd_read(self._wake_fd)
             due_s = self.turn(ready)
+            if self._state_file is not None:
+                self._show(self._state_file, now_s())
+
+    def _show(self, state_file: StateFile, now_s: float) -> None:
+        """A step that doesn't end is no life: the file grows old with it, as for the routers the worker does."""
+        began_s = self._engine.step_began_s
+        if began_s is None or now_s - began_s <= self._config.router.progress_s:
+            state_file.show("leaving" if self._leaving else "joined" if self._link.welcomed else "alone", now_s)
 
     def turn(self, ready: dict[Any, int]) -> float:
         """Takes in what is `ready`, says and does what the engine wants said and done; when to call again at the latest."""

@@ -3,8 +3,8 @@
 Owns which path is whose. Each path's handler is a module of its own. Once there are keys, every path but /health needs one
 (`router/http/gate.py`), on the admin port one of the role admin.
 
-    client_app   router.http_port    /health, OpenAI's paths (router/http/openai/routes.py), the live page to read
-    admin_app    router.admin_port   /health /metrics, the live page with what it can start
+    client_app   router.http_port    /health /alive, OpenAI's paths (router/http/openai/routes.py), the live page to read
+    admin_app    router.admin_port   /health /alive /metrics, the live page with what it can start
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ HANDLERS = {TandemError: on_tandem_error, HTTPException: on_http_error, Exceptio
 def client_app(front: Front) -> Starlette:
     """What clients reach."""
     gate = Middleware(Gate, front.access, admin=False)
-    routes = [_health(front), *openai_routes(front), *page_routes(front, "client")]
+    routes = [_health(front), _alive(), *openai_routes(front), *page_routes(front, "client")]
     return Starlette(routes=routes, middleware=[gate, Middleware(TraceHeaders)], exception_handlers=HANDLERS)
 
 
@@ -42,7 +42,7 @@ def admin_app(front: Front) -> Starlette:
         return Response(generate_latest(front.metrics.registry), media_type=CONTENT_TYPE_LATEST)
 
     gate = Middleware(Gate, front.access, admin=True)
-    routes = [_health(front), Route("/metrics", metrics), *page_routes(front, "admin")]
+    routes = [_health(front), _alive(), Route("/metrics", metrics), *page_routes(front, "admin")]
     return Starlette(routes=routes, middleware=[gate], exception_handlers=HANDLERS)
 
 
@@ -51,3 +51,12 @@ def _health(front: Front) -> Route:
         return JSONResponse({"ready": front.ready}, 200 if front.ready else 503)
 
     return Route("/health", health)
+
+
+def _alive() -> Route:
+    """For whoever would start a router anew that hangs: it answers as long as the event loop goes round, ready or not."""
+
+    async def alive(request: Request) -> Response:
+        return JSONResponse({"live": True})
+
+    return Route("/alive", alive)

@@ -13,7 +13,7 @@ from router.access import Access, Caller
 from router.http.errors import error_response
 from tandem.errors import TandemError
 
-OPEN_PATHS = frozenset({"/health", "/"})
+OPEN_PATHS = frozenset({"/health", "/alive", "/"})
 """What they say is no secret, and neither who watches over a router nor a browser that opens the live page has a key."""
 OPEN_FOLDER = "/page/"
 """Of the live page's own files. What the page shows needs a key, which it asks for."""
