@@ -1,7 +1,7 @@
 # Tandem's commands. `make setup` is implied by the others and costs nothing the second time.
 #   make demo [PROMPT="…"]   a whole cluster on this machine answers a prompt
 #   make test                the tests, at most ten minutes      make test-full   the slow ones too
-#   make check               format, lint, types, import arrows, generated code, unsafe code, known faults of what is pinned
+#   make check               format, lint, types, import arrows, generated code, unsafe code, known faults of pins, manifests
 #   make proto               regenerate protos/tandem_pb2*       make clean       remove what was built
 #   make peers               what `tandem bench … --against` compares with (some minutes, 6 GB); `make peers-engine`,
 #                            `peers-transfer` and `peers-router` install those of `bench engine`, `transfer` and `pool`, `router`
@@ -64,6 +64,7 @@ check: setup
 	@$(BIN)/python -m protos.generate --check
 	@$(BIN)/bandit -q -c pyproject.toml -r decode_worker kernels kvpool prefill_worker protos router tandem benchmarks setup.py .ci
 	@$(BIN)/python .ci/audit.py
+	@$(BIN)/python deploy/kubernetes/check.py
 
 proto: setup
 	@$(BIN)/python -m protos.generate

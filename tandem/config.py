@@ -70,6 +70,11 @@ class WorkerConfig(_Section):
         256, ge=0, description="a sink recomputes at most this many tokens without asking"
     )
     threads: int = Field(1, ge=1, le=256)
+    pin: bool = Field(
+        True,
+        description="each thread on a core of its own. Not where others compute on the same cores and can't be seen: workers of "
+        "other network namespaces, as Pods are",
+    )
     drain_s: float = Field(
         30.0,
         ge=0,

@@ -134,12 +134,13 @@ class WorkerLoop:
         engine_thread.connect(transfer)
         parts.compiling.on_ready = lambda: engine_thread.post(lambda: None)
         transfer.on_leave = stop.set
-        cores = claim_cores(self._worker.threads)
+        cores = claim_cores(self._worker.threads) if self._worker.pin else None
         thread = threading.Thread(target=transfer.run, name="transfer")
         thread.start()
         ended_well = False
         try:
-            self._pin(parts.runner, cores)
+            if self._worker.pin:
+                self._pin(parts.runner, cores)
             engine_thread.run(stop, transfer, self._worker.drain_s)
             ended_well = True
         finally:
