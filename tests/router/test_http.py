@@ -34,7 +34,7 @@ def test_health_says_whether_a_request_can_be_served(router: tuple[Router, str, 
     server, client, admin = router
     assert get(f"{client}/health") == (503, {"ready": False})
     for url in (client, admin):
-        assert get(f"{url}/live") == (200, {"live": True})
+        assert get(f"{url}/alive") == (200, {"live": True})
     server.add("decode-0", "decode")
     for url in (client, admin):
         wait_for(lambda url=url: get(f"{url}/health") == (200, {"ready": True}))
