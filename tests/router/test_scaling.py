@@ -57,9 +57,9 @@ def test_an_older_word_passed_on_changes_nothing() -> None:
 
 def test_only_an_admin_may_change_the_cluster(router: Router) -> None:
     nobody = Caller("somebody", is_admin=False)
-    with pytest.raises(PermissionDenied, match="SetReplicas is for the admin role"):
+    with pytest.raises(PermissionDenied, match="SetReplicas needs a key of the role admin"):
         router.server.set_replicas(pb.SetReplicasRequest(prefill=1, decode=1), nobody)
-    with pytest.raises(PermissionDenied, match="Drain is for the admin role"):
+    with pytest.raises(PermissionDenied, match="Drain needs a key of the role admin"):
         router.server.drain("decode-0", nobody)
 
 
