@@ -271,14 +271,14 @@ def test_as_many_workers_run_as_are_wanted_and_one_changes_its_role_in_its_place
             assert [(each.prefill, each.decode, each.revision) for each in shown] == [(1, 1, 1)] * 2
             client.set_replicas(prefill=2)
             wait_for(lambda: set(workers()) == {"prefill-0", "prefill-1", "decode-0"}, "another prefill worker")
-            wait_for(lambda: "prefill-1 is up" in said, "it is up")
+            wait_for(lambda: workers() and "prefill-1 is up" in said, "it is up")
             place = cluster._kept["prefill-1"].place
 
             client.set_replicas(prefill=1, decode=2, reason="long answers")
             wait_for(lambda: set(workers()) == {"prefill-0", "decode-0", "decode-1"}, "a worker changes its role")
             assert cluster._kept["decode-1"].place == place
             assert not (tmp_path / "prefill-1.worker").exists()  # it was asked to stop, and did
-            wait_for(lambda: "decode-1 is up" in said, "it is up in its new role")
+            wait_for(lambda: workers() and "decode-1 is up" in said, "it is up in its new role")
 
             client.set_replicas(decode=1)
             wait_for(lambda: set(workers()) == {"prefill-0", "decode-0"}, "one leaves")

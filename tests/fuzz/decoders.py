@@ -40,7 +40,7 @@ from tandem.gguf_header import read_header
 from tandem.models.gguf_weights import GGUFWeights
 from tandem.models.hf_weights import HFWeights, read_config
 from tandem.models.packed import packed_weights
-from tandem.tokenizer.chat_template import ChatTemplate
+from tandem.tokenizer.chat_template import ChatTemplate, Message
 from tandem.tokenizer.tokenizer import load_tokenizer
 from tandem.zmq_io import identity, parse_identity
 from tests.router.fake_cluster import ByteTokenizer
@@ -228,7 +228,7 @@ def _hf_tokenizer_file(name: str) -> Callable[[bytes, Place], object]:
         (directory / name).write_bytes(data)
         tokenizer = load_tokenizer(directory)
         try:
-            return tokenizer.encode("hello world"), tokenizer.render_chat([("user", "hi")])
+            return tokenizer.encode("hello world"), tokenizer.render_chat([Message("user", "hi")])
         except InvalidRequest:
             return None  # it can't express that, or its template refuses
 
@@ -277,7 +277,12 @@ def _packed_files(folder: Path) -> list[bytes]:
 
 def _template(data: bytes, place: Place) -> object:
     return ChatTemplate(data.decode("utf-8", "replace"), bos_token="<s>", eos_token="</s>").render(
-        [("system", "be kind"), ("user", "hi" * 50), ("assistant", "yes"), ("user", "{{ x }} {% for %}")]
+        [
+            Message("system", "be kind"),
+            Message("user", "hi" * 50),
+            Message("assistant", "yes"),
+            Message("user", "{{ x }} {% for %}"),
+        ]
     )
 
 
