@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -105,6 +106,37 @@ def test_each_draw_is_the_references_with_the_same_noise(
     noise = exponential_noise(wanted.sampling.seed, index, len(output), np.arange(12))
     expected = max(range(12), key=lambda token: probabilities[token] / noise[token])
     assert one(row, wanted).token_id == expected
+
+
+@given(
+    row=rows,
+    sampling=samplings,
+    output=tokens,
+    allowed=st.sets(st.integers(0, 11), min_size=1),
+    size=st.sampled_from([12, 20]),
+)
+def test_what_a_grammar_allows_is_all_that_there_is(
+    row: list[float], sampling: dict[str, Any], output: list[int], allowed: set[int], size: int
+) -> None:
+    mask = np.isin(np.arange(size), list(allowed))  # the tokenizer may know more tokens than the model
+    wanted = replace(request(len(output), 0, (), output, num_logprobs=12, **sampling), allowed=mask)
+    masked = [value if token in allowed else -math.inf for token, value in enumerate(row)]
+    found = one(row, wanted)
+    assert found.token_id in allowed
+    plain = one(masked, replace(wanted, allowed=None))
+    assert found.token_id == plain.token_id
+    assert found.logprobs is not None
+    assert plain.logprobs is not None
+    assert found.logprobs.chosen == plain.logprobs.chosen
+    assert found.logprobs.top == [pair for pair in plain.logprobs.top if pair[0] in allowed]
+    assert {token for token, _ in found.logprobs.top} == allowed
+    assert sum(math.exp(logprob) for _, logprob in found.logprobs.top) == pytest.approx(1.0)
+
+
+def test_where_the_model_gives_nothing_to_what_is_allowed_the_lowest_of_it_is_taken() -> None:
+    mask = np.array([False, False, True, True, False])
+    wanted = replace(request(temperature=0.0), allowed=mask)
+    assert one([1.0, 2.0, -math.inf, math.nan, 3.0], wanted).token_id == 2
 
 
 @pytest.mark.parametrize(
