@@ -668,7 +668,7 @@ ELSEWHERE = {
     "protos/generate.py": "a tool for developers, on our own .proto",
     "router/gateway/service.py": "JSON of a few KiB, of which one text is taken: tests/router/test_gateway.py",
     "router/http/openai/bodies.py": "bodies of HTTP, from their description and damaged: tests/router/http",
-    "router/http/openai/tools.py": "what the model wrote, and tools by router/http/openai/bodies.py: tests/router/http/test_tools.py",
+    "router/http/openai/tools.py": "what the model wrote; tools by bodies.py: tests/router/http/test_tools.py",
     "router/keyring.py": "a file that its owner alone may write: tests/router/test_keyring.py",
     "tandem/capacity/shapes.py": "a file that whoever runs the command names: tests/capacity",
     "tandem/cli/run_file.py": "a file in the user's own run folder, 4096 bytes at most: tests/cli",
