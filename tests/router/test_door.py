@@ -370,6 +370,10 @@ def test_http_asks_for_keys_too_and_the_admin_port_for_those_of_admins(
     assert status == 403
     assert "permission_error" in body
     assert get(f"{admin}/metrics", key_of("ops"))[0] == 200
+    for url in (client, admin):
+        assert get(f"{url}/")[0] == get(f"{url}/page/main.js")[0] == 200, "the live page's files, which ask for a key"
+        assert get(f"{url}/live")[0] == 401
+        assert get(f"{url}/live", key_of("acme"))[0] == 403
     asked = {"model": "fake", "prompt": LONG, "max_tokens": 5}
     stranger = openai.OpenAI(base_url=f"{client}/v1", api_key="none", max_retries=0, timeout=60.0)
     with stranger, pytest.raises(openai.AuthenticationError):

@@ -64,7 +64,8 @@ def tenants(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Client, 
     file = KeysFile(folder / "keys.yaml")
     for name in ("first", "second"):
         file.update(lambda keyring, name=name: keyring.with_key(api_key(name, name, "client", f"tdm_{name}")))
-    running = RunningCluster(folder, {"router": {"keys_file": str(file.path)}, "prefill": {"replicas": 0}}, faults=[])
+    router = {"keys_file": str(file.path), "liveness_s": 30.0}  # nobody is to be lost on a machine that is busy
+    running = RunningCluster(folder, {"router": router, "prefill": {"replicas": 0}}, faults=[])
     try:
         running.launch(NAMES)
         running.wait_ready(NAMES, deadline_s=300.0)
