@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import time
+import urllib.request
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -19,6 +21,7 @@ from router.tracing import Tracing
 from tandem.client import Client
 from tests.router.collector import Collector, attributes, check_nesting, children, collector
 from tests.router.fake_cluster import LONG, Router, collect, wait_for
+from tests.system.harness import free_port
 
 TRACE_ID = "0af7651916cd43dd8448eb211c80319c"
 SPAN_ID = "b7ad6b7169203331"
@@ -46,7 +49,7 @@ def test_a_hand_over_is_one_trace_from_router_to_decode(otel: Collector, make_ro
     )
     metadata = (("traceparent", SAMPLED), ("tracestate", "vendor=opaque"))
     result = collect(router.stub.Generate(request, timeout=20.0, metadata=metadata))
-    wait_for(lambda: bool(roots(otel)))
+    wait_for(lambda: bool(roots(otel)), 60.0)
     spans = otel.spans
     check_nesting(spans)
     (root,) = roots(otel)
@@ -91,9 +94,28 @@ def test_the_client_hands_its_caller_s_span_on(otel: Collector, make_router: Cal
     with Client(f"127.0.0.1:{router.server.grpc_port}") as client:
         list(client.generate([("user", "hello")], tandem_pb2.SamplingParams(max_tokens=2), traceparent=SAMPLED))
         list(client.generate("hello", tandem_pb2.SamplingParams(max_tokens=2)))
-    wait_for(lambda: bool(roots(otel)))
+    wait_for(lambda: bool(roots(otel)), 60.0)
     (root,) = roots(otel)
     assert (root.name, root.trace_id.hex(), root.parent_span_id.hex()) == ("chat fake", TRACE_ID, SPAN_ID)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_request_over_http_is_a_child_of_its_caller_s_span(
+    otel: Collector, make_router: Callable[..., Router], stream: bool
+) -> None:
+    port = free_port()
+    router = make_router(router={"http_port": port}, tracing={"endpoint": otel.endpoint, "sample_ratio": 0.0})
+    router.add("decode-0", "decode")
+    wait_for(lambda: router.server.ready, 60.0)
+    body = json.dumps({"model": "fake", "prompt": "hello", "max_tokens": 2, "stream": stream}).encode()
+    headers = {"Content-Type": "application/json", "traceparent": SAMPLED}
+    asked = urllib.request.Request(f"http://127.0.0.1:{port}/v1/completions", body, headers)
+    with urllib.request.urlopen(asked, timeout=60) as answer:
+        assert answer.status == 200
+        answer.read()
+    wait_for(lambda: bool(roots(otel)), 60.0)
+    (root,) = roots(otel)
+    assert (root.name, root.trace_id.hex(), root.parent_span_id.hex()) == ("text_completion fake", TRACE_ID, SPAN_ID)
 
 
 def test_a_failover_shows_both_dispatches_and_why_the_first_ended(
@@ -108,7 +130,7 @@ def test_a_failover_shows_both_dispatches_and_why_the_first_ended(
     held.kill()
     router.workers.remove(held)
     list(call)
-    wait_for(lambda: bool(roots(otel)))
+    wait_for(lambda: bool(roots(otel)), 60.0)
     check_nesting(otel.spans)
     (root,) = roots(otel)
     legs = [span for span in children(otel.spans, root) if span.name == "decode"]
@@ -130,7 +152,7 @@ def test_a_caller_that_is_not_sampled_leaves_no_trace_and_one_that_fails_says_wh
     call = router.ask(max_tokens=1000)
     next(call)
     call.cancel()
-    wait_for(lambda: bool(roots(otel)))
+    wait_for(lambda: bool(roots(otel)), 60.0)
     (root,) = roots(otel)
     assert root.parent_span_id == b""
     assert root.status.code == Status.STATUS_CODE_ERROR
@@ -154,7 +176,7 @@ def test_no_request_waits_for_a_collector_that_hangs_and_what_does_not_fit_is_co
     assert time.monotonic() - began_s < 1.0
     assert tracing.counts["dropped"] == 7
     otel.hold.set()
-    wait_for(lambda: tracing.counts["exported"] == 4)
+    wait_for(lambda: tracing.counts["exported"] == 4, 60.0)
     tracing.close()
     assert len(roots(otel)) == 4
 
