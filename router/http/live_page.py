@@ -78,7 +78,7 @@ def page_routes(front: Front, audience: Audience) -> list[Route]:
 
     async def live(request: Request) -> Response:
         caller(request)
-        return _EventStream(front.live, front.live.watch(audience), front.client_patience_s)
+        return _EventStream(front.live, front.live.watch(audience))
 
     async def explain(request: Request) -> Response:
         explained = front.explain(request.path_params["request_id"], caller(request))
@@ -120,24 +120,21 @@ def _json(message: ProtoMessage) -> Response:
 
 
 class _EventStream(Response):
-    """What a watcher gets, until the feed ends, the client leaves, or it has read nothing for `patience_s`."""
+    """What a watcher gets, until the feed ends or the client is gone. One that reads nothing is the listener's to cut off."""
 
-    def __init__(self, feed: LiveFeed, watcher: Watcher, patience_s: float) -> None:
+    def __init__(self, feed: LiveFeed, watcher: Watcher) -> None:
         headers = {"Cache-Control": "no-store", "X-Accel-Buffering": "no", "X-Content-Type-Options": "nosniff"}
         super().__init__(headers=headers, media_type="text/event-stream")
         del self.headers["content-length"]
-        self._feed, self._watcher, self._patience_s = feed, watcher, patience_s
+        self._feed, self._watcher = feed, watcher
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         leaving = asyncio.create_task(self._leave_when_gone(receive))
         try:
             await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
             async for event in self._watcher:
-                async with asyncio.timeout(self._patience_s):
-                    await send({"type": "http.response.body", "body": event, "more_body": True})
+                await send({"type": "http.response.body", "body": event, "more_body": True})
             await send({"type": "http.response.body", "body": b"", "more_body": False})
-        except TimeoutError:
-            return  # what it was promised is not complete, so the listener closes the connection
         finally:
             leaving.cancel()
             self._feed.leave(self._watcher)
