@@ -98,6 +98,11 @@ class EventPublisher:
             except zmq.Again:
                 pass  # the asker doesn't read; it asks again
 
+    def tend(self) -> None:
+        """Has libzmq take in what subscribers said. It does so when the socket is used; while nothing is published, what
+        strangers say to the port would be kept, and their connections with it."""
+        self._publisher.getsockopt(zmq.EVENTS)
+
     def close(self) -> None:
         """Idempotent."""
         self._publisher.close()

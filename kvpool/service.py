@@ -159,6 +159,7 @@ class KVService:
             if transport.busy:
                 self._fetcher.poll(transport, now_s)
         self._fetcher.tick(now_s)
+        self._publisher.tend()
         if any(transport.busy for transport in self._transports):
             return now_s
         due = [self._server.next_deadline(), self._fetcher.next_deadline()]

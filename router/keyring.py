@@ -117,10 +117,10 @@ def parse_keyring(data: bytes, where: str) -> Keyring:
     try:
         said = yaml.safe_load(data)
         keyring = msgspec.convert({} if said is None else said, Keyring)
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{where} is not valid YAML: {error}") from error
     except (msgspec.ValidationError, RecursionError) as error:
         raise ConfigError(f"{where}: {error}") from error
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: no UTF-8, or a number of thousands of digits
+        raise ConfigError(f"{where} is not valid YAML: {error}") from error
     for what, values in (
         ("name", [key.name for key in keyring.keys]),
         ("sha256", [key.sha256 for key in keyring.keys]),

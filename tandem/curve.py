@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import logging
 import os
+import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -266,5 +267,5 @@ def _parsed(path: Path) -> dict[PublicKey, Member]:
 def _is_key(text: str) -> bool:
     try:
         return len(text) == KEY_CHARS and len(z85.decode(text.encode())) == 32
-    except (ValueError, KeyError, OverflowError):
+    except (ValueError, KeyError, struct.error):  # struct.error: five characters for more than 32 bits
         return False

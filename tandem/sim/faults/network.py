@@ -73,6 +73,10 @@ class Socket:
         elif option == zmq.ROUTER_MANDATORY:
             self.mandatory = bool(value)
 
+    def getsockopt(self, option: int) -> int:
+        assert option == zmq.EVENTS
+        return zmq.POLLIN if self.inbox else 0
+
     def getsockopt_string(self, option: int) -> str:
         assert option == zmq.LAST_ENDPOINT
         return self.endpoint
