@@ -111,7 +111,7 @@ def _promises(settings: RouterConfig) -> dict[tuple[str, str], float]:
 
 
 def _tracing_of(config: TracingConfig, router: str, model: str) -> Tracing | None:
-    """None where nobody wants traces: what they are made with takes some 20 MB and half a second."""
+    """None where nobody wants traces: what they are made with costs memory and time to load."""
     if not config.endpoint:
         return None
     from router.tracing import Tracing
